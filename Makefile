@@ -1,0 +1,77 @@
+# Every target sets itself up: it needs Python >= 3.11 and make, nothing else. `make help` lists the targets.
+#
+#   make test                       # with the first python3.11 ... python3 that is new enough, in .venv
+#   make test PYTHON=python3.13     # with another interpreter, in .venv-3.13
+
+.DEFAULT_GOAL := help
+.SUFFIXES:
+.DELETE_ON_ERROR:
+
+ifeq ($(origin PYTHON), undefined)
+  PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+  CHOSEN := no
+else
+  CHOSEN := yes
+endif
+
+# Major.minor of the interpreter, empty when it does not run.
+VERSION := $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null))
+VENV := $(if $(filter yes,$(CHOSEN)),.venv-$(VERSION),.venv)
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py313).txt
+STAMP := $(VENV)/.installed-$(VERSION)
+
+PYTEST := $(BIN)/python -m pytest
+WORKERS := 2
+# Small and quick, yet through every layer of the mathematics: the second column of .ci/run.
+SHORT := linalg codebooks rounding models evaluate hessian run
+
+.PHONY: help demo test test-short lint typecheck format bench clean venv
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+venv: $(STAMP) ## make the virtual environment
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@case '$(VERSION)' in \
+	  '') echo 'make: $(if $(PYTHON),PYTHON=$(PYTHON) does not run,no Python >= 3.11 found on PATH);' \
+	        'install Python 3.11 or newer, or say which to use: make PYTHON=/path/to/python3' >&2; exit 1 ;; \
+	  2.*|3.?|3.10) echo 'make: $(PYTHON) is Python $(VERSION), qjax needs 3.11 or newer:' \
+	        'make PYTHON=/path/to/python3' >&2; exit 1 ;; \
+	esac
+	@$(BIN)/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")' 2>/dev/null \
+	  || { echo 'make: creating $(VENV) (Python $(VERSION))'; $(PYTHON) -m venv --clear $(VENV); } \
+	  || { echo 'make: $(PYTHON) -m venv failed; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+	@echo 'make: installing into $(VENV), pinned by $(CONSTRAINTS)'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,plots]'
+	@touch $@
+
+demo: $(STAMP) ## quantise SmolLM2-135M at 2 bits with three rounding algorithms and compare them
+	$(BIN)/python -m experiments.quantize -m experiment=demo rounding=nearest,gptq,ldlq
+	$(BIN)/python -m experiments.report runs=runs/demo out=runs/demo/report
+
+test: lint typecheck ## lint, format check, type check and all tests
+	$(PYTEST) -n $(WORKERS) $(ARGS)
+
+test-short: $(STAMP) ## the tests of the mathematics only, without the slow ones
+	$(PYTEST) -n $(WORKERS) -m 'not slow' $(wildcard $(SHORT:%=tests/%)) $(ARGS)
+
+lint: $(STAMP) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(STAMP) ## pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP) ## apply ruff's fixes and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## seconds and GFLOP/s of the steps for one matrix
+	$(BIN)/python -m experiments.bench matrix
+
+clean: ## remove virtual environments and caches (runs/ stays)
+	rm -rf .venv .venv-* .jax_cache .pytest_cache .ruff_cache .hypothesis dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,62 @@
+"""What every entry point shares: errors without tracebacks, the compilation cache, and settings as plain objects."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qjax.errors import QjaxError
+
+__all__ = ["cache_folder", "compilation_cache", "entry", "plain"]
+
+_CONFIGS = str(pathlib.Path(__file__).resolve().parent.parent / "configs")
+
+
+def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Decorator: a Hydra program on `configs/<config_name>.yaml` that prints qjax's errors plainly and exits with 2."""
+
+    def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def guarded(config: DictConfig) -> Any:
+            try:
+                return function(config)
+            except (QjaxError, OmegaConfBaseException) as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                raise SystemExit(2) from None
+            except KeyboardInterrupt:
+                print("interrupted: what was finished is kept; the same command continues", file=sys.stderr, flush=True)
+                raise SystemExit(130) from None
+
+        return hydra.main(version_base="1.3", config_path=_CONFIGS, config_name=config_name)(guarded)
+
+    return decorate
+
+
+def plain(config: Any) -> Any:
+    """A configuration node as resolved plain Python values."""
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def cache_folder(setting: str | None) -> pathlib.Path:
+    """The folder shared between runs: `cache=`, or QJAX_CACHE, or `~/.cache/qjax`."""
+    folder = pathlib.Path(setting or os.environ.get("QJAX_CACHE") or "~/.cache/qjax").expanduser()
+    os.environ["QJAX_CACHE"] = str(folder)  # downloads of models and texts go to the same place
+    return folder
+
+
+def compilation_cache(folder: pathlib.Path) -> None:
+    """Keep compiled programs between processes, unless JAX was told a place already."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

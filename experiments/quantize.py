@@ -1,0 +1,129 @@
+"""Quantise a language model: `python -m experiments.quantize model=tiny rounding=ldlq codebook=half_integer bits=2 out=runs/a`."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments._entry import cache_folder, compilation_cache, entry, plain
+from qjax import incoherence, job, rounding
+from qjax.codebooks.scaling import ScaleRule
+from qjax.errors import InputError
+from qjax.recipe import LayerRule, Recipe
+from qjax.run import tracker
+
+_RULE_KEYS = {"pattern", "skip", "bits", "codebook", "damping", "scale"}
+
+
+def scale_rule(settings: Mapping[str, Any]) -> ScaleRule | None:
+    """The scale group as a rule; None lets the codebook decide."""
+    if settings["method"] == "auto":
+        return None
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return ScaleRule(**options)
+
+
+def layer_rules(settings: list[Any]) -> tuple[LayerRule, ...]:
+    """The ordered exceptions, with a clear error for a key that does not exist."""
+    rules = []
+    for rule in settings:
+        if not isinstance(rule, Mapping) or "pattern" not in rule or set(rule) - _RULE_KEYS:
+            raise InputError(f"rules: {rule!r} is not a rule; give pattern and some of {', '.join(sorted(_RULE_KEYS - {'pattern'}))}")
+        rules.append(LayerRule(**rule))
+    return tuple(rules)
+
+
+def only(settings: Mapping[str, Any], group: str, allowed: Mapping[str, Any]) -> None:
+    """Refuse a value of a group in which nothing else exists yet."""
+    if dict(settings) != dict(allowed):
+        raise InputError(f"{group} is {dict(settings)}; only {dict(allowed)} exists")
+
+
+def recipe_of(settings: Mapping[str, Any]) -> Recipe:
+    """The recipe that the settings describe."""
+    return Recipe(
+        codebook={key: value for key, value in settings["codebook"].items() if value is not None},
+        bits=settings["bits"],
+        rounding=rounding.make(**settings["rounding"]),
+        incoherence=incoherence.make(**settings["incoherence"]),
+        scale=scale_rule(settings["scale"]),
+        damping=settings["damping"],
+        rules=layer_rules(settings["rules"]),
+    )
+
+
+def default_out(settings: Mapping[str, Any]) -> str:
+    """`runs/<model>-<rounding>-<codebook>-<bits>b-s<seed>`, in names that are safe for files."""
+    model = str(settings["model"]["source"]).rstrip("/").rsplit("/", 1)[-1]
+    parts = (model, settings["rounding"]["name"], settings["codebook"]["name"], f"{settings['bits']}b", f"s{settings['seed']}")
+    return "runs/" + "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in str(part)) for part in parts)
+
+
+def job_of(config: DictConfig) -> job.Job:
+    """A run's settings, checked, as the job they describe."""
+    settings = plain(config)
+    only(settings["finetune"], "finetune", {"name": "none"})
+    only(settings["allocate"], "allocate", {"name": "none"})
+    only(settings["mesh"], "mesh", {"data": 1, "model": 1})
+    out = pathlib.Path(settings["out"] or default_out(settings))
+    settings["out"] = str(out)
+    make_tracker = functools.partial(
+        tracker.make,
+        settings["tracker"]["name"],
+        run_name=out.name,
+        config=settings,
+        **{key: value for key, value in settings["tracker"].items() if key != "name" and value is not None},
+    )
+    return job.Job(
+        model=settings["model"],
+        data={key: value for key, value in settings["data"].items() if value is not None},
+        recipe=recipe_of(settings),
+        hessian=settings["hessian"],
+        evaluate=settings["evaluate"],
+        memory=settings["memory"],
+        seed=settings["seed"],
+        out=out,
+        cache=cache_folder(settings["cache"]),
+        settings=settings,
+        settings_yaml=OmegaConf.to_yaml(OmegaConf.create(settings)),
+        tracker=make_tracker,
+        resume=settings["resume"],
+        dry_run=settings["dry_run"],
+    )
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The run's numbers in a few lines."""
+    lines = [
+        f"bits per weight {results['bits_per_weight']:.3f}, whole model {results['whole_model_bytes'] / 2**20:.1f} MiB "
+        f"(reference {results['whole_model_bytes_reference'] / 2**20:.1f})",
+        f"mean relative proxy loss {results['proxy_loss_mean']:.4f}, worst {results['proxy_loss_worst']:.4f} ({results['proxy_loss_worst_layer']})",
+    ]
+    if "kl_mean" in results:
+        perplexity = results["perplexity"]
+        low, high = results["kl_mean_interval"]
+        lines += [
+            f"perplexity {'infinite' if perplexity is None else f'{perplexity:.2f}'} (reference {results['perplexity_reference']:.2f}), "
+            f"KL {results['kl_mean']:.4f} [{low:.4f}, {high:.4f}], top-1 agreement {results['top1_agreement']:.3f}"
+        ]
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
+    lines += [f"seconds: {seconds}; {results['compiled_programs']} compiled programs; peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB"]
+    return "\n".join(lines)
+
+
+@entry("quantize")
+def main(config: DictConfig) -> None:
+    """Run the job of a configuration and print its numbers."""
+    task = job_of(config)
+    compilation_cache(task.cache)
+    results = job.run(task)
+    if results is not None:
+        print(summary(results), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""qjax: compress language models to 1-4 bits per weight, as pure functions on JAX arrays."""
+
+from qjax import codebooks, data, evaluate, hessian, incoherence, models, rounding
+from qjax.hessian import Hessian
+from qjax.quantize import MatrixReport, quantize_matrix
+from qjax.quantized import QuantizedMatrix
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Hessian",
+    "MatrixReport",
+    "QuantizedMatrix",
+    "codebooks",
+    "data",
+    "evaluate",
+    "hessian",
+    "incoherence",
+    "models",
+    "quantize_matrix",
+    "rounding",
+]

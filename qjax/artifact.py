@@ -1,0 +1,170 @@
+"""The on-disk quantised model: an orbax checkpoint with a manifest that versions and checksums it.
+
+    artifact/
+      weights/         orbax checkpoint: {leaf path: array}, packed codes and dense parameters alike
+      model.json       architecture, format version, description of every quantised matrix, SHA-256 of every leaf
+      tokenizer.json   the model's tokenizer (absent when it has none)
+
+The manifest is written last: a folder without it is not an artifact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import tokenizers
+
+from qjax.errors import ArtifactError
+from qjax.models.config import ModelConfig, RopeScaling
+from qjax.models.loading import Model
+from qjax.models.tokenizer import Tokenizer
+from qjax.quantized import QuantizedMatrix
+from qjax.run.atomic import write_json, write_text
+from qjax.serialize import from_arrays, to_arrays
+
+__all__ = ["FORMAT", "load", "model_bytes", "save"]
+
+FORMAT = "qjax-artifact-1"
+
+
+def _dense_leaves(params: Any) -> dict[str, np.ndarray]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, QuantizedMatrix))
+    return {_path(path): leaf for path, leaf in leaves}
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def model_bytes(params: Any) -> int:
+    """Bytes of all parameters as stored: packed codes, scales, signs, dense leaves, and every codebook table once."""
+    total, tables = 0, {}
+    for leaf in _dense_leaves(params).values():
+        if isinstance(leaf, QuantizedMatrix):
+            total += leaf.stored_bits // 8
+            tables[json.dumps(leaf.codebook.spec(), sort_keys=True)] = leaf.table_bits // 8
+        else:
+            total += leaf.size * leaf.dtype.itemsize
+    return total + sum(tables.values())
+
+
+def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[str, Any]) -> None:
+    """Write `params` (dense leaves and QuantizedMatrix) of `model`'s architecture to `path`, replacing what is there.
+
+    `incoherence` is the spec of the run's incoherence object. Written beside and renamed, so that `path` is always whole.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = pathlib.Path(path).absolute()
+    arrays: dict[str, np.ndarray] = {}
+    matrices: dict[str, Any] = {}
+    for name, leaf in _dense_leaves(params).items():
+        if isinstance(leaf, QuantizedMatrix):
+            parts, matrices[name] = to_arrays(leaf, incoherence)
+            arrays |= {f"{name}#{part}": np.atleast_1d(value) for part, value in parts.items()}
+        else:
+            arrays[name] = np.asarray(leaf)
+    scratch = path.with_name(path.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    ocp.save_pytree(scratch / "weights", arrays)
+    tokenizer = model.tokenizer
+    if tokenizer.vocab_size:
+        write_text(scratch / "tokenizer.json", tokenizer.backend.to_str())
+    manifest = {
+        "format": FORMAT,
+        "name": model.name,
+        "description": model.description,
+        "tokenizer": {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "adds_bos": tokenizer.adds_bos},
+        "config": dataclasses.asdict(model.config),
+        "matrices": matrices,
+        "sha256": {name: _sha256(array) for name, array in arrays.items()},
+    }
+    write_json(scratch / "model.json", manifest)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(scratch, path)
+
+
+def load(path: str | pathlib.Path) -> Model:
+    """The model of an artifact, with QuantizedMatrix leaves.
+
+    Raises ArtifactError when the folder is not a whole artifact of this format, or an array's checksum is wrong (naming it).
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = pathlib.Path(path).absolute()
+    file = path / "model.json"
+    if not file.is_file():
+        raise ArtifactError(f"{path}: no model.json; not an artifact, or a run that has not finished: give the artifact/ folder of a run")
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise ArtifactError(f"{file}: is not JSON ({error}); the artifact is damaged, run the quantisation again") from error
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: format {manifest.get('format')!r}; this qjax reads {FORMAT}: use the matching release")
+    try:
+        arrays = ocp.load_pytree(path / "weights")
+    except Exception as error:  # orbax raises many kinds; all mean that the stored arrays cannot be read
+        raise ArtifactError(f"{path}/weights: cannot be read ({type(error).__name__}: {error}); run the quantisation again") from error
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    expected = manifest["sha256"]
+    if set(arrays) != set(expected):
+        raise ArtifactError(f"{path}: arrays {sorted(set(arrays) ^ set(expected))[:4]} are missing or surplus; run the quantisation again")
+    for name, array in arrays.items():
+        if _sha256(array) != expected[name]:
+            raise ArtifactError(f"{path}: the array {name} does not match its checksum; the file is damaged, run the quantisation again")
+    return _assemble(path, manifest, arrays)
+
+
+def _assemble(path: pathlib.Path, manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Model:
+    config = dict(manifest["config"])
+    if config.get("rope_scaling") is not None:
+        config["rope_scaling"] = RopeScaling(**config["rope_scaling"])
+    config = ModelConfig(**config)
+    leaves: dict[str, Any] = {}
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in arrays.items():
+        if "#" in name:
+            matrix, part = name.split("#")
+            scalar = not manifest["matrices"][matrix]["leaves"][part][1]
+            parts.setdefault(matrix, {})[part] = array.reshape(()) if scalar else array
+        else:
+            leaves[name] = array
+    for name, spec in manifest["matrices"].items():
+        leaves[name] = from_arrays(parts[name], spec, f"{path}: {name}")
+    params: dict[str, Any] = {"blocks": [{} for _ in range(config.num_layers)]}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node: Any = params
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        node[last] = leaf
+    digest = hashlib.sha256(json.dumps(manifest["sha256"], sort_keys=True).encode()).hexdigest()
+    return Model(
+        config=config,
+        params=jax.device_put(params),
+        tokenizer=_tokenizer(path, manifest),
+        name=manifest["name"],
+        description=f"quantised from {manifest['description']}",
+        fingerprint={"sha256": digest},
+    )
+
+
+def _tokenizer(path: pathlib.Path, manifest: dict[str, Any]) -> Tokenizer:
+    file = path / "tokenizer.json"
+    if not file.exists():
+        return Tokenizer(None, missing=f"{path}: the quantised model came without a tokenizer")
+    return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), **manifest["tokenizer"])

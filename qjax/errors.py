@@ -1,0 +1,49 @@
+"""Errors a user can act on: each message names the thing, what was found, what is allowed and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "ArtifactError",
+    "DataError",
+    "InputError",
+    "ModelFileError",
+    "NumericsError",
+    "QjaxError",
+    "RunError",
+    "listed",
+]
+
+
+class QjaxError(Exception):
+    """Base of every error that qjax raises on purpose; entry points print it without a traceback and exit with 2."""
+
+
+class InputError(QjaxError, ValueError):
+    """An argument or option is outside what is allowed."""
+
+
+class ModelFileError(QjaxError):
+    """A model file is missing, damaged, refused or disagrees with its configuration."""
+
+
+class DataError(QjaxError):
+    """A text or token stream cannot serve as calibration or evaluation data."""
+
+
+class NumericsError(QjaxError):
+    """A factorisation or an estimate is not usable (not positive definite, not finite)."""
+
+
+class RunError(QjaxError):
+    """A run directory cannot be used: locked, of another configuration, or not writable."""
+
+
+class ArtifactError(QjaxError):
+    """A stored artifact is damaged, incomplete or of another format version."""
+
+
+def listed(names: Iterable[object]) -> str:
+    """`a, b, c` for a message, in a stable order."""
+    return ", ".join(sorted(str(name) for name in names)) or "none"

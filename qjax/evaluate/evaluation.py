@@ -1,0 +1,135 @@
+"""Running a model over evaluation windows, block by block and batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from qjax.data.stream import TokenStream, check_vocabulary
+from qjax.errors import InputError
+from qjax.evaluate.metrics import token_metrics, token_nll
+from qjax.evaluate.report import EvaluationReport, check_finite, summarise
+from qjax.models import transformer
+from qjax.models.config import ModelConfig
+
+__all__ = ["evaluate", "hidden_states", "perplexity"]
+
+Params = Any
+Progress = Callable[[int, int], None]  # (steps done, steps in all)
+
+BATCH = 4
+
+
+def hidden_states(
+    params: Params,
+    tokens: Int[np.ndarray, "sequences length"],
+    config: ModelConfig,
+    batch: int = BATCH,
+    progress: Progress | None = None,
+) -> Float[np.ndarray, "sequences length width"]:
+    """States after the last block, before the final norm, float32 on the host.
+
+    `params["blocks"]` is iterated once, so it may load its blocks as it goes. Every batch has `batch` windows (the last
+    one is filled up with copies of its last window), so that `embed` and `block` are one compiled program each.
+    `progress` is called after every block. Raises DataError for an id outside the vocabulary.
+    """
+    tokens = _checked(tokens, config, batch)
+    states = [np.asarray(transformer.embed(params["embed"], part)) for part in _batches(tokens, batch)]
+    done = 0
+    for done, parameters in enumerate(params["blocks"], start=1):
+        for index, state in enumerate(states):
+            states[index] = np.asarray(transformer.block(parameters, state, config))
+        if progress is not None:
+            progress(done, config.num_layers)
+    if done != config.num_layers:
+        raise InputError(f"the parameters hold {done} blocks, the configuration says {config.num_layers}")
+    return np.concatenate(states)[: len(tokens)].astype(np.float32, copy=False)
+
+
+def evaluate(
+    reference_hidden: Float[np.ndarray, "..."],
+    reference_head: dict[str, Any],
+    params: Params,
+    tokens: TokenStream | Int[np.ndarray, "sequences length"],
+    config: ModelConfig,
+    *,
+    batch: int = BATCH,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Perplexity, KL to the reference and agreement of the model `params` on windows of tokens.
+
+    Args:
+      reference_hidden: [sequences, length, width], the `hidden_states` of the reference on the same windows, e.g. from
+        a `TeacherCache`.
+      reference_head: `transformer.head` of the reference.
+      seed: of the bootstrap's resamples.
+
+    Raises InputError when the windows and `reference_hidden` differ in shape, NumericsError for non-finite logits.
+    """
+    stream = tokens if isinstance(tokens, TokenStream) else TokenStream.of(tokens, {})
+    expected = (*stream.tokens.shape, config.hidden_size)
+    if reference_hidden.shape != expected:
+        raise InputError(
+            f"reference_hidden must be [sequences, length, width] = {list(expected)} for these windows; "
+            f"found {list(reference_hidden.shape)}; compute it with hidden_states from the same tokens"
+        )
+    hidden = hidden_states(params, stream.tokens, config, batch, progress)
+    head = transformer.head(params)
+    rows: list[dict[str, np.ndarray]] = []
+    parts = (_batches(array, batch) for array in (reference_hidden, hidden, stream.tokens[:, 1:]))
+    for reference_part, part, targets in zip(*parts, strict=True):
+        found = token_metrics(reference_head, head, reference_part, part, targets, config)
+        rows.append({name: np.asarray(values) for name, values in found.items()})
+    metrics = {name: np.concatenate([row[name] for row in rows])[: stream.sequences] for name in rows[0]}
+    check_finite({"nll_reference": metrics["nll_reference"]}, "the reference model")
+    check_finite({name: metrics[name] for name in ("nll", "kl")}, "the evaluated model")
+    return summarise(
+        metrics,
+        context_length=stream.length,
+        stride=stream.description.get("stride", stream.length),
+        bos=stream.description.get("bos", "unstated"),
+        tokens_sha256=stream.sha256,
+        seed=seed,
+    )
+
+
+def perplexity(
+    params: Params,
+    tokens: TokenStream | Int[np.ndarray, "sequences length"],
+    config: ModelConfig,
+    *,
+    batch: int = BATCH,
+    progress: Progress | None = None,
+) -> float:
+    """`exp(mean nll)` over the `length - 1` predictions of every window. Raises NumericsError for non-finite logits."""
+    windows = tokens.tokens if isinstance(tokens, TokenStream) else tokens
+    hidden = hidden_states(params, windows, config, batch, progress)
+    head = transformer.head(params)
+    parts = zip(_batches(hidden, batch), _batches(windows[:, 1:], batch), strict=True)
+    found = [np.asarray(token_nll(head, part, targets, config)) for part, targets in parts]
+    nll = np.concatenate(found)[: len(windows)]
+    check_finite({"nll": nll}, "the model")
+    with np.errstate(over="ignore"):
+        return float(np.exp(nll.mean(dtype=np.float64)))
+
+
+def _checked(tokens: np.ndarray, config: ModelConfig, batch: int) -> np.ndarray:
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2 or batch < 1:
+        raise InputError(
+            f"evaluation needs tokens [sequences >= 1, length >= 2] and batch >= 1; "
+            f"found {list(tokens.shape)} and batch {batch}"
+        )
+    check_vocabulary(tokens, config.vocab_size, "evaluation tokens")
+    return np.asarray(tokens, dtype=np.int32)
+
+
+def _batches(array: np.ndarray, batch: int) -> Iterator[np.ndarray]:
+    """Equal batches of the leading axis; the last is filled up with copies of its last entry."""
+    for start in range(0, len(array), batch):
+        part = array[start : start + batch]
+        missing = batch - len(part)
+        yield np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part

@@ -1,0 +1,97 @@
+"""Hessians of all linears of a model from calibration tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from qjax.errors import DataError, InputError, NumericsError
+from qjax.hessian.accumulate import accumulate, empty, finish
+from qjax.hessian.statistics import Hessian
+from qjax.models.config import ModelConfig
+from qjax.models.transformer import LINEARS, embed
+
+__all__ = ["ESTIMATORS", "batches", "block_hessians", "collect", "embedded", "layer_names"]
+
+ESTIMATORS = ("input",)
+
+
+def layer_names(config: ModelConfig) -> list[str]:
+    """The names of all linears, in the order of the forward pass: `layers.<i>.<self_attn|mlp>.<name>_proj`."""
+    return [f"layers.{i}.{linear}" for i in range(config.num_layers) for linear in LINEARS]
+
+
+def batches(sequences: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Equal batches along the first axis and their masks; the last one is padded by repetition with mask 0."""
+    for start in range(0, len(sequences), batch):
+        part = sequences[start : start + batch]
+        mask = np.ones(batch, np.float32)
+        mask[len(part) :] = 0
+        if len(part) < batch:
+            part = np.concatenate([part, np.repeat(part[:1], batch - len(part), axis=0)])
+        yield part, mask
+
+
+def embedded(table: Any, tokens: Int[np.ndarray, "sequences length"], batch: int) -> np.ndarray:
+    """The embedding vectors of all sequences, on the host: the input of the first block."""
+    parts = [np.asarray(embed(table, part))[: int(mask.sum())] for part, mask in batches(tokens, batch)]
+    return np.concatenate(parts)
+
+
+def block_hessians(
+    parameters: Any, x: np.ndarray, config: ModelConfig, *, index: int, batch: int, propagate: bool
+) -> tuple[dict[str, Hessian], np.ndarray | None]:
+    """`H = E[x xᵀ]` of every linear of block `index`, and the block's outputs when `propagate`.
+
+    Linears that share an input share the array. `x` are the block's inputs `[sequences, length, width]` on the host.
+    Raises NumericsError naming the first linear whose input is not finite.
+    """
+    moments, outputs = empty(config), []
+    for part, mask in batches(x, batch):
+        moments, y = accumulate(moments, parameters, part, mask, config, propagate=propagate)
+        if propagate:
+            outputs.append(np.asarray(y)[: int(mask.sum())])
+    means, tokens, broken = finish(moments)
+    if broken:
+        name = next(linear for linear, site in LINEARS.items() if site == broken[0])
+        raise NumericsError(
+            f"layers.{index}.{name}: its inputs on the calibration data are not finite; "
+            "check the weights of the blocks before it, or load the model in float32"
+        )
+    hessians = {linear: Hessian(means[site], None, tokens) for linear, site in LINEARS.items()}
+    return hessians, np.concatenate(outputs) if propagate else None
+
+
+def collect(
+    model: Any,
+    tokens: Int[np.ndarray, "sequences length"],
+    estimator: str = "input",
+    *,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Hessian]:
+    """Hessians of every linear of `model` (config, params) from calibration tokens, in parallel from the original model.
+
+    "input": `H_in = E[x xᵀ]`, uncentred, float32 (GPTQ, QuIP). Layers that share an input share the array.
+
+    Raises InputError for an unknown estimator, DataError for no tokens, NumericsError for inputs that are not finite.
+    """
+    if estimator not in ESTIMATORS:
+        raise InputError(f"unknown Hessian estimator {estimator!r}; there is: {', '.join(ESTIMATORS)}")
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.size == 0:
+        raise DataError(f"calibration tokens have shape {tokens.shape}; [sequences, length] with at least one token is needed")
+    config: ModelConfig = model.config
+    batch = min(batch, len(tokens))
+    x = embedded(model.params["embed"], tokens, batch)
+    hessians: dict[str, Hessian] = {}
+    for index, parameters in enumerate(model.params["blocks"]):
+        block, y = block_hessians(parameters, x, config, index=index, batch=batch, propagate=True)
+        hessians |= {f"layers.{index}.{linear}": hessian for linear, hessian in block.items()}
+        x = y
+        if progress is not None:
+            progress(index + 1, config.num_layers)
+    return hessians

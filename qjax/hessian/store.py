@@ -1,0 +1,112 @@
+"""A content-addressed store of Hessians: the same model, tokens and estimator are never collected twice."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from qjax.errors import ArtifactError
+from qjax.hessian.collect import batches, block_hessians, embedded
+from qjax.hessian.statistics import Hessian
+from qjax.models.config import ModelConfig
+from qjax.models.transformer import LINEARS, SITES, block
+from qjax.run.atomic import read_safetensors, write_safetensors
+from qjax.run.fingerprint import digest
+
+__all__ = ["HessianStore", "pack_triangle", "unpack_triangle"]
+
+_VERSION = 1
+
+
+def pack_triangle(matrix: np.ndarray) -> np.ndarray:
+    """The lower triangle of a symmetric [n, n], row-major, `n(n+1)/2` values."""
+    return np.ascontiguousarray(matrix[np.tril_indices(matrix.shape[0])])
+
+
+def unpack_triangle(values: np.ndarray) -> np.ndarray:
+    """The symmetric matrix of `pack_triangle`."""
+    n = int((np.sqrt(8 * values.size + 1) - 1) // 2)
+    if n * (n + 1) // 2 != values.size:
+        raise ArtifactError(f"{values.size} values are not the triangle of a symmetric matrix; the Hessian file is damaged")
+    matrix = np.zeros((n, n), values.dtype)
+    matrix[np.tril_indices(n)] = values
+    return matrix + np.tril(matrix, -1).T
+
+
+class HessianStore:
+    """Hessians on disk, one checksummed file per block under the hash of everything they depend on.
+
+    A killed collection continues at the first block that is missing; a damaged file is collected again.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        self.path = pathlib.Path(path)
+
+    def key(self, model_fingerprint: Any, tokens_sha256: str, estimator: str, batch: int) -> str:
+        """The address of a collection (the batch is part of it: it fixes the order of the float32 sums)."""
+        return digest(
+            {"version": _VERSION, "model": model_fingerprint, "tokens": tokens_sha256, "estimator": estimator, "batch": batch}
+        )
+
+    def _file(self, key: str, index: int) -> pathlib.Path:
+        return self.path / key / f"block_{index:04d}.safetensors"
+
+    def load(self, key: str, index: int) -> dict[str, Hessian] | None:
+        """The Hessians of one block by linear, or None when they are absent or damaged."""
+        file = self._file(key, index)
+        if not file.exists():
+            return None
+        try:
+            arrays, metadata = read_safetensors(file)
+        except ArtifactError:
+            return None
+        sites = {site: unpack_triangle(arrays[site]) for site in SITES}
+        return {linear: Hessian(sites[site], None, int(metadata["tokens"])) for linear, site in LINEARS.items()}
+
+    def save(self, key: str, index: int, hessians: dict[str, Hessian]) -> None:
+        """Write one block durably; sites that linears share are stored once, as triangles."""
+        shared = {site: hessians[linear] for linear, site in reversed(LINEARS.items())}
+        arrays = {site: pack_triangle(np.asarray(shared[site].input)) for site in SITES}
+        write_safetensors(self._file(key, index), arrays, {"tokens": str(shared[SITES[0]].tokens)})
+
+    def collect(
+        self,
+        key: str,
+        config: ModelConfig,
+        params: Any,
+        tokens: np.ndarray,
+        *,
+        batch: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Callable[[int], dict[str, Hessian]]:
+        """Make sure that all blocks are stored, collecting what is missing; returns the loader of a block by index."""
+        present = [self._file(key, index).exists() and self.load(key, index) is not None for index in range(config.num_layers)]
+        if not all(present):
+            last = max(index for index, there in enumerate(present) if not there)
+            x = embedded(params["embed"], tokens, batch)
+            for index, parameters in enumerate(params["blocks"][: last + 1]):
+                if present[index]:
+                    x = forward_block(parameters, x, config, batch)
+                else:
+                    hessians, x = block_hessians(parameters, x, config, index=index, batch=batch, propagate=True)
+                    self.save(key, index, hessians)
+                if progress is not None:
+                    progress(index + 1, config.num_layers)
+
+        def loader(index: int) -> dict[str, Hessian]:
+            hessians = self.load(key, index)
+            if hessians is None:
+                raise ArtifactError(
+                    f"{self._file(key, index)}: vanished or was damaged while in use; run again to collect it anew"
+                )
+            return hessians
+
+        return loader
+
+
+def forward_block(parameters: Any, x: np.ndarray, config: ModelConfig, batch: int) -> np.ndarray:
+    """The outputs of one block for all sequences, on the host."""
+    return np.concatenate([np.asarray(block(parameters, part, config))[: int(mask.sum())] for part, mask in batches(x, batch)])

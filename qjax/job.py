@@ -1,0 +1,296 @@
+"""One quantisation run from settings to a finished run directory: load, check, calibrate, round, evaluate, store."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from qjax import artifact, data, evaluate, models
+from qjax.directory import RunDirectory
+from qjax.errors import InputError, RunError
+from qjax.evaluate import TeacherCache, hidden_states
+from qjax.hessian.collect import ESTIMATORS
+from qjax.hessian.store import HessianStore
+from qjax.pipeline import QuantizedModel, quantize_model
+from qjax.preflight import Estimate, check, estimate
+from qjax.quantize import MatrixReport
+from qjax.recipe import Recipe
+from qjax.records import Records
+from qjax.run.fingerprint import device, versions
+from qjax.run.lock import RunLock
+from qjax.run.monitor import CompileCounter, Stopwatch, device_peak_memory_bytes, peak_memory_bytes
+from qjax.run.progress import Progress
+from qjax.run.tracker import Tracker
+
+__all__ = ["Job", "run"]
+
+_log = logging.getLogger("qjax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything a run depends on. `settings` is the resolved configuration as it is written down.
+
+    Attributes:
+      model: {"source", "dtype"}.  data: arguments of `qjax.data.load`.  hessian: {"estimator", "stream", "batch"}.
+      evaluate: {"enabled", "batch"}.  memory: {"host_gb", "disk_gb"}.
+      cache: folder shared between runs for Hessians and reference states.
+      tracker: makes the tracker, given the run directory.
+    """
+
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    recipe: Recipe
+    hessian: Mapping[str, Any]
+    evaluate: Mapping[str, Any]
+    memory: Mapping[str, Any]
+    seed: int
+    out: pathlib.Path
+    cache: pathlib.Path
+    settings: Mapping[str, Any]
+    settings_yaml: str
+    tracker: Callable[[pathlib.Path], Tracker]
+    resume: bool = True
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; it lies in 0 … 2^32 − 1")
+        if self.hessian["estimator"] not in ESTIMATORS:
+            raise InputError(f"hessian.estimator is {self.hessian['estimator']!r}; there is: {', '.join(ESTIMATORS)}")
+        if self.hessian["stream"] not in ("quantized", "original"):
+            raise InputError(f"hessian.stream is {self.hessian['stream']!r}; allowed are quantized, original")
+        for group, key in (("hessian", "batch"), ("evaluate", "batch")):
+            if getattr(self, group)[key] < 1:
+                raise InputError(f"{group}.{key} is {getattr(self, group)[key]}; it is the number of sequences per step, at least 1")
+
+
+def run(job: Job) -> dict[str, Any] | None:
+    """Carry out a job; returns its results (None for a dry run). A finished run is not repeated, a killed one continues.
+
+    Raises the errors of `qjax.errors`; the run directory never looks finished unless it is.
+    """
+    with CompileCounter() as compiles, RunLock(job.out):
+        watch = Stopwatch(compiles)
+        with watch.stage("load"):
+            files = models.open_model(job.model["source"])
+            tokens = data.load(tokenizer=files.tokenizer, vocab_size=files.config.vocab_size, seed=job.seed, **job.data)
+            plans = job.recipe.plan([f"layers.{i}.{name}" for i in range(files.config.num_layers) for name in models.LINEARS])
+            need = _estimate(job, files.config, plans, tokens)
+        _announce(job, files, tokens, need)
+        check(need, job.out, host_gb=job.memory["host_gb"], disk_gb=job.memory["disk_gb"])
+        if job.dry_run:
+            print("dry run: nothing was computed")
+            return None
+        with watch.stage("load"):
+            fingerprint = _fingerprint(job, files.fingerprint(job.model["dtype"])["sha256"], tokens)
+            directory = RunDirectory(job.out)
+            records = directory.claim(fingerprint, job.settings_yaml, resume=job.resume)
+        if (known := directory.results()) is not None:
+            print(f"{job.out}: finished before; nothing to do (resume=false starts anew)")
+            return known
+        handler = _log_to(job.out / "log.txt")
+        tracker = job.tracker(job.out)
+        try:
+            _log.info("started: %s", job.settings)
+            with watch.stage("load"):
+                model = models.load(job.model["source"], job.model["dtype"])
+            teacher = _teacher(job, model, tokens, watch) if job.evaluate["enabled"] else None
+            quantized, peaks = _quantize(job, model, tokens, records, watch, tracker)
+            results = {**_sizes(model, quantized), **_losses(quantized.reports)}
+            if teacher is not None:
+                results |= _evaluate(job, model, quantized, teacher, tokens, watch)
+            with watch.stage("save"):
+                artifact.save(directory.artifact, model, quantized.params, quantized.incoherence)
+                directory.write_layers(quantized.reports, peaks)
+            results |= _circumstances(job, model, tokens, watch, compiles)
+            results = _finite(results)
+            directory.write_results(results)
+            tracker.summary(results)
+            _log.info("finished")
+            return results
+        except BaseException as error:
+            _log.error("ended by %s: %s", type(error).__name__, error)
+            raise
+        finally:
+            tracker.close()
+            _log.removeHandler(handler)
+            handler.close()
+
+
+def _estimate(job: Job, config: models.ModelConfig, plans: Mapping[str, Any], tokens: data.TokenSplit) -> Estimate:
+    return estimate(
+        config,
+        plans,
+        bytes_per_parameter=4 if job.model["dtype"] == "float32" else 2,
+        calibration=tokens.calibration.tokens.shape,
+        evaluation=tokens.evaluation.tokens.shape,
+        batch=min(job.hessian["batch"], tokens.calibration.sequences),
+        stored_hessians=job.hessian["stream"] == "original",
+    )
+
+
+def _announce(job: Job, files: models.ModelFiles, tokens: data.TokenSplit, need: Estimate) -> None:
+    print(f"{files.name} ({files.description}) -> {job.out}")
+    print(f"calibration {tokens.calibration.tokens.size} tokens, evaluation {tokens.evaluation.tokens.size}, length {tokens.calibration.length}")
+    for line in need.lines():
+        print(line, flush=True)
+
+
+def _fingerprint(job: Job, model_sha256: str, tokens: data.TokenSplit) -> dict[str, Any]:
+    """What decides the run's bytes: settings without places and conveniences, model, tokens, versions."""
+    irrelevant = {"out", "cache", "dry_run", "resume", "tracker", "memory"}
+    return {
+        "settings": {key: value for key, value in job.settings.items() if key not in irrelevant},
+        "model": model_sha256,
+        "calibration": tokens.calibration.sha256,
+        "evaluation": tokens.evaluation.sha256,
+        "versions": versions(),
+        "platform": jax.default_backend(),
+    }
+
+
+def _log_to(path: pathlib.Path) -> logging.Handler:
+    try:
+        handler = logging.FileHandler(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror}); choose another out=") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    return handler
+
+
+def _teacher(job: Job, model: models.Model, tokens: data.TokenSplit, watch: Stopwatch) -> Any:
+    """Final hidden states of the original model on the evaluation windows, cached between runs."""
+
+    def compute() -> Any:
+        with Progress("reference", model.config.num_layers) as progress:
+            return hidden_states(
+                model.params, tokens.evaluation.tokens, model.config, job.evaluate["batch"], lambda done, total: progress.update(done)
+            )
+
+    with watch.stage("reference"):
+        key = f"{model.fingerprint['sha256']}-{job.evaluate['batch']}-{jax.__version__}-{jax.default_backend()}"
+        return TeacherCache(job.cache / "teachers").get(key, tokens.evaluation.sha256, compute)
+
+
+def _quantize(
+    job: Job, model: models.Model, tokens: data.TokenSplit, records: Records, watch: Stopwatch, tracker: Tracker
+) -> tuple[QuantizedModel, dict[str, int]]:
+    calibration, batch = tokens.calibration, min(job.hessian["batch"], tokens.calibration.sequences)
+    loader = None
+    if job.hessian["stream"] == "original":
+        with watch.stage("hessians"), Progress("hessians", model.config.num_layers) as progress:
+            store = HessianStore(job.cache / "hessians")
+            identity = f"{model.fingerprint['sha256']}-{jax.__version__}-{jax.default_backend()}"
+            loader = store.collect(
+                store.key(identity, calibration.sha256, job.hessian["estimator"], batch),
+                model.config,
+                model.params,
+                calibration.tokens,
+                batch=batch,
+                progress=lambda done, total: progress.update(done),
+            )
+    peaks: dict[str, int] = {}
+    plans = job.recipe.plan([f"layers.{i}.{name}" for i in range(model.config.num_layers) for name in models.LINEARS])
+    total = sum(plan is not None for plan in plans.values())
+    with watch.stage("quantize"), Progress(f"quantise {job.out.name}", total) as progress:
+
+        def on_layer(report: MatrixReport, found: bool) -> None:
+            peaks[report.name] = peak_memory_bytes()
+            progress.advance(note=f"{report.name} proxy loss {report.proxy_loss:.4f}")
+            if not found:
+                tracker.log({f"layer/{key}": value for key, value in dataclasses.asdict(report).items()}, step=progress.done)
+                _log.info("%s", report)
+
+        quantized = quantize_model(
+            model.config,
+            model.params,
+            calibration.tokens,
+            job.recipe,
+            seed=job.seed,
+            stream=job.hessian["stream"],
+            hessians=loader,
+            records=records,
+            batch=batch,
+            on_layer=on_layer,
+        )
+    return quantized, peaks
+
+
+def _sizes(model: models.Model, quantized: QuantizedModel) -> dict[str, Any]:
+    weights = [math.prod(report.shape) for report in quantized.reports]
+    bits = sum(report.bits_per_weight * count for report, count in zip(quantized.reports, weights, strict=True))
+    return {
+        "bits_per_weight": bits / sum(weights),
+        "quantized_weights": sum(weights),
+        "whole_model_bytes": artifact.model_bytes(quantized.params),
+        "whole_model_bytes_reference": artifact.model_bytes(model.params),
+    }
+
+
+def _losses(reports: list[MatrixReport]) -> dict[str, Any]:
+    mean = lambda name: sum(getattr(report, name) for report in reports) / len(reports)  # noqa: E731
+    worst = max(reports, key=lambda report: report.proxy_loss)
+    return {
+        "matrices": len(reports),
+        "proxy_loss_mean": mean("proxy_loss"),
+        "proxy_loss_worst": worst.proxy_loss,
+        "proxy_loss_worst_layer": worst.name,
+        "weight_mse_mean": mean("weight_mse"),
+        "damping_max": max(report.damping for report in reports),
+        "dead_columns": sum(report.dead_columns for report in reports),
+    }
+
+
+def _evaluate(
+    job: Job, model: models.Model, quantized: QuantizedModel, teacher: Any, tokens: data.TokenSplit, watch: Stopwatch
+) -> dict[str, Any]:
+    with watch.stage("evaluate"), Progress("evaluate", model.config.num_layers) as progress:
+        report = evaluate.evaluate(
+            teacher,
+            models.head(model.params),
+            quantized.params,
+            tokens.evaluation,
+            model.config,
+            batch=job.evaluate["batch"],
+            progress=lambda done, total: progress.update(done),
+        )
+    return report.to_dict()
+
+
+def _circumstances(
+    job: Job, model: models.Model, tokens: data.TokenSplit, watch: Stopwatch, compiles: CompileCounter
+) -> dict[str, Any]:
+    return {
+        "model": {"name": model.name, "description": model.description, "source": str(job.model["source"]), "fingerprint": model.fingerprint},
+        "settings": dict(job.settings),
+        "tokens_calibration": int(tokens.calibration.tokens.size),
+        "calibration": tokens.calibration.description,
+        "evaluation": tokens.evaluation.description,
+        "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
+        "compiled_programs": compiles.count,
+        "compiled_program_names": compiles.programs,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "device_peak_memory_bytes": device_peak_memory_bytes(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions(),
+        "device": device(),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a hopeless model's perplexity becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

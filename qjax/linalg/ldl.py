@@ -1,0 +1,99 @@
+"""Block LDL factorisation: the feedback matrices of LDLQ and, flipped, of GPTQ."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qjax.errors import InputError, NumericsError
+
+__all__ = ["block_ldl", "block_ldl_host", "block_udu", "unit_lower"]
+
+
+def check_block(n: int, block: int) -> None:
+    """Raises InputError unless `block` divides n."""
+    if block < 1 or n % block:
+        raise InputError(
+            f"block {block} does not divide the {n} columns of the Hessian; allowed are the divisors of {n}; or pad"
+        )
+
+
+def unit_lower(
+    cholesky: Float[Array, "n n"], block: int
+) -> tuple[Float[Array, "n n"], Float[Array, "blocks block block"]]:
+    """(L, D) of `H = L D Lᵀ` from the lower Cholesky factor C: `L[:, b] = C[:, b] C[b, b]⁻¹`, `D_b = C[b, b] C[b, b]ᵀ`.
+
+    The diagonal blocks of L are exactly I and everything above them exactly 0. Source: QuIP# (2402.04396), section 4.1.
+    """
+    n = cholesky.shape[0]
+    count = n // block
+    if block == 1:
+        pivot = jnp.diagonal(cholesky)
+        lower, diagonal = (
+            cholesky / pivot.reshape(1, n),
+            jnp.square(pivot).reshape(n, 1, 1),
+        )
+    else:
+        index = jnp.arange(count)
+        corners = cholesky.reshape(count, block, count, block)[index, :, index, :]
+        columns = cholesky.reshape(n, count, block).transpose(1, 0, 2)
+        solved = jax.lax.linalg.triangular_solve(corners, columns, left_side=False, lower=True)
+        lower = solved.transpose(1, 0, 2).reshape(n, n)
+        diagonal = jnp.einsum("bij,bkj->bik", corners, corners, precision="highest")
+    row, column = jnp.arange(n).reshape(n, 1), jnp.arange(n).reshape(1, n)
+    return jnp.where(row // block > column // block, lower, (row == column).astype(lower.dtype)), diagonal
+
+
+@functools.partial(jax.jit, static_argnames=("block",))
+def block_ldl(
+    hessian: Float[Array, "n n"], block: int = 1
+) -> tuple[Float[Array, "n n"], Float[Array, "blocks block block"]]:
+    """`H = L D Lᵀ`: L unit block-lower-triangular, D block-diagonal, returned as its n/block diagonal blocks.
+
+    In the dtype of H; `block=1` is the scalar LDL. Where H is not positive definite the results are NaN (see
+    `damped_factor`). Raises InputError when `block` does not divide n. Source: QuIP# (2402.04396), section 4.1.
+    """
+    check_block(hessian.shape[0], block)
+    return unit_lower(jnp.linalg.cholesky(hessian), block)
+
+
+@functools.partial(jax.jit, static_argnames=("block",))
+def block_udu(
+    hessian: Float[Array, "n n"], block: int = 1
+) -> tuple[Float[Array, "n n"], Float[Array, "blocks block block"]]:
+    """`H = U D Uᵀ` with U unit block-upper-triangular: the factor of GPTQ's order, left to right.
+
+    `block_ldl` of H flipped in both axes, flipped back. Raises InputError when `block` does not divide n.
+    """
+    lower, diagonal = block_ldl(jnp.flip(hessian), block)
+    return jnp.flip(lower), jnp.flip(diagonal)
+
+
+def block_ldl_host(
+    hessian: Float[np.ndarray, "n n"], block: int = 1
+) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "blocks block block"]]:
+    """`block_ldl` in numpy float64, for matrices that float32 cannot factor.
+
+    Raises InputError when `block` does not divide n, NumericsError when H is not positive definite.
+    """
+    n = hessian.shape[0]
+    check_block(n, block)
+    try:
+        cholesky = np.linalg.cholesky(np.asarray(hessian, np.float64))
+    except np.linalg.LinAlgError as error:
+        raise NumericsError(
+            f"a Hessian of {n} columns is not positive definite in float64; add damping "
+            "(0.01 of its mean diagonal is usual) or use more calibration tokens"
+        ) from error
+    count = n // block
+    index = np.arange(count)
+    corners = cholesky.reshape(count, block, count, block)[index, :, index, :]
+    # X C_b = A is solved as C_bᵀ Xᵀ = Aᵀ, one batch over the diagonal blocks.
+    columns = cholesky.reshape(n, count, block).transpose(1, 2, 0)
+    lower = np.linalg.solve(corners.transpose(0, 2, 1), columns).transpose(2, 0, 1).reshape(n, n)
+    row, column = np.arange(n)[:, None], np.arange(n)[None, :]
+    return np.where(row // block > column // block, lower, np.eye(n)), corners @ corners.transpose(0, 2, 1)

@@ -1,0 +1,30 @@
+"""Decoder-only transformers as pure functions on pytrees, their files, their tokenizers."""
+
+from qjax.models.config import ModelConfig, RopeScaling
+from qjax.models.generate import generate
+from qjax.models.loading import Model, ModelFiles, load, open_model
+from qjax.models.tokenizer import Tokenizer
+from qjax.models.transformer import LINEARS, SITES, block, block_inputs, embed, forward, head, logits
+from qjax.models.weights import WeightSource, read_block, read_edges
+
+__all__ = [
+    "LINEARS",
+    "SITES",
+    "Model",
+    "ModelConfig",
+    "ModelFiles",
+    "RopeScaling",
+    "Tokenizer",
+    "WeightSource",
+    "block",
+    "block_inputs",
+    "embed",
+    "forward",
+    "generate",
+    "head",
+    "load",
+    "logits",
+    "open_model",
+    "read_block",
+    "read_edges",
+]

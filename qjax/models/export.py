@@ -1,0 +1,114 @@
+"""Write a dense model as a Hugging Face directory: config.json, model.safetensors, tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from qjax.errors import ModelFileError, RunError
+from qjax.models.config import ModelConfig
+
+__all__ = ["hugging_face_config", "hugging_face_tensors", "rounded", "write_directory"]
+
+
+def hugging_face_config(config: ModelConfig, special_token: int) -> dict[str, Any]:
+    """`config.json` of a Llama model; `special_token` both begins and ends a text.
+
+    Raises ModelFileError for a family whose options LlamaForCausalLM does not have.
+    """
+    if config.architecture != "LlamaForCausalLM" or config.qkv_bias or config.qk_norm or config.rope_scaling:
+        raise ModelFileError(f"only a plain LlamaForCausalLM can be written, found {config.architecture} with {config}")
+    return {
+        "architectures": [config.architecture],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "bos_token_id": special_token,
+        "eos_token_id": special_token,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def hugging_face_tensors(params: Any) -> dict[str, np.ndarray]:
+    """The pytree of `qjax.models.transformer` under the names of Llama checkpoints, in bfloat16."""
+    named: dict[str, Any] = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]}
+    if "head" in params:
+        named["lm_head.weight"] = params["head"]
+    for index, block in enumerate(params["blocks"]):
+        for name, value in block.items():
+            prefix = f"model.layers.{index}.{name}"
+            if not isinstance(value, Mapping):
+                named[f"{prefix}.weight"] = value
+                continue
+            for part, tensors in value.items():
+                named |= {f"{prefix}.{part}.{kind}": tensor for kind, tensor in tensors.items()}
+    return {name: np.asarray(tensor).astype(ml_dtypes.bfloat16) for name, tensor in named.items()}
+
+
+def rounded(params: Any) -> Any:
+    """Every parameter rounded to bfloat16 and back to float32: the values that a directory holds."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16).astype(np.float32), params)
+
+
+def write_directory(
+    folder: Path,
+    params: Any,
+    config: ModelConfig,
+    tokenizer_json: str,
+    record: Mapping[str, Any],
+    special_token: int,
+    *,
+    replace: bool = False,
+) -> None:
+    """Write the model and its training record as `folder`, which appears complete or not at all.
+
+    Raises RunError when `folder` exists and `replace` is false, or when it cannot be written.
+    """
+    if folder.exists() and not replace:
+        raise RunError(f"{folder} exists already and is not overwritten; remove it or choose another out")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        staging.chmod(0o755)
+        files = {
+            "config.json": json.dumps(hugging_face_config(config, special_token), indent=2) + "\n",
+            "tokenizer.json": tokenizer_json,
+            "training.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+        }
+        for name, text in files.items():
+            (staging / name).write_text(text, encoding="utf-8")
+        save_file(hugging_face_tensors(params), staging / "model.safetensors", metadata={"format": "pt"})
+        retired = staging.with_name(staging.name + "-old")
+        if folder.exists():  # a folder cannot be renamed onto a full one: two renames, with the old one kept until then
+            os.rename(folder, retired)
+        os.rename(staging, folder)
+        shutil.rmtree(retired, ignore_errors=True)
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be written ({error.strerror or error}); make room or choose another out"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

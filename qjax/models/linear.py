@@ -1,0 +1,17 @@
+"""`y = x Wᵀ`: the single place where a dense weight and a quantised one are told apart."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax.quantized import QuantizedMatrix
+
+__all__ = ["linear"]
+
+
+def linear(x: Float[Array, "*batch in"], weight: Float[Array, "out in"] | QuantizedMatrix) -> Float[Array, "*batch out"]:
+    """`x Wᵀ` in the dtype of `x` (a quantised weight is decoded on the fly and stays packed in memory)."""
+    if isinstance(weight, QuantizedMatrix):
+        return weight.matmul(x)
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))

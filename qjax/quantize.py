@@ -1,0 +1,222 @@
+"""The composition for one matrix: incoherence ∘ scaling ∘ rounding ∘ codebook."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+
+from qjax.codebooks.base import Codebook
+from qjax.codebooks.scaling import ScaleRule, Scaling, fit
+from qjax.errors import InputError, NumericsError
+from qjax.hessian.statistics import Hessian
+from qjax.incoherence import Incoherence
+from qjax.prng import name_id
+from qjax.quantized import QuantizedMatrix
+from qjax.rounding.base import Rounded, Rounding, precise
+from qjax.rounding.gptq import GPTQ
+from qjax.rounding.losses import proxy_loss, weight_mse
+
+__all__ = ["MatrixReport", "default_scale_rule", "quantize_matrix"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixReport:
+    """What happened to one matrix (all losses relative, dimensionless).
+
+    Attributes:
+      name: the layer's name.  shape: (out, in).  padded: the shape that was coded.
+      bits_per_weight: stored bits of codes, scales, zeros, signs and permutation per weight.
+      proxy_loss: `tr(E H Eᵀ) / tr(W H Wᵀ)` with the undamped H in the original basis.
+      weight_mse: `‖E‖² / ‖W‖²`.
+      damping: multiple of H's mean diagonal that was added.
+      scale_rms: the RMS of what the codebook saw (its effective scale).
+      seconds: wall time of the call, compilation included.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    padded: tuple[int, int]
+    bits_per_weight: float
+    proxy_loss: float
+    weight_mse: float
+    damping: float
+    scale_rms: float
+    dead_columns: int
+    seconds: float
+
+
+@struct.dataclass
+class _Outcome:
+    matrix: QuantizedMatrix
+    proxy_loss: Array
+    weight_mse: Array
+    damping: Array
+    scale_rms: Array
+    dead_columns: Array
+    ok: Array
+
+
+def default_scale_rule(codebook: Codebook, scale: float | ScaleRule | None) -> ScaleRule:
+    """The rule that `scale` stands for: None is the codebook's default, a number the RMS that the codebook sees.
+
+    The affine `grid` defaults to min–max per row (GPTQ), all other codebooks to one RMS scale for the matrix.
+    """
+    if isinstance(scale, ScaleRule):
+        return scale
+    if scale is None and getattr(codebook, "name", None) == "grid":
+        return ScaleRule("minmax", "row")
+    return ScaleRule("rms", "matrix", rms=None if scale is None else float(scale))
+
+
+def _rotated_hessian(hessian: Hessian, transform: Any) -> Hessian:
+    output = None if hessian.output is None else transform.output_hessian(hessian.output)
+    return Hessian(transform.input_hessian(hessian.input), output, hessian.tokens)
+
+
+def _round_at(
+    weight: Array, hessian: Hessian, codebook: Codebook, rounding: Rounding, rule: ScaleRule, damping: Array, key: Array
+) -> tuple[Rounded, Scaling]:
+    """Round with the scale of `rule`, searching over its candidates when it asks for that."""
+    if isinstance(rounding, GPTQ):
+        rounding = dataclasses.replace(rounding, rule=rule)
+
+    def at(factor: Array | float) -> Rounded:
+        scaling = fit(weight, codebook, rule, factor)
+        return rounding(weight, hessian, codebook, scaling=scaling, damping=damping, key=key)
+
+    if rule.method != "search":
+        return at(1.0)
+
+    def loss(factor: Array) -> Array:
+        return proxy_loss(weight, at(factor).values, hessian)
+
+    factors = jnp.asarray(rule.candidates, weight.dtype)
+    return at(factors[jnp.argmin(jax.lax.map(loss, factors))])
+
+
+@functools.partial(jax.jit, static_argnames=("rounding", "incoherence", "rule"))
+def _quantize(
+    weight: Array,
+    hessian: Hessian,
+    codebook: Codebook,
+    damping: Array,
+    key: Array,
+    name: Array,
+    *,
+    rounding: Rounding,
+    incoherence: Incoherence,
+    rule: ScaleRule,
+) -> _Outcome:
+    """One compiled program per shape and recipe; everything that varies between layers is an argument."""
+    weight = weight.astype(jnp.float32)
+    sign_key, noise_key = jax.random.split(jax.random.fold_in(key, name))
+    transform = incoherence.sample(sign_key, *weight.shape, multiple=codebook.tile, weight=weight, hessian=hessian.input)
+    rotated = transform.weight(weight)
+    rounded = _round_at(rotated, _rotated_hessian(hessian, transform), codebook, rounding, rule, damping, noise_key)
+    matrix = QuantizedMatrix(
+        codebook.pack(rounded.codes), rounded.scaling, transform, codebook, rounded.permutation
+    )
+    dense = transform.weight_inverse(rounded.values)
+    scale, _ = rounded.scaling.at(jnp.arange(rotated.shape[1]), jnp.float32)
+    rms = jnp.sqrt(jnp.mean(jnp.square(rotated / scale)))
+    loss = proxy_loss(weight, dense, hessian)
+    dead = jnp.sum(jnp.diagonal(hessian.input) <= 0)
+    ok = rounded.ok & jnp.isfinite(loss)
+    return _Outcome(matrix, loss, weight_mse(weight, dense), rounded.damping, rms, dead, ok)
+
+
+def _validate(weight: Any, hessian: Hessian, name: str) -> None:
+    shape = np.shape(weight)
+    if len(shape) != 2 or 0 in shape:
+        raise InputError(f"layer {name}: a weight matrix has shape [out, in] with both positive; found {shape}")
+    if np.shape(hessian.input) != (shape[1], shape[1]):
+        raise InputError(
+            f"layer {name}: the Hessian has shape {np.shape(hessian.input)} but the weight {shape} needs "
+            f"({shape[1]}, {shape[1]}); it was collected for another layer or model"
+        )
+    if hessian.output is not None and np.shape(hessian.output) != (shape[0], shape[0]):
+        raise InputError(
+            f"layer {name}: the output Hessian has shape {np.shape(hessian.output)} but the weight {shape} needs ({shape[0]}, {shape[0]})"
+        )
+    for what, array in (("weight", weight), ("input Hessian", hessian.input), ("output Hessian", hessian.output)):
+        if array is None:
+            continue
+        host = np.asarray(array)
+        if not np.all(np.isfinite(host)):
+            where = tuple(int(i) for i in np.argwhere(~np.isfinite(host))[0])
+            raise NumericsError(
+                f"layer {name}: the {what} holds {host[where]} at {where}; check the checkpoint, or the calibration data and its dtype"
+            )
+
+
+def quantize_matrix(
+    weight: Float[Array, "out in"] | np.ndarray,
+    hessian: Hessian,
+    *,
+    codebook: Codebook,
+    rounding: Rounding,
+    incoherence: Incoherence,
+    damping: float = 0.01,
+    scale: float | ScaleRule | None = None,
+    key: Array,
+    name: str = "matrix",
+) -> tuple[QuantizedMatrix, MatrixReport]:
+    """Quantise one matrix: rotate, scale, round with feedback, pack.
+
+    Minimises `tr((W − Ŵ) H (W − Ŵ)ᵀ)` over the codebook in the rotated basis (QuIP#, 2402.04396, algorithm 1).
+
+    Args:
+      weight: `[out, in]`, any float dtype.
+      hessian: input second moment `[in, in]` (its scale has no meaning), optionally an output factor `[out, out]`.
+      codebook, rounding, incoherence: objects of the `make` functions of their packages.
+      damping: multiple of the mean diagonal added to H before it is factored; raised until the factorisation succeeds.
+      scale: None for the codebook's default, a number for the RMS the codebook sees, or a `ScaleRule`.
+      key: `jax.random.key(seed)`; the layer's key is derived from it and `name`.
+
+    Raises:
+      InputError: for shapes that do not belong together. NumericsError: for values that are not finite, or a Hessian that
+        stays indefinite at the largest damping.
+    """
+    started = time.perf_counter()
+    _validate(weight, hessian, name)
+    rule = default_scale_rule(codebook, scale)
+    outcome = _quantize(
+        jnp.asarray(weight),
+        Hessian(jnp.asarray(hessian.input), None if hessian.output is None else jnp.asarray(hessian.output)),
+        codebook,
+        np.float32(damping),
+        key,
+        np.uint32(name_id(name)),
+        rounding=rounding,
+        incoherence=incoherence,
+        rule=rule,
+    )
+    values = jax.device_get((outcome.proxy_loss, outcome.weight_mse, outcome.damping, outcome.scale_rms, outcome.dead_columns, outcome.ok))
+    loss, mse, used, rms, dead, ok = values
+    if not ok:
+        raise NumericsError(
+            f"layer {name}: the Hessian could not be factored with damping up to {float(used):.3g} of its mean diagonal "
+            f"(proxy loss {float(loss):.3g}); use more or shuffled calibration data, or a larger damping than {damping}"
+        )
+    matrix = outcome.matrix
+    report = MatrixReport(
+        name=name,
+        shape=matrix.shape,
+        padded=matrix.transform.padded,
+        bits_per_weight=matrix.bits_per_weight,
+        proxy_loss=float(loss),
+        weight_mse=float(mse),
+        damping=float(used),
+        scale_rms=float(rms),
+        dead_columns=int(dead),
+        seconds=time.perf_counter() - started,
+    )
+    return matrix, report

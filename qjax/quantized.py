@@ -1,0 +1,79 @@
+"""A quantised weight matrix: packed codes, signs and scales, decoded only where it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Shaped, UInt32
+
+from qjax.codebooks.base import Codebook
+from qjax.codebooks.scaling import Scaling
+from qjax.incoherence import Transform
+
+__all__ = ["QuantizedMatrix"]
+
+
+@struct.dataclass
+class QuantizedMatrix:
+    """`W ≈ Uᵀ Q V` for a matrix [out, in]: Q the decoded codes in the rotated basis of `transform`.
+
+    Attributes:
+      packed: the code stream of the padded, rotated matrix.
+      scaling: scales and zeros that bring codewords to weights.
+      transform: the incoherence processing, including the padding to whole tiles and Hadamard orders.
+      codebook: decodes the stream; its tables, if any, are shared by the whole model.
+      permutation: the column order in which the codes were made (`rotated[:, permutation]` was rounded), or None.
+    """
+
+    packed: UInt32[Array, " words"]
+    scaling: Scaling
+    transform: Transform
+    codebook: Codebook
+    permutation: Shaped[Array, " in"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix it stands for."""
+        return self.transform.shape
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of codes (padding included), scales, zeros, signs and permutation per weight; shared tables excluded."""
+        out, inner = self.shape
+        return self.stored_bits / (out * inner)
+
+    @property
+    def stored_bits(self) -> int:
+        """All stored bits except the codebook's shared tables."""
+        parts = (self.packed, self.scaling, self.transform, self.permutation)
+        return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))
+
+    @property
+    def table_bits(self) -> int:
+        """Bits of the codebook's tables, counted once for a model that shares them."""
+        return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.codebook))
+
+    def rotated(self) -> Float[Array, "padded_out padded_in"]:
+        """Q: the decoded matrix in the rotated basis, float32."""
+        values = self.codebook.dequantize(self.codebook.unpack(self.packed, self.transform.padded))
+        values = self.scaling.denormalize(values)
+        if self.permutation is None:
+            return values
+        return jnp.take(values, jnp.argsort(self.permutation), axis=1)
+
+    def dequantize(self) -> Float[Array, "out in"]:
+        """The dense matrix `Uᵀ Q V` in the original basis, float32."""
+        return self.transform.weight_inverse(self.rotated())
+
+    def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """`x Wᵀ = Uᵀ (Q (V x))` in the dtype of x, with the rotations applied to the activations."""
+        rotated = self.transform.input(x)
+        y = jnp.einsum("...i,oi->...o", rotated, self.rotated().astype(rotated.dtype))
+        return self.transform.output(y).astype(x.dtype)
+
+    def spec(self) -> dict[str, Any]:
+        """The static part as JSON values (for reports and artifacts)."""
+        return {"shape": list(self.shape), "padded": list(self.transform.padded), "codebook": self.codebook.spec()}

@@ -1,0 +1,118 @@
+"""GPTQ: optimal brain surgeon updates through the Cholesky factor of the inverse Hessian."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax.codebooks.base import Codebook
+from qjax.codebooks.scaling import Scaling, ScaleRule, fit, identity
+from qjax.errors import InputError
+from qjax.hessian.statistics import Hessian
+from qjax.linalg.damping import damped_factor
+from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, encode_columns, finish, spec_of
+from qjax.rounding.ldlq import place
+from qjax.rounding.sweep import Sweep, merge_codes, sweep, widths
+
+__all__ = ["GPTQ", "inverse_factor"]
+
+
+def inverse_factor(hessian: Float[Array, "n n"], damping: Array | float) -> tuple[Array, Array, Array]:
+    """(U, damping used, ok): the upper Cholesky factor of the inverse of the damped, normalised H, `H⁻¹ = Uᵀ U`.
+
+    H is factored from its last corner, `H = R Rᵀ` with R upper triangular, so `U = R⁻¹` needs no explicit inverse of H.
+    """
+    factor = damped_factor(jnp.flip(hessian), damping, 1)
+    root = factor.lower * jnp.sqrt(factor.diagonal.reshape(1, -1))
+    inverse = jax.scipy.linalg.solve_triangular(root, jnp.eye(root.shape[0], dtype=root.dtype), lower=True)
+    return jnp.flip(inverse), factor.damping, factor.ok
+
+
+@ROUNDINGS.register("gptq")
+@dataclasses.dataclass(frozen=True)
+class GPTQ:
+    """GPTQ: left to right, `q_i = Q(w_i)`, `e = (w_i − q_i) / U_ii`, `w_j ← w_j − e U_ij` for j > i (2210.17323, algorithm 1).
+
+    Attributes:
+      order: "natural", or "descending": columns in descending order of diag(H) (the paper's activation order).
+      static_groups: with a scale per group, fit all groups on the original weights before rounding; otherwise a group is fitted on the
+        weights as compensated when its first column is reached (in the activation order, which is then stored).
+      rule: how group scales are fitted when they are not static; set by `quantize_matrix`.
+    """
+
+    order: str = "natural"
+    static_groups: bool = False
+    rule: ScaleRule | None = None
+
+    def __post_init__(self) -> None:
+        if self.order not in ("natural", "descending"):
+            raise InputError(f"rounding.order is {self.order!r}; allowed for gptq are natural, descending")
+
+    def __call__(
+        self,
+        weight: Float[Array, "out in"],
+        hessian: Hessian,
+        codebook: Codebook,
+        *,
+        scaling: Scaling | None = None,
+        damping: Array | float = 0.01,
+        key: Array | None = None,
+    ) -> Rounded:
+        """Round `weight` [out, in] with a codebook whose tiles are one column wide. Raises InputError for wider tiles."""
+        check_shapes(weight, hessian, codebook)
+        if codebook.tile[1] != 1:
+            raise InputError(
+                f"rounding=gptq rounds column by column and the tiles of this codebook are {codebook.tile}; use rounding=ldlq"
+            )
+        scaling = identity() if scaling is None else scaling
+        columns = weight.shape[1]
+        group = scaling.group if self.rule is not None and not self.static_groups else None
+        if group is not None and columns % group:
+            raise InputError(
+                f"scale.group_size is {group} and the matrix has {columns} columns; choose a divisor, or rounding.static_groups=true"
+            )
+        h = hessian.input.astype(weight.dtype)
+        order = None
+        if self.order == "descending":
+            order = jnp.argsort(-jnp.diagonal(h))
+            weight, h = jnp.take(weight, order, axis=1), jnp.take(jnp.take(h, order, axis=0), order, axis=1)
+        upper, used, ok = inverse_factor(h, damping)
+        pivot = jnp.diagonal(upper)
+        index, _ = place(order, columns, codebook, scaling)
+
+        def leaf(part: Array, target: Array, start: Array, context: Any) -> tuple[Array, Array]:
+            if group is None:
+                context = scaling.at(jax.lax.dynamic_slice_in_dim(index, start, 1), part.dtype)
+            values, codes = encode_columns(target.T, codebook, *context)
+            return (target - values.T) / jax.lax.dynamic_slice_in_dim(pivot, start, 1)[:, None], codes
+
+        def enter(part: Array, target: Array, start: Array) -> tuple[Array, Array]:
+            rule = dataclasses.replace(self.rule, granularity="row", group_size=None)
+            fitted = fit(target.T, codebook, rule, unit=scaling.unit)
+            return fitted.at(jnp.zeros(1, jnp.int32), part.dtype)
+
+        plan = Sweep(leaf, reverse=False, enter_width=group, enter=None if group is None else enter)
+        codes, groups = sweep(plan, widths(columns, 1, group), weight, -upper)
+        codes = merge_codes(codes)
+        if group is not None:  # the scales found on the way replace the ones fitted beforehand
+            scale, zero = (jnp.moveaxis(x[..., 0], 0, 1) for x in groups)
+            zero = None if scaling.zero is None else zero.astype(jnp.uint8)
+            scaling = Scaling(scaling.unit, (scale / scaling.unit).astype(jnp.float16), zero, group)
+            return finish(codes, codebook, scaling, weight.dtype, None if order is None else _compact(order), used, ok)
+        if order is not None:
+            codes = jnp.take(codes, jnp.argsort(order), axis=1)
+        return finish(codes, codebook, scaling, weight.dtype, None, used, ok)
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments of `make` (the scale rule is the run's, not the algorithm's)."""
+        spec = spec_of("gptq", self)
+        spec.pop("rule")
+        return spec
+
+
+def _compact(order: Array) -> Array:
+    return order.astype(jnp.uint16 if order.shape[0] <= 2**16 else jnp.uint32)

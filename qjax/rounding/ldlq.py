@@ -1,0 +1,116 @@
+"""LDLQ: adaptive rounding with linear feedback from the LDL factor of the Hessian."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax.codebooks.base import Codebook
+from qjax.codebooks.scaling import Scaling, identity
+from qjax.errors import InputError
+from qjax.hessian.statistics import Hessian
+from qjax.linalg.damping import damped_factor
+from qjax.rounding.base import (
+    ROUNDINGS,
+    Rounded,
+    check_shapes,
+    column_block,
+    encode_columns,
+    finish,
+    require_key,
+    spec_of,
+)
+from qjax.rounding.nearest import stochastic_codes
+from qjax.rounding.sweep import Sweep, merge_codes, sweep, widths
+
+__all__ = ["LDLQ"]
+
+
+@ROUNDINGS.register("ldlq")
+@dataclasses.dataclass(frozen=True)
+class LDLQ:
+    """Block LDLQ: `Ŵ_k = Q(W_k + Σ_{j>k} (W_j − Ŵ_j) L_jk)`, right to left, `H = L D Lᵀ` with L unit block-lower.
+
+    With nearest rounding it is optimal among linear-feedback roundings: `tr(E H Eᵀ) = tr(η D ηᵀ)`, η = E L the elementwise
+    residual (QuIP, 2307.13304, Theorem 1; block form QuIP#, 2402.04396, section 4.2).
+
+    Attributes:
+      block: columns rounded together (g); None means the codebook's tile width.
+      order: "natural", or "ascending": columns permuted so that diag(H) ascends and the largest is rounded first (QuIP's LDLQ-RG).
+      stochastic: round stochastically instead of to the nearest (scalar codebooks; needs a key).
+    """
+
+    block: int | None = None
+    order: str = "natural"
+    stochastic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.order not in ("natural", "ascending"):
+            raise InputError(f"rounding.order is {self.order!r}; allowed for ldlq are natural, ascending")
+
+    def __call__(
+        self,
+        weight: Float[Array, "out in"],
+        hessian: Hessian,
+        codebook: Codebook,
+        *,
+        scaling: Scaling | None = None,
+        damping: Array | float = 0.01,
+        key: Array | None = None,
+    ) -> Rounded:
+        """Round `weight` [out, in]. Raises InputError for shapes that are not whole tiles or blocks."""
+        check_shapes(weight, hessian, codebook)
+        columns = weight.shape[1]
+        block = column_block(codebook, self.block, columns)
+        key = require_key(key, "rounding.stochastic") if self.stochastic else key
+        scaling = identity() if scaling is None else scaling
+        h = hessian.input.astype(weight.dtype)
+        order = None
+        if self.order == "ascending":
+            order = jnp.argsort(jnp.diagonal(h))
+            weight, h = jnp.take(weight, order, axis=1), jnp.take(jnp.take(h, order, axis=0), order, axis=1)
+        factor = damped_factor(h, damping, block)
+        index, permutation = place(order, columns, codebook, scaling)
+
+        def leaf(part: Array, target: Array, start: Array, context: None) -> tuple[Array, Array]:
+            scale, zero = scaling.at(jax.lax.dynamic_slice_in_dim(index, start, block), part.dtype)
+            if self.stochastic:
+                codes = stochastic_codes(target.T / scale + zero, codebook, jax.random.fold_in(key, start))
+                values = (codebook.dequantize(codes).astype(part.dtype) - zero) * scale
+            else:
+                values, codes = encode_columns(target.T, codebook, scale, zero)
+            return part - values.T, codes
+
+        codes, _ = sweep(Sweep(leaf, reverse=True), widths(columns, block), weight, factor.lower)
+        codes = merge_codes(codes)
+        if order is not None and permutation is None:
+            codes = jnp.take(codes, jnp.argsort(order), axis=1)
+        return finish(codes, codebook, scaling, weight.dtype, permutation, factor.damping, factor.ok)
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments of `make`."""
+        return spec_of("ldlq", self)
+
+
+def place(
+    order: Array | None, columns: int, codebook: Codebook, scaling: Scaling
+) -> tuple[Array, Array | None]:
+    """(column index for scales, permutation to store) of codes made in `order` (None: natural).
+
+    Codes of a tile one column wide are put back into the natural order afterwards, so nothing is stored; wider tiles keep
+    their order. Raises InputError for wide tiles with scales per column group, which would need both orders at once.
+    """
+    if order is None:
+        return jnp.arange(columns), None
+    if codebook.tile[1] == 1:
+        return order, None
+    if scaling.group is not None:
+        raise InputError(
+            f"scale.granularity=group cannot be combined with a column order for the {codebook.tile} tiles of this codebook; "
+            "use rounding.order=natural or one scale per row or matrix"
+        )
+    return order, order.astype(jnp.uint16 if columns <= 2**16 else jnp.uint32)

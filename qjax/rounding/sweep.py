@@ -1,0 +1,139 @@
+"""Column-by-column rounding with linear feedback, as nested scans with lazy updates.
+
+LDLQ and GPTQ are the same recursion. Columns are visited in one direction; the target of a column block k is
+
+    T_k = W_k + Σ_{j visited before} E_jᵀ… in matrix form  T_k = W_k + (E F)_k
+
+with F strictly triangular in visiting order (LDLQ: F = L − I and E = W − Ŵ, right to left; GPTQ: F = −U and E the error
+over the pivot, left to right). A block of columns is swept by splitting it into children; a child's target gets the
+feedback of its finished siblings in one matrix product. Only the innermost level works column by column, on a few
+columns that stay in cache. Matrices are held transposed, [columns, rows], so that a column is contiguous.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax.rounding.base import precise
+
+__all__ = ["Sweep", "sweep", "widths"]
+
+# A leaf rounds one column block: (weightᵀ, targetᵀ, start, context) -> (errorᵀ, codes)
+Leaf = Callable[[Array, Array, Array, Any], tuple[Array, Array]]
+
+
+def widths(columns: int, block: int, group: int | None = None, limits: tuple[int, ...] = (512, 128, 16)) -> tuple[int, ...]:
+    """Nested block widths, widest first, ending in `block`: each divides the one before; `group`, if given, is among them."""
+    chain: list[int] = []
+    outer = columns
+    for limit in limits:
+        if group is not None and limit <= group < outer and group not in chain:
+            chain.append(group)
+            outer = group
+        inner = max((w for w in range(block, min(limit, outer) + 1, block) if outer % w == 0 and _fits(w, group)), default=block)
+        if inner < outer and inner > block:
+            chain.append(inner)
+            outer = inner
+    if group is not None and group < outer and group not in chain:
+        chain.append(group)
+    if not chain or chain[-1] != block:
+        chain.append(block)
+    # The widest level is unrolled by `sweep`: keep it to a few wide pieces, or one.
+    return tuple(chain) if chain[0] >= 256 or chain[0] == columns else (columns, *chain)
+
+
+def _fits(width: int, group: int | None) -> bool:
+    return group is None or width % group == 0 or group % width == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """How to sweep: the leaf, the direction, and what to compute when a block of a certain width is entered.
+
+    `enter(weightᵀ, targetᵀ, start)` runs for blocks of width `enter_width` and its result replaces the leaf's context
+    (GPTQ fits a group's scale on the weights as compensated so far); its results are returned stacked.
+    """
+
+    leaf: Leaf
+    reverse: bool
+    enter_width: int | None = None
+    enter: Callable[[Array, Array, Array], Any] | None = None
+
+
+def _feedback(weight: Array, matrix: Array, error: Array) -> Array:
+    return weight + jnp.matmul(matrix.T, error, precision=precise)
+
+
+def _inner(
+    plan: Sweep, levels: tuple[int, ...], weight: Array, target: Array, matrix: Array, start: Array, context: Any
+) -> tuple[Array, Array, Any]:
+    """Sweep one block: (errorᵀ, codes of its column blocks stacked, what `enter` returned, stacked or None)."""
+    width = weight.shape[0]
+    entered = None
+    if plan.enter is not None and width == plan.enter_width:
+        context = entered = plan.enter(weight, target, start)
+    if len(levels) == 0 or width == levels[-1]:
+        error, codes = plan.leaf(weight, target, start, context)
+        return error, codes[None], entered
+    child = levels[0]
+    if child == width:
+        return _inner(plan, levels[1:], weight, target, matrix, start, context)
+
+    def step(error: Array, offset: Array) -> tuple[Array, tuple[Array, Any]]:
+        rows = lambda x: jax.lax.dynamic_slice_in_dim(x, offset, child, axis=0)  # noqa: E731
+        columns = jax.lax.dynamic_slice_in_dim(matrix, offset, child, axis=1)
+        goal = _feedback(rows(target), columns, error)
+        part, codes, inside = _inner(plan, levels[1:], rows(weight), goal, rows(columns), start + offset, context)
+        return jax.lax.dynamic_update_slice_in_dim(error, part, offset, axis=0), (codes, inside)
+
+    offsets = jnp.arange(0, width, child, dtype=jnp.int32)
+    error, (codes, inside) = jax.lax.scan(step, jnp.zeros_like(target), offsets, reverse=plan.reverse)
+    codes = codes.reshape(-1, *codes.shape[2:])
+    if plan.enter_width is not None and child > plan.enter_width:  # flatten the stacks of groups below
+        inside = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), inside)
+    return error, codes, entered if inside is None else inside
+
+
+def sweep(
+    plan: Sweep, levels: tuple[int, ...], weight: Float[Array, "m n"], matrix: Float[Array, "n n"], context: Any = None
+) -> tuple[Array, Any]:
+    """Round all columns: (codes `[n/block, ...]` of the column blocks in natural order, results of `enter` or None).
+
+    The widest level is unrolled, so that its matrix products have exact, triangular sizes: `m n² / 2` multiplications in all.
+    """
+    transposed = weight.T
+    count = weight.shape[1]
+    top = levels[0]
+    starts = list(range(0, count, top))
+    done: list[tuple[int, Array, Array, Any]] = []
+    for start in reversed(starts) if plan.reverse else starts:
+        part = transposed[start : start + top]
+        goal = part
+        if done:
+            errors = [error for _, error, _, _ in sorted(done, key=lambda item: item[0])]
+            first = min(item[0] for item in done)
+            rows = matrix[first : first + top * len(done), start : start + top]
+            goal = _feedback(part, rows, jnp.concatenate(errors))
+        own = matrix[start : start + top, start : start + top]
+        error, codes, inside = _inner(plan, levels, part, goal, own, jnp.int32(start), context)
+        done.append((start, error, codes, inside))
+    done.sort(key=lambda item: item[0])
+    codes = jnp.concatenate([codes for _, _, codes, _ in done])
+    inside = [item[3] for item in done]
+    if inside[0] is None:
+        return codes, None
+    if plan.enter_width == top:
+        inside = [jax.tree.map(lambda x: x[None], item) for item in inside]
+    return codes, jax.tree.map(lambda *xs: jnp.concatenate(xs), *inside)
+
+
+def merge_codes(codes: Array) -> Array:
+    """Codes `[blocks, m/rows, g/cols, ...]` of column blocks -> `[m/rows, n/cols, ...]` of the matrix."""
+    codes = jnp.moveaxis(codes, 0, 1)
+    return codes.reshape(codes.shape[0], codes.shape[1] * codes.shape[2], *codes.shape[3:])

@@ -1,0 +1,79 @@
+"""Quantised matrices as named arrays plus a JSON description, and back: the one format of records and artifacts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax import codebooks, incoherence
+from qjax.codebooks.scaling import Scaling
+from qjax.errors import ArtifactError, InputError
+from qjax.quantized import QuantizedMatrix
+
+__all__ = ["FORMAT_VERSION", "from_arrays", "to_arrays"]
+
+FORMAT_VERSION = 1
+
+
+def _named_leaves(matrix: QuantizedMatrix) -> dict[str, Any]:
+    """Leaves by path, without the codebook's: its tables are rebuilt from its description."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(matrix.replace(codebook=None))
+    return {".".join(str(getattr(k, "name", k)) for k in path): leaf for path, leaf in leaves}
+
+
+def to_arrays(matrix: QuantizedMatrix, incoherence_spec: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(host arrays by leaf path, description as JSON values) of a quantised matrix.
+
+    `incoherence_spec` is the `spec()` of the incoherence object that sampled the matrix's transform.
+    """
+    arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(matrix).items()}
+    spec = {
+        "format": FORMAT_VERSION,
+        "shape": list(matrix.shape),
+        "padded": list(matrix.transform.padded),
+        "codebook": matrix.codebook.spec(),
+        "incoherence": incoherence_spec,
+        "scale_group": matrix.scaling.group,
+        "leaves": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
+    }
+    return arrays, spec
+
+
+def from_arrays(arrays: dict[str, Any], spec: dict[str, Any], where: str) -> QuantizedMatrix:
+    """The matrix of `to_arrays`. `where` names the record in messages.
+
+    Raises ArtifactError for another format version, or leaves that are missing, surplus or of another dtype or shape.
+    """
+    if spec.get("format") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{where}: format version {spec.get('format')!r}; this qjax reads version {FORMAT_VERSION}: quantise again or use the matching release"
+        )
+    expected = spec["leaves"]
+    if set(arrays) != set(expected):
+        raise ArtifactError(f"{where}: holds the arrays {sorted(arrays)}, its description lists {sorted(expected)}; the record is damaged")
+    for name, (dtype, shape) in expected.items():
+        found = arrays[name]
+        if str(found.dtype) != dtype or list(found.shape) != shape:
+            raise ArtifactError(f"{where}: {name} is {found.dtype}{list(found.shape)}, described as {dtype}{shape}; the record is damaged")
+    try:
+        codebook = codebooks.make(**spec["codebook"])
+        rotation = incoherence.make(**spec["incoherence"])
+    except InputError as error:
+        raise ArtifactError(f"{where}: made with a codebook or incoherence that this qjax does not have: {error}") from error
+    scaling = Scaling(
+        arrays["scaling.unit"], arrays.get("scaling.relative"), arrays.get("scaling.zero"), group=spec["scale_group"]
+    )
+    skeleton = rotation.abstract(*spec["shape"], multiple=codebook.tile)
+    structure = jax.tree_util.tree_flatten_with_path(skeleton)
+    names = ["transform." + ".".join(str(getattr(k, "name", k)) for k in path) for path, _ in structure[0]]
+    if any(name not in expected for name in names):
+        raise ArtifactError(f"{where}: lacks {sorted(set(names) - set(expected))}; the record is damaged")
+    transform = jax.tree.unflatten(structure[1], [arrays[name] for name in names])
+    if list(transform.padded) != spec["padded"]:
+        raise ArtifactError(
+            f"{where}: was padded to {spec['padded']}, this qjax pads {spec['shape']} to {list(transform.padded)}; use the matching release"
+        )
+    return QuantizedMatrix(arrays["packed"], scaling, transform, codebook, arrays.get("permutation"))
+
