@@ -17,7 +17,7 @@ from qjax.directory import RunDirectory
 from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
 from qjax.hessian.collect import ESTIMATORS
-from qjax.hessian.store import HessianStore
+from qjax.hessian.store import HessianStore, identity
 from qjax.pipeline import QuantizedModel, quantize_model
 from qjax.preflight import Estimate, check, estimate
 from qjax.quantize import MatrixReport
@@ -29,7 +29,7 @@ from qjax.run.monitor import CompileCounter, Stopwatch, device_peak_memory_bytes
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
 
-__all__ = ["Job", "run"]
+__all__ = ["Job", "compare", "reference_states", "run"]
 
 _log = logging.getLogger("qjax")
 
@@ -83,6 +83,7 @@ def run(job: Job) -> dict[str, Any] | None:
             files = models.open_model(job.model["source"])
             tokens = data.load(tokenizer=files.tokenizer, vocab_size=files.config.vocab_size, seed=job.seed, **job.data)
             plans = job.recipe.plan([f"layers.{i}.{name}" for i in range(files.config.num_layers) for name in models.LINEARS])
+            _fits(tokens, files.config)
             need = _estimate(job, files.config, plans, tokens)
         _announce(job, files, tokens, need)
         check(need, job.out, host_gb=job.memory["host_gb"], disk_gb=job.memory["disk_gb"])
@@ -102,11 +103,15 @@ def run(job: Job) -> dict[str, Any] | None:
             _log.info("started: %s", job.settings)
             with watch.stage("load"):
                 model = models.load(job.model["source"], job.model["dtype"])
-            teacher = _teacher(job, model, tokens, watch) if job.evaluate["enabled"] else None
+            with watch.stage("reference"):
+                teacher = None
+                if job.evaluate["enabled"]:
+                    teacher = reference_states(model, tokens.evaluation, job.evaluate["batch"], job.cache)
             quantized, peaks = _quantize(job, model, tokens, records, watch, tracker)
             results = {**_sizes(model, quantized), **_losses(quantized.reports)}
             if teacher is not None:
-                results |= _evaluate(job, model, quantized, teacher, tokens, watch)
+                with watch.stage("evaluate"):
+                    results |= compare(model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"])
             with watch.stage("save"):
                 artifact.save(directory.artifact, model, quantized.params, quantized.incoherence)
                 directory.write_layers(quantized.reports, peaks)
@@ -123,6 +128,13 @@ def run(job: Job) -> dict[str, Any] | None:
             tracker.close()
             _log.removeHandler(handler)
             handler.close()
+
+
+def _fits(tokens: data.TokenSplit, config: models.ModelConfig) -> None:
+    if tokens.calibration.length > config.max_positions:
+        raise InputError(
+            f"data.length is {tokens.calibration.length} and the model has {config.max_positions} positions; use data.length={config.max_positions}"
+        )
 
 
 def _estimate(job: Job, config: models.ModelConfig, plans: Mapping[str, Any], tokens: data.TokenSplit) -> Estimate:
@@ -165,21 +177,21 @@ def _log_to(path: pathlib.Path) -> logging.Handler:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)
+    _log.propagate = False  # the file is the log; the terminal has the progress display
     return handler
 
 
-def _teacher(job: Job, model: models.Model, tokens: data.TokenSplit, watch: Stopwatch) -> Any:
+def reference_states(
+    model: models.Model, tokens: data.TokenStream, batch: int, cache: pathlib.Path
+) -> Any:
     """Final hidden states of the original model on the evaluation windows, cached between runs."""
 
     def compute() -> Any:
         with Progress("reference", model.config.num_layers) as progress:
-            return hidden_states(
-                model.params, tokens.evaluation.tokens, model.config, job.evaluate["batch"], lambda done, total: progress.update(done)
-            )
+            return hidden_states(model.params, tokens.tokens, model.config, batch, lambda done, total: progress.update(done))
 
-    with watch.stage("reference"):
-        key = f"{model.fingerprint['sha256']}-{job.evaluate['batch']}-{jax.__version__}-{jax.default_backend()}"
-        return TeacherCache(job.cache / "teachers").get(key, tokens.evaluation.sha256, compute)
+    key = f"{identity(model.fingerprint['sha256'])}-{batch}"
+    return TeacherCache(cache / "teachers").get(key, tokens.sha256, compute)
 
 
 def _quantize(
@@ -190,9 +202,8 @@ def _quantize(
     if job.hessian["stream"] == "original":
         with watch.stage("hessians"), Progress("hessians", model.config.num_layers) as progress:
             store = HessianStore(job.cache / "hessians")
-            identity = f"{model.fingerprint['sha256']}-{jax.__version__}-{jax.default_backend()}"
             loader = store.collect(
-                store.key(identity, calibration.sha256, job.hessian["estimator"], batch),
+                store.key(identity(model.fingerprint["sha256"]), calibration.sha256, job.hessian["estimator"], batch),
                 model.config,
                 model.params,
                 calibration.tokens,
@@ -251,17 +262,16 @@ def _losses(reports: list[MatrixReport]) -> dict[str, Any]:
     }
 
 
-def _evaluate(
-    job: Job, model: models.Model, quantized: QuantizedModel, teacher: Any, tokens: data.TokenSplit, watch: Stopwatch
-) -> dict[str, Any]:
-    with watch.stage("evaluate"), Progress("evaluate", model.config.num_layers) as progress:
+def compare(model: models.Model, params: Any, teacher: Any, tokens: data.TokenStream, batch: int) -> dict[str, Any]:
+    """The evaluation of quantised parameters against the reference model and its states."""
+    with Progress("evaluate", model.config.num_layers) as progress:
         report = evaluate.evaluate(
             teacher,
             models.head(model.params),
-            quantized.params,
-            tokens.evaluation,
+            params,
+            tokens,
             model.config,
-            batch=job.evaluate["batch"],
+            batch=batch,
             progress=lambda done, total: progress.update(done),
         )
     return report.to_dict()

@@ -14,13 +14,13 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from qjax.codebooks.base import Codebook
-from qjax.codebooks.scaling import ScaleRule, Scaling, fit
+from qjax.codebooks.scaling import ScaleRule, fit
 from qjax.errors import InputError, NumericsError
 from qjax.hessian.statistics import Hessian
 from qjax.incoherence import Incoherence
 from qjax.prng import name_id
 from qjax.quantized import QuantizedMatrix
-from qjax.rounding.base import Rounded, Rounding, precise
+from qjax.rounding.base import Rounded, Rounding
 from qjax.rounding.gptq import GPTQ
 from qjax.rounding.losses import proxy_loss, weight_mse
 
@@ -83,7 +83,7 @@ def _rotated_hessian(hessian: Hessian, transform: Any) -> Hessian:
 
 def _round_at(
     weight: Array, hessian: Hessian, codebook: Codebook, rounding: Rounding, rule: ScaleRule, damping: Array, key: Array
-) -> tuple[Rounded, Scaling]:
+) -> Rounded:
     """Round with the scale of `rule`, searching over its candidates when it asks for that."""
     if isinstance(rounding, GPTQ):
         rounding = dataclasses.replace(rounding, rule=rule)
@@ -189,8 +189,8 @@ def quantize_matrix(
     _validate(weight, hessian, name)
     rule = default_scale_rule(codebook, scale)
     outcome = _quantize(
-        jnp.asarray(weight),
-        Hessian(jnp.asarray(hessian.input), None if hessian.output is None else jnp.asarray(hessian.output)),
+        weight,  # host arrays go straight into the program: converting them beforehand would compile another one
+        Hessian(hessian.input, hessian.output),
         codebook,
         np.float32(damping),
         key,

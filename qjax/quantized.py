@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Shaped, UInt32
+from jaxtyping import Array, Float
 
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling
 from qjax.incoherence import Transform
+from qjax.linalg.rotations import Leaf
 
 __all__ = ["QuantizedMatrix"]
 
@@ -21,18 +22,18 @@ class QuantizedMatrix:
     """`W ≈ Uᵀ Q V` for a matrix [out, in]: Q the decoded codes in the rotated basis of `transform`.
 
     Attributes:
-      packed: the code stream of the padded, rotated matrix.
+      packed: uint32 `[words]`, the code stream of the padded, rotated matrix.
       scaling: scales and zeros that bring codewords to weights.
       transform: the incoherence processing, including the padding to whole tiles and Hadamard orders.
       codebook: decodes the stream; its tables, if any, are shared by the whole model.
-      permutation: the column order in which the codes were made (`rotated[:, permutation]` was rounded), or None.
+      permutation: the column order in which the codes were made (`rotated[:, permutation]` was rounded), unsigned `[in]`, or None.
     """
 
-    packed: UInt32[Array, " words"]
+    packed: Leaf
     scaling: Scaling
     transform: Transform
     codebook: Codebook
-    permutation: Shaped[Array, " in"] | None = None
+    permutation: Leaf = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from qjax.errors import InputError, listed
 __all__ = ["Registry"]
 
 T = TypeVar("T")
+Constructor = TypeVar("Constructor", bound=Callable[..., Any])
 
 
 class Registry(Mapping[str, Callable[..., T]], Generic[T]):
@@ -20,10 +21,10 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         self.kind = kind
         self._table: dict[str, Callable[..., T]] = {}
 
-    def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    def register(self, name: str) -> Callable[[Constructor], Constructor]:
         """Decorator that adds a constructor under `name`. Raises InputError when the name is taken."""
 
-        def add(constructor: Callable[..., T]) -> Callable[..., T]:
+        def add(constructor: Constructor) -> Constructor:
             if name in self._table:
                 raise InputError(f"{self.kind} {name!r} is registered already; choose another name")
             self._table[name] = constructor

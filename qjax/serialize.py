@@ -19,8 +19,9 @@ FORMAT_VERSION = 1
 
 def _named_leaves(matrix: QuantizedMatrix) -> dict[str, Any]:
     """Leaves by path, without the codebook's: its tables are rebuilt from its description."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(matrix.replace(codebook=None))
-    return {".".join(str(getattr(k, "name", k)) for k in path): leaf for path, leaf in leaves}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(matrix)
+    named = {".".join(str(getattr(key, "name", key)) for key in path): leaf for path, leaf in leaves}
+    return {name: leaf for name, leaf in named.items() if not name.startswith("codebook")}
 
 
 def to_arrays(matrix: QuantizedMatrix, incoherence_spec: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -57,6 +58,7 @@ def from_arrays(arrays: dict[str, Any], spec: dict[str, Any], where: str) -> Qua
         found = arrays[name]
         if str(found.dtype) != dtype or list(found.shape) != shape:
             raise ArtifactError(f"{where}: {name} is {found.dtype}{list(found.shape)}, described as {dtype}{shape}; the record is damaged")
+    arrays = jax.device_put(arrays)
     try:
         codebook = codebooks.make(**spec["codebook"])
         rotation = incoherence.make(**spec["incoherence"])

@@ -67,7 +67,7 @@ def logits_of(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.nda
 
 
 def randomise(model: transformers.PreTrainedModel, generator: torch.Generator) -> None:
-    """Weights large enough that attention is far from uniform, rounded to bfloat16; the usual 0.02 would hide errors."""
+    """Weights so large that attention is far from uniform (0.02 would hide errors), rounded to bfloat16."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 2:

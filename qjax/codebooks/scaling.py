@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax.codebooks.base import Codebook
 from qjax.errors import InputError
+from qjax.linalg.rotations import Leaf
 
 __all__ = ["ScaleRule", "Scaling", "fit", "identity"]
 
@@ -69,9 +70,9 @@ class Scaling:
       group: columns per group (static); None means one group.
     """
 
-    unit: Float[Array, ""]
-    relative: Array | None = None
-    zero: Array | None = None
+    unit: Leaf
+    relative: Leaf = None
+    zero: Leaf = None
     group: int | None = struct.field(pytree_node=False, default=None)
 
     def at(self, columns: Int[Array, " width"], dtype: DTypeLike) -> tuple[Array, Array]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flax import struct
-from jax import Array
+
+from qjax.linalg.rotations import Leaf
 
 __all__ = ["Hessian"]
 
@@ -18,6 +19,6 @@ class Hessian:
       tokens: how many tokens (or sequences, for a per-sequence sketch) were averaged.
     """
 
-    input: Array
-    output: Array | None = None
+    input: Leaf
+    output: Leaf = None
     tokens: int = struct.field(pytree_node=False, default=0)

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from qjax.errors import ArtifactError
@@ -16,7 +17,7 @@ from qjax.models.transformer import LINEARS, SITES, block
 from qjax.run.atomic import read_safetensors, write_safetensors
 from qjax.run.fingerprint import digest
 
-__all__ = ["HessianStore", "pack_triangle", "unpack_triangle"]
+__all__ = ["HessianStore", "identity", "pack_triangle", "unpack_triangle"]
 
 _VERSION = 1
 
@@ -34,6 +35,11 @@ def unpack_triangle(values: np.ndarray) -> np.ndarray:
     matrix = np.zeros((n, n), values.dtype)
     matrix[np.tril_indices(n)] = values
     return matrix + np.tril(matrix, -1).T
+
+
+def identity(model_sha256: str) -> str:
+    """What a stored result of running a model depends on besides its inputs: the model, JAX and the kind of device."""
+    return f"{model_sha256}-{jax.__version__}-{jax.default_backend()}"
 
 
 class HessianStore:

@@ -22,6 +22,25 @@ def check_block(n: int, block: int) -> None:
         )
 
 
+def _inverse_lower(corners: Float[Array, "blocks block block"]) -> Float[Array, "blocks block block"]:
+    """The inverses of lower triangular blocks, row by row: `X_i = (e_i − Σ_{j<i} C_ij X_j) / C_ii`.
+
+    Not a batched triangular solve: on CPU two batched LAPACK calls in one program can deadlock (see orthogonal.py).
+    """
+    block = corners.shape[1]
+    identity = jnp.eye(block, dtype=corners.dtype)
+
+    def row(i: Array, inverse: Array) -> Array:  # rows of `inverse` from i on are still zero
+        own = jax.lax.dynamic_index_in_dim(corners, i, axis=1, keepdims=False)
+        rest = jax.lax.dynamic_index_in_dim(identity, i, axis=0) - jnp.einsum(
+            "gj,gjc->gc", own, inverse, precision="highest"
+        )
+        pivot = jax.lax.dynamic_index_in_dim(own, i, axis=1)
+        return jax.lax.dynamic_update_index_in_dim(inverse, rest / pivot, i, axis=1)
+
+    return jax.lax.fori_loop(0, block, row, jnp.zeros_like(corners))
+
+
 def unit_lower(
     cholesky: Float[Array, "n n"], block: int
 ) -> tuple[Float[Array, "n n"], Float[Array, "blocks block block"]]:
@@ -40,9 +59,8 @@ def unit_lower(
     else:
         index = jnp.arange(count)
         corners = cholesky.reshape(count, block, count, block)[index, :, index, :]
-        columns = cholesky.reshape(n, count, block).transpose(1, 0, 2)
-        solved = jax.lax.linalg.triangular_solve(corners, columns, left_side=False, lower=True)
-        lower = solved.transpose(1, 0, 2).reshape(n, n)
+        columns = cholesky.reshape(n, count, block)
+        lower = jnp.einsum("ngb,gbc->ngc", columns, _inverse_lower(corners), precision="highest").reshape(n, n)
         diagonal = jnp.einsum("bij,bkj->bik", corners, corners, precision="highest")
     row, column = jnp.arange(n).reshape(n, 1), jnp.arange(n).reshape(1, n)
     return jnp.where(row // block > column // block, lower, (row == column).astype(lower.dtype)), diagonal

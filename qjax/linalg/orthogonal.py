@@ -19,22 +19,48 @@ __all__ = [
     "two_stage_transform",
 ]
 
+_PANEL = 32
+
 TwoStage = tuple[Array, Array, Array, Array]
 """(inner [q|1, p, p], outer [p|1, q, q], before [n], after [n]): orthogonal factors, and permutations as indices."""
 
 
+def _in_panel(panel: Float[Array, "count n width"]) -> Float[Array, "count n width"]:
+    """Gram–Schmidt on the columns of every panel, each projection done twice."""
+
+    def column(j: Array, basis: Array) -> Array:
+        vector = jax.lax.dynamic_index_in_dim(panel, j, axis=2, keepdims=False)
+        for _ in range(2):  # columns of `basis` from j on are still zero
+            along = jnp.einsum("cnw,cn->cw", basis, vector, precision="highest")
+            vector = vector - jnp.einsum("cnw,cw->cn", basis, along, precision="highest")
+        vector = vector / jnp.linalg.norm(vector, axis=1, keepdims=True)
+        return jax.lax.dynamic_update_index_in_dim(basis, vector, j, axis=2)
+
+    return jax.lax.fori_loop(0, panel.shape[2], column, jnp.zeros_like(panel))
+
+
 def _orthogonalised(gaussian: Float[Array, "count n n"]) -> Float[Array, "count n n"]:
-    q, r = jnp.linalg.qr(gaussian)
-    sign = jnp.where(jnp.diagonal(r, axis1=1, axis2=2) < 0, -1.0, 1.0).astype(q.dtype)
-    return q * sign.reshape(*sign.shape[:1], 1, sign.shape[1])
+    """Q of the QR factorisation with diag(R) > 0, by panels.
+
+    Not `jnp.linalg.qr`: on CPU a batched LAPACK call waits, on a thread of XLA's pool, for tasks in the same pool
+    (jaxlib 0.10), so two of them in one program on two cores can wait for ever. To rotate both sides is such a program.
+    """
+    done = gaussian[:, :, :0]
+    for start in range(0, gaussian.shape[2], _PANEL):
+        panel = gaussian[:, :, start : start + _PANEL]
+        for _ in range(2):  # once loses orthogonality when a panel is ill conditioned, twice is enough
+            along = jnp.einsum("cnk,cnw->ckw", done, panel, precision="highest")
+            panel = _in_panel(panel - jnp.einsum("cnk,ckw->cnw", done, along, precision="highest"))
+        done = jnp.concatenate([done, panel], axis=2)
+    return done
 
 
 @functools.partial(jax.jit, static_argnames=("count", "n"))
 def haar_orthogonal(key: Key[Array, ""], count: int, n: int) -> Float[Array, "count n n"]:
     """`count` independent Haar-distributed orthogonal matrices of size n, float32.
 
-    Q of the QR factorisation of a Gaussian matrix with the signs that make diag(R) positive; without them the
-    distribution depends on the library's sign convention (Mezzadri, math-ph/0609050).
+    Q of the QR factorisation of a Gaussian matrix with diag(R) positive; with another convention for the signs, as
+    LAPACK's, the distribution is not uniform (Mezzadri, math-ph/0609050).
     """
     return _orthogonalised(jax.random.normal(key, (count, n, n), jnp.float32))
 

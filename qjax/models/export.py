@@ -101,6 +101,7 @@ def write_directory(
         for name, text in files.items():
             (staging / name).write_text(text, encoding="utf-8")
         save_file(hugging_face_tensors(params), staging / "model.safetensors", metadata={"format": "pt"})
+        (staging / "model.safetensors").chmod(0o644)  # the writer makes it private
         retired = staging.with_name(staging.name + "-old")
         if folder.exists():  # a folder cannot be renamed onto a full one: two renames, with the old one kept until then
             os.rename(folder, retired)

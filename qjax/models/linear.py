@@ -10,7 +10,9 @@ from qjax.quantized import QuantizedMatrix
 __all__ = ["linear"]
 
 
-def linear(x: Float[Array, "*batch in"], weight: Float[Array, "out in"] | QuantizedMatrix) -> Float[Array, "*batch out"]:
+def linear(
+    x: Float[Array, "*batch in"], weight: Float[Array, "out in"] | QuantizedMatrix
+) -> Float[Array, "*batch out"]:
     """`x Wᵀ` in the dtype of `x` (a quantised weight is decoded on the fly and stays packed in memory)."""
     if isinstance(weight, QuantizedMatrix):
         return weight.matmul(x)

@@ -156,7 +156,7 @@ def _folder_tokenizer(folder: Path, table: Mapping[str, Any], config: ModelConfi
     if (folder / "vocab.json").is_file():
         return _fitting(read_piece_list(folder / "vocab.json", special), config, folder)
     missing = f"{folder} has no tokenizer.json, so text cannot be encoded; pass token ids, or add the file"
-    return Tokenizer(None, missing=missing, **special)
+    return Tokenizer(None, missing=missing, bos_id=special["bos_id"], eos_id=special["eos_id"])
 
 
 def _special_id(table: Mapping[str, Any], key: str) -> int | None:

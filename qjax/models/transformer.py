@@ -99,7 +99,8 @@ def _attention(parameters: Params, x: Hidden, config: ModelConfig) -> Float[Arra
         k = _rms_norm(k, parameters["k_norm"], config.rms_norm_eps)
     cos, sin = _rope_tables(length, config)
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    # One batched matrix product per step, [batch·kv heads, groups·length, dim]: XLA's CPU backend is three times slower on 5-D einsums.
+    # One batched matrix product per step, [batch·kv heads, groups·length, dim]:
+    # XLA's CPU backend is three times slower on 5-D einsums.
     q = q.reshape(batch, length, config.num_kv_heads, groups, config.head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch * config.num_kv_heads, groups * length, config.head_dim)
     k, v = (x.transpose(0, 2, 1, 3).reshape(batch * config.num_kv_heads, length, config.head_dim) for x in (k, v))

@@ -148,6 +148,12 @@ def test_batches_under_vmap_escalate_on_their_own():
     np.testing.assert_allclose(factor.lower[0], damped_factor(jnp.asarray(good, jnp.float32), 0.01, 4).lower, atol=1e-6)
 
 
+def test_the_only_lapack_call_is_one_cholesky():
+    """Batched LAPACK calls can deadlock on two cores (see orthogonal.py)."""
+    text = damped_factor.lower(jnp.eye(16), 0.01, 4).as_text()
+    assert text.count("@lapack_") <= 1
+
+
 def test_block_must_divide():
     with pytest.raises(InputError, match="block 3 does not divide"):
         damped_factor(jnp.eye(8), 0.01, 3)

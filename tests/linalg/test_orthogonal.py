@@ -16,6 +16,17 @@ def test_haar_matrices_are_orthogonal(n):
     np.testing.assert_allclose(q @ q.transpose(0, 2, 1), np.tile(np.eye(n), (4, 1, 1)), atol=2e-6)
 
 
+def test_haar_matrix_is_the_qr_factor_of_its_gaussian():
+    """Against LAPACK in float64, its signs fixed; 70 is not a whole number of panels."""
+    key = jax.random.key(9)
+    gaussian = np.asarray(jax.random.normal(key, (2, 70, 70)), np.float64)
+    q, r = np.linalg.qr(gaussian)
+    expected = q * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None, :]
+    got = np.asarray(haar_orthogonal(key, 2, 70), np.float64)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    np.testing.assert_allclose(got @ got.transpose(0, 2, 1), np.tile(np.eye(70), (2, 1, 1)), atol=2e-6)
+
+
 def test_haar_moments():
     """E tr Q = 0, E (tr Q)² = 1, both determinants equally likely; without the sign fix E tr Q is far from 0."""
     q = np.asarray(haar_orthogonal(jax.random.key(1), 4000, 3), np.float64)
@@ -73,6 +84,12 @@ def test_butterfly_has_independent_blocks():
         second[j::p, j::p] = outer[j]
     plain = (inner, outer, jnp.arange(12), jnp.arange(12))
     np.testing.assert_allclose(two_stage_transform(jnp.eye(12), plain), first @ second, atol=1e-6)
+
+
+def test_no_batched_lapack_call():
+    """Two of them in one program can deadlock on two cores (see orthogonal.py)."""
+    rotation = TwoStageOrthogonal.sample(jax.random.key(0), 36)
+    assert "lapack" not in jax.jit(lambda r, x: r.apply_transpose(x)).lower(rotation, jnp.ones((2, 36))).as_text()
 
 
 def test_factors_of_another_size():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_the_sites_are_the_inputs_of_their_linears():
     config = VARIANTS["all options"]
     parameters = to_float32(random_block(config, 5))
     x = jnp.asarray(np.random.default_rng(6).normal(size=(1, 5, config.hidden_size)), jnp.float32)
-    output, inputs = block_inputs(parameters, x, config)
+    output, inputs = jax.jit(block_inputs, static_argnums=2)(parameters, x, config)
     np.testing.assert_allclose(np.asarray(output), np.asarray(block(parameters, x, config)), atol=1e-6)
     assert tuple(inputs) == SITES
     for name, site in LINEARS.items():

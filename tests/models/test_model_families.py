@@ -55,6 +55,7 @@ def smollm2() -> Model:
     return load(SMOLLM2)
 
 
+@pytest.mark.slow
 def test_smollm2_agrees_with_transformers(fixtures: Path, smollm2: Model):
     reference = np.load(fixtures / "smollm2.npz")
     np.testing.assert_array_equal(smollm2.tokenizer.encode(str(reference["text"])), reference["tokens"])
@@ -67,11 +68,13 @@ def test_smollm2_agrees_with_transformers(fixtures: Path, smollm2: Model):
     np.testing.assert_allclose(total, reference["logsumexp"], atol=2e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france(smollm2: Model):
     ids = generate(smollm2.params, smollm2.config, smollm2.tokenizer.encode("The capital of France is"), 1)
     assert smollm2.tokenizer.decode(ids) == " Paris"
 
 
+@pytest.mark.slow
 def test_smollm2_is_described_as_dequantised(smollm2: Model):
     assert smollm2.description == "dequantised Q4_1"
     assert smollm2.config.num_layers == 30 and smollm2.config.vocab_size == 49152

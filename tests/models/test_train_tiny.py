@@ -302,6 +302,7 @@ def test_directory_holds_the_rounded_model_and_is_not_overwritten(tmp_path, smal
         "training.json",
     ]
     assert json.loads((folder / "config.json").read_text()) == hugging_face_config(config, 0)
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
     stored = load_file(folder / "model.safetensors")
     assert len(stored) == 2 + 9 * config.num_layers
     expected = hugging_face_tensors(params)

@@ -1,0 +1,83 @@
+"""Measure single steps: `python -m experiments.bench matrix`, `python -m experiments.bench codebook`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+
+from experiments._entry import entry, plain
+from qjax.bench import codebook, matrix
+from qjax.bench.timing import load_average, surroundings
+from qjax.report import Table, aligned
+from qjax.run.atomic import write_json
+
+__all__ = ["main", "overrides"]
+
+# Issue 2's target for LDLQ of 4096 x 4096, as a fraction of the machine's own matmul rate.
+TARGET = 0.25
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """A first word that is no option, `matrix sizes=…`, as Hydra's `bench=matrix sizes=…`."""
+    first, *rest = arguments or ["bench=matrix"]
+    return [f"bench={first}", *rest] if "=" not in first and not first.startswith("-") else [first, *rest]
+
+
+def _as_list(value: Any) -> list[Any] | None:
+    return value if value is None or isinstance(value, list) else [value]
+
+
+def _matrix(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    sizes = [matrix.parse_size(text) for text in _as_list(settings["sizes"]) or []]
+    cases = [matrix.Case(out, columns, settings["tokens"], settings["bits"]) for out, columns in sizes]
+    results = []
+    for case in cases:
+        print(f"measuring {case}", file=sys.stderr, flush=True)
+        results.append(matrix.measure(case, settings["repeats"], settings["least_seconds"]))
+    return results
+
+
+def _codebook(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    results = []
+    for book in codebook.available(_as_list(settings["names"]), _as_list(settings["bits"])):
+        print(f"measuring {book.spec()['name']} {book.bits:g} bits", file=sys.stderr, flush=True)
+        results.append(codebook.measure(book, tuple(settings["shape"]), settings["repeats"]))
+    return results
+
+
+def _verdict(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    steps = {result["size"]: result["steps"] for result in results}
+    if "4096x4096" not in steps:
+        return []
+    whole, alone = (steps["4096x4096"][name]["ratio_to_matmul"] for name in ("ldlq", "ldlq_sweep"))
+    return [f"LDLQ 4096x4096 runs at {whole:.2f} of the matmul rate, its sweep alone at {alone:.2f} (target {TARGET})"]
+
+
+@entry("bench")
+def main(config: DictConfig) -> None:
+    """Measure, print a table, and write JSON with `out`."""
+    settings = plain(config)
+    load = load_average()
+    kinds: dict[str, tuple[Callable[..., Any], Any, Callable[..., list[str]], int]] = {
+        "matrix": (_matrix, matrix.lines, _verdict, 2),
+        "codebook": (_codebook, codebook.lines, lambda _: [], 1),
+    }
+    run, lines, verdict, words = kinds[settings["bench"]]
+    results = run(settings)
+    headers, rows = lines(results)
+    print(aligned(Table(headers, tuple(rows), tuple(index >= words for index in range(len(headers))))))
+    for line in verdict(results):
+        print(line)
+    record = {"bench": settings["bench"], "results": results, **surroundings(load)}
+    print(f"load average {load[0]:.1f} before, {record['load_average_after'][0]:.1f} after")
+    if settings["out"] is not None:
+        write_json(settings["out"], record)
+        print(f"written: {settings['out']}")
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = overrides(sys.argv[1:])
+    main()

@@ -1,0 +1,59 @@
+"""Compare finished runs: `python -m experiments.report runs=runs/demo out=runs/demo/report`."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from experiments._entry import entry, plain
+from qjax import report
+from qjax.report.figure import draw
+from qjax.report.table import ordered
+from qjax.report.text import left_out
+from qjax.run.atomic import write_text
+
+__all__ = ["main"]
+
+
+def show(table: report.Table) -> None:
+    """Print the table: framed on a terminal, aligned text elsewhere."""
+    if not sys.stdout.isatty():
+        print(report.aligned(table))
+        return
+    framed = RichTable()
+    for header, right in zip(table.headers, table.numeric, strict=True):
+        framed.add_column(header, justify="right" if right else "left", overflow="fold")
+    for row in table.rows:
+        framed.add_row(*(Text(cell) for cell in row))  # brackets are no markup
+    Console().print(framed)
+
+
+@entry("report")
+def main(config: DictConfig) -> None:
+    """Print the comparison and, with `out`, save it as Markdown, CSV and figures."""
+    settings = plain(config)
+    runs, skipped = report.collect(settings["runs"])
+    runs = ordered(runs)
+    table = report.comparison(runs)
+    show(table)
+    for line in left_out(skipped):
+        print(line, file=sys.stderr)
+    if settings["out"] is None:
+        return
+    out = pathlib.Path(settings["out"])
+    write_text(out / "report.csv", report.csv_text(runs))
+    figures = []
+    if settings["figure"] and any("kl_mean" in run.results for run in runs):
+        figures = draw(runs, out)
+    link = figures[0].name if figures else None
+    write_text(out / "report.md", report.markdown(table, runs, skipped, link))
+    print("written: " + ", ".join(str(out / name) for name in ("report.md", "report.csv", *(f.name for f in figures))))
+
+
+if __name__ == "__main__":
+    main()

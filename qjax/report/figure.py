@@ -1,0 +1,220 @@
+"""The comparison as a figure: bits per weight against KL and perplexity, or dots when all runs have the same bits."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from qjax.errors import InputError
+from qjax.report.runs import Run
+from qjax.report.series import PANELS, Point, Series, label_positions, limits, series, ticks, varied_bits
+from qjax.report.table import number, references
+from qjax.run.atomic import write_bytes
+
+__all__ = ["draw"]
+
+_INK, _FAINT, _RULE = "#222222", "#6f6f6f", "#e3e3e3"
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and one marker each for print.
+_STYLES = {
+    "nearest": ("#7a7a7a", "X"),
+    "stochastic": ("#CC79A7", "v"),
+    "gptq": ("#D55E00", "s"),
+    "ldlq": ("#0072B2", "o"),
+    "greedy": ("#009E73", "^"),
+    "yaqa": ("#A6761D", "D"),
+}
+_SPARE = (("#56B4E9", "P"), ("#8B5FBF", "<"), ("#B8860B", ">"), ("#444444", "h"))
+
+
+def _styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    spare = itertools.cycle(_SPARE)
+    return {name: _STYLES.get(name) or next(spare) for name in dict.fromkeys(names)}
+
+
+def _short(value: float) -> str:
+    if value >= 1e7:
+        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+    return f"{value:,.0f}".replace(",", "\u2009") if value >= 1e4 else f"{value:.4g}"
+
+
+def _dress(axes: Any, which: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_FAINT)
+    axes.tick_params(colors=_INK, which="both", length=3)
+    axes.grid(True, which="major", axis=which, color=_RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _log_axis(axis: Any, low: float, high: float) -> None:
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+    places = ticks(low, high)
+    axis.set_major_locator(FixedLocator(places))
+    axis.set_major_formatter(FixedFormatter([_short(tick) for tick in places]))
+    axis.set_minor_locator(NullLocator())
+
+
+def _bars(points: Sequence[Point]) -> list[list[float]]:
+    """Lengths of the interval bars, below and above; 0 without an interval."""
+    ends = [point.interval or (point.value, point.value) for point in points]
+    below = [max(0.0, p.value - low) for p, (low, _) in zip(points, ends, strict=True)]
+    return [below, [max(0.0, high - p.value) for p, (_, high) in zip(points, ends, strict=True)]]
+
+
+def _reference_values(runs: Sequence[Run], metric: str) -> list[float]:
+    if metric != "perplexity":
+        return []
+    found = (run.number("perplexity_reference") for run in references(runs).values())
+    return [value for value in found if value is not None and math.isfinite(value)]
+
+
+def _spread(all_series: Sequence[Series], metric: str, extra: Sequence[float]) -> list[float]:
+    points = [point for s in all_series for point in s.points[metric]]
+    return [*(bound for p in points for bound in (p.value, *(p.interval or ()))), *extra]
+
+
+def _curves(axes: Any, lines: Sequence[Series], runs: Sequence[Run], metric: str, title: str) -> None:
+    """Bits per weight against a metric, a curve per series, labelled at its right end."""
+    from matplotlib.ticker import MultipleLocator
+
+    styles = _styles([s.rounding for s in lines])
+    original = _reference_values(runs, metric)
+    low, high = limits(_spread(lines, metric, original), 0.07)
+    shapes = itertools.cycle(("-", "--", ":", "-."))
+    dashes = {s.label: next(shapes) if len(styles) < len(lines) else "-" for s in lines}
+    ends = []
+    for s in lines:
+        points = s.points[metric]
+        if not points:
+            continue
+        colour, marker = styles[s.rounding]
+        axes.errorbar(
+            [p.bits for p in points], [p.value for p in points], yerr=_bars(points), color=colour, marker=marker,
+            markersize=6.5, markeredgecolor="white", linewidth=1.6, elinewidth=1.3, capsize=2.5,
+            linestyle=dashes[s.label],
+        )  # fmt: skip
+        ends.append((s.label, points[-1], colour))
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    _dress(axes, "y")
+    _log_axis(axes.yaxis, low, high)
+    bits = [run.results["bits_per_weight"] for run in runs]
+    left, right = min(bits), max(bits)
+    axes.set_xlim(left - 0.06 * (right - left), right + 0.06 * (right - left))
+    axes.xaxis.set_major_locator(MultipleLocator(1 if right - left >= 2 else 0.5 if right - left >= 1 else 0.1))
+    axes.set_xlabel("bits per weight", color=_INK)
+    lost = sum(not math.isfinite(run.number(metric) or 0.0) for run in runs)
+    if lost:
+        text = f"{lost} {'run' if lost == 1 else 'runs'} beyond the axis (infinite)"
+        axes.annotate(text, (0.99, 0.99), xycoords="axes fraction", ha="right", va="top", fontsize=8.5, color=_FAINT)
+    axes.set_title(title, loc="left", fontsize=10.5, color=_INK)
+    scale = math.log(high / low)
+    wanted = [math.log(point.value / low) / scale for _, point, _ in ends]
+    for value in original:
+        axes.axhline(value, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        ends.append((f"original {number(value)}", Point(right, value, None), _INK))
+        wanted.append(math.log(value / low) / scale)
+    for (text, point, colour), height in zip(ends, label_positions(wanted, 0.052), strict=True):
+        axes.annotate(
+            text, xy=(point.bits, point.value), xytext=(1.025, height), textcoords="axes fraction", va="center",
+            fontsize=9, color=colour, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 5, "alpha": 0.5},
+        )  # fmt: skip
+
+
+def _dots(axes: Any, rows: Sequence[Series], runs: Sequence[Run], metric: str, title: str) -> None:
+    """A row per run, the metric to the right with its interval and its value."""
+    styles = _styles([s.rounding for s in rows])
+    original = _reference_values(runs, metric)
+    low, high = limits(_spread(rows, metric, original), 0.1)
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.set_ylim(len(rows) - 0.4, -0.75)
+    axes.set_yticks(range(len(rows)), [s.label for s in rows])
+    for row, s in enumerate(rows):
+        for point in s.points[metric]:
+            colour, marker = styles[s.rounding]
+            axes.errorbar(
+                [point.value], [row], xerr=_bars([point]), color=colour, marker=marker, markersize=6,
+                markeredgecolor="white", markeredgewidth=0.6, elinewidth=1.6, capsize=5,
+            )  # fmt: skip
+            axes.annotate(
+                number(point.value, 3), (point.value, row), xytext=(0, 8), textcoords="offset points", ha="center",
+                fontsize=9, color=colour, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            )  # fmt: skip
+        if not s.points[metric]:
+            axes.annotate(
+                "not finite, or not measured", (0.5, row), xycoords=("axes fraction", "data"), ha="center", color=_FAINT
+            )
+    for value in original:
+        axes.axvline(value, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"original {number(value)}", (value, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -2),
+            textcoords="offset points", va="top", fontsize=9, color=_INK,
+        )  # fmt: skip
+    _dress(axes, "x")
+    _log_axis(axes.xaxis, low, high)
+    axes.tick_params(axis="y", length=0)
+    for text, s in zip(axes.get_yticklabels(), rows, strict=False):  # a shared axis labels the first panel only
+        text.set_color(styles[s.rounding][0])
+    axes.set_title(title, loc="left", fontsize=10.5, color=_INK)
+
+
+def _layout(figure: Any, **spacing: float) -> None:
+    figure.get_layout_engine().set(**spacing)
+
+
+def _heading(runs: Sequence[Run]) -> str:
+    models = list(dict.fromkeys(run.model for run in runs))
+    bits = sorted({round(run.results["bits_per_weight"], 2) for run in runs})
+    text = ", ".join(models)
+    return (
+        text if varied_bits(runs) else f"{text}, {bits[0]:g}{f'–{bits[-1]:g}' if len(bits) > 1 else ''} bits per weight"
+    )
+
+
+def draw(runs: Sequence[Run], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Write `figure.png` and `figure.svg` into `folder`; returns their paths.
+
+    Panels: mean KL and perplexity, logarithmic, with 95% intervals. Raises InputError when matplotlib is not installed
+    or no run was evaluated, RunError when the files cannot be written.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("the figure needs matplotlib: pip install 'qjax[plots]', or figure=false") from error
+    curves = varied_bits(runs)
+    lines = series(runs, join_bits=curves)
+    panels = [(metric, title) for metric, title in PANELS if any(s.points[metric] for s in lines)]
+    if not panels:
+        raise InputError("the figure needs runs with KL or perplexity, and none was evaluated; use figure=false")
+    longest = max(len(s.label) for s in lines)
+    size = (11.5, 4.6) if curves else (11.5, 1.7 + 0.52 * len(lines))
+    files = []
+    with mpl.rc_context(
+        {"font.family": "DejaVu Sans", "font.size": 9.5, "svg.hashsalt": "qjax", "svg.fonttype": "path"}
+    ):
+        figure = Figure(figsize=size, facecolor="white", layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(_heading(runs), x=0.012, ha="left", fontsize=11.5, color=_INK)
+        if curves:
+            grid = figure.subplots(1, len(panels), squeeze=False)[0]
+            _layout(figure, wspace=min(0.3, 0.012 * longest))
+        else:
+            grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+            _layout(figure, wspace=0.05)
+        for axes, (metric, title) in zip(grid, panels, strict=True):
+            (_curves if curves else _dots)(axes, lines, runs, metric, title)
+        formats: dict[str, dict[str, Any]] = {"figure.png": {"dpi": 160}, "figure.svg": {"metadata": {"Date": None}}}
+        for name, options in formats.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=name.rpartition(".")[2], bbox_inches="tight", **options)
+            files.append(folder / name)
+            write_bytes(files[-1], buffer.getvalue())
+    return files

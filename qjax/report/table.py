@@ -1,0 +1,160 @@
+"""The comparison as a table of text cells: what differs between the runs, and what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from qjax.report.runs import Run
+
+__all__ = ["Table", "comparison", "differing", "number", "ordered", "references"]
+
+_ABSENT = "–"
+_STAGES = ("hessians", "quantize", "evaluate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Headers and rows of text; `numeric` says which columns are aligned to the right."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: tuple[bool, ...]
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """`digits` significant digits, without an exponent between 0.001 and 100 000; – for None, ∞ for an overflow."""
+    if value is None:
+        return _ABSENT
+    if not math.isfinite(value):
+        return "∞" if value > 0 else str(value)
+    size = abs(value)
+    if size and not 1e-3 <= size < 1e5:
+        return f"{value:.{digits - 2}e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+    if size >= 10 ** (digits - 1):
+        return f"{value:.0f}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return _ABSENT
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Settings that tell the runs apart, in the order of the configuration.
+
+    An option of a group, `rounding.block`, counts only when it differs between runs that chose the same entry of the
+    group: that LDLQ has a block and GPTQ has none is said by `rounding` already.
+    """
+    keys: dict[str, None] = {key: None for run in runs for key in run.settings}
+    found = []
+    for key in keys:
+        group = key.rpartition(".")[0]
+        values: dict[str, set[str]] = {}
+        for run in runs:
+            values.setdefault(_plain(run.settings.get(group)), set()).add(_plain(run.settings.get(key)))
+        if any(len(seen) > 1 for seen in values.values()):
+            found.append(key)
+    return found
+
+
+def ordered(runs: Sequence[Run]) -> list[Run]:
+    """By model, bits per weight (to a tenth: scales and signs make small differences), then the worst KL first."""
+
+    def place(run: Run) -> tuple[Any, ...]:
+        divergence = run.number("kl_mean")
+        return (
+            run.model,
+            round(run.results["bits_per_weight"], 1),
+            -(divergence if divergence is not None else 0),
+            run.name,
+        )
+
+    return sorted(runs, key=place)
+
+
+def references(runs: Sequence[Run]) -> dict[tuple[Any, ...], Run]:
+    """One run per original model and evaluation: (model, dtype, tokens hash, context length) -> a run that has it."""
+    found: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        if run.number("perplexity_reference") is not None:
+            tokens = run.results.get("tokens_sha256", run.results.get("tokens_evaluation"))
+            key = (run.model, run.settings.get("model.dtype"), tokens, run.results.get("context_length"))
+            found.setdefault(key, run)
+    return found
+
+
+def _with_interval(run: Run, key: str) -> str:
+    value, interval = run.number(key), run.interval(key)
+    text = number(value)
+    if interval is None or not math.isfinite(value or 0.0):
+        return text
+    return f"{text} [{number(interval[0], 3)}, {number(interval[1], 3)}]"
+
+
+def _megabytes(value: float | None) -> str:
+    return _ABSENT if value is None else f"{value / 1e6:.1f}"
+
+
+def _total(run: Run) -> float | None:
+    seconds = run.results.get("seconds") or {}
+    return float(sum(seconds.values())) if seconds else None
+
+
+def _seconds(value: float | None) -> str:
+    return _ABSENT if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _reference_cells(run: Run, headers: Sequence[str]) -> tuple[str, ...]:
+    cells = {
+        "run": f"{run.model} (reference)",
+        "model": run.model,
+        "model MB": _megabytes(run.number("whole_model_bytes_reference")),
+        "perplexity": _with_interval(run, "perplexity_reference"),
+    }
+    return tuple(cells.get(header, "") for header in headers)
+
+
+def comparison(runs: Sequence[Run]) -> Table:
+    """One row per original model and per run.
+
+    Columns: run, the settings that differ, bits per weight, megabytes (10⁶) of the whole model, perplexity and mean KL
+    with 95% intervals, 99th percentile of KL (nats), top-1 agreement, mean relative proxy loss, seconds by stage and
+    in all, peak memory (GiB).
+    """
+    runs = ordered(runs)
+    names = [run.name for run in runs]
+    settings = [key for key in differing(runs) if [_plain(run.settings.get(key)) for run in runs] != names]
+    stages = [stage for stage in _STAGES if any(run.seconds(stage) is not None for run in runs)]
+    headers = [
+        *("run", *settings),
+        *("bits/weight", "model MB", "perplexity", "KL mean", "KL p99", "agreement", "proxy loss"),
+        *(f"{stage} s" for stage in stages),
+        *("total s", "peak GiB"),
+    ]
+    rows = [_reference_cells(run, headers) for run in references(runs).values()]
+    for run in runs:
+        peak = run.number("peak_memory_bytes")
+        rows.append(
+            (
+                run.name,
+                *(_plain(run.settings.get(key)) for key in settings),
+                f"{run.results['bits_per_weight']:.3f}",
+                _megabytes(run.number("whole_model_bytes")),
+                _with_interval(run, "perplexity"),
+                _with_interval(run, "kl_mean"),
+                number(run.number("kl_p99"), 3),
+                number(run.number("top1_agreement"), 3),
+                number(run.number("proxy_loss_mean"), 3),
+                *(_seconds(run.seconds(stage)) for stage in stages),
+                _seconds(_total(run)),
+                _ABSENT if peak is None else f"{peak / 2**30:.2f}",
+            )
+        )
+    numeric = tuple(index > len(settings) for index in range(len(headers)))
+    return Table(tuple(headers), tuple(rows), numeric)
