@@ -15,9 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qjax.errors import QjaxError
 
-__all__ = ["cache_folder", "compilation_cache", "entry", "plain"]
+__all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "plain"]
 
-_CONFIGS = str(pathlib.Path(__file__).resolve().parent.parent / "configs")
+CONFIGS = str(pathlib.Path(__file__).resolve().parent.parent / "configs")
 
 
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -35,7 +35,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                 print("interrupted: what was finished is kept; the same command continues", file=sys.stderr, flush=True)
                 raise SystemExit(130) from None
 
-        return hydra.main(version_base="1.3", config_path=_CONFIGS, config_name=config_name)(guarded)
+        return hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(guarded)
 
     return decorate
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments._entry import cache_folder, compilation_cache, entry, plain
+from experiments._entry import CONFIGS, cache_folder, compilation_cache, entry, plain
 from qjax import incoherence, job, rounding
 from qjax.codebooks.scaling import ScaleRule
 from qjax.errors import InputError
 from qjax.recipe import LayerRule, Recipe
 from qjax.run import tracker
+
+__all__ = ["CONFIGS", "job_of"]
 
 _RULE_KEYS = {"pattern", "skip", "bits", "codebook", "damping", "scale"}
 

@@ -35,7 +35,7 @@ __all__ = ["FORMAT", "load", "model_bytes", "save"]
 FORMAT = "qjax-artifact-1"
 
 
-def _dense_leaves(params: Any) -> dict[str, np.ndarray]:
+def _dense_leaves(params: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, QuantizedMatrix))
     return {_path(path): leaf for path, leaf in leaves}
 
@@ -79,7 +79,7 @@ def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[
     scratch = path.with_name(path.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    ocp.save_pytree(scratch / "weights", arrays)
+    ocp.save(scratch / "weights", arrays)
     tokenizer = model.tokenizer
     if tokenizer.vocab_size:
         write_text(scratch / "tokenizer.json", tokenizer.backend.to_str())
@@ -116,7 +116,7 @@ def load(path: str | pathlib.Path) -> Model:
     if manifest.get("format") != FORMAT:
         raise ArtifactError(f"{path}: format {manifest.get('format')!r}; this qjax reads {FORMAT}: use the matching release")
     try:
-        arrays = ocp.load_pytree(path / "weights")
+        arrays = ocp.load(path / "weights")
     except Exception as error:  # orbax raises many kinds; all mean that the stored arrays cannot be read
         raise ArtifactError(f"{path}/weights: cannot be read ({type(error).__name__}: {error}); run the quantisation again") from error
     arrays = {name: np.asarray(array) for name, array in arrays.items()}

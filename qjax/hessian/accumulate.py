@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from qjax.linalg.rotations import Leaf
 from qjax.models.config import ModelConfig
 from qjax.models.transformer import SITES, block_inputs
 
@@ -24,10 +25,10 @@ class Moments:
     The compensation carries what a float32 addition drops (Kahan), so thousands of batches lose nothing.
     """
 
-    total: dict[str, Float[Array, "in in"]]
-    carry: dict[str, Float[Array, "in in"]]
-    tokens: Float[Array, ""]
-    finite: dict[str, Array]
+    total: dict[str, Leaf]
+    carry: dict[str, Leaf]
+    tokens: Leaf
+    finite: dict[str, Leaf]
 
 
 def site_widths(config: ModelConfig) -> dict[str, int]:
@@ -44,7 +45,7 @@ def empty(config: ModelConfig) -> Moments:
 
 @functools.partial(jax.jit, static_argnames=("config", "propagate"), donate_argnames="moments")
 def accumulate(
-    moments: Moments, parameters: Any, x: Array, mask: Float[Array, " batch"], config: ModelConfig, *, propagate: bool
+    moments: Moments, parameters: Any, x: Array | np.ndarray, mask: Array | np.ndarray, config: ModelConfig, *, propagate: bool
 ) -> tuple[Moments, Array | None]:
     """Add a batch `[batch, length, width]` of block inputs; sequences with mask 0 (padding of the last batch) do not count.
 

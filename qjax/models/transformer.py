@@ -26,7 +26,9 @@ from qjax.models.linear import linear
 __all__ = ["LINEARS", "SITES", "block", "block_inputs", "embed", "forward", "head", "logits", "rope_frequencies"]
 
 Params = Any  # a pytree as in the module's docstring
-Hidden = Float[Array, "batch length width"]
+# Host arrays go into compiled programs as they are: converting them first would compile a program of its own.
+HostOrDevice = Array | np.ndarray
+Hidden = Float[HostOrDevice, "batch length width"]
 
 # Every linear of a block, in the order of the forward pass, with the site (shared input) that feeds it.
 LINEARS: dict[str, str] = {
@@ -140,7 +142,7 @@ def block_inputs(parameters: Params, x: Hidden, config: ModelConfig) -> tuple[Hi
 
 
 @jax.jit
-def embed(table: Float[Array, "vocab width"], tokens: Int[Array, "batch length"]) -> Hidden:
+def embed(table: Float[HostOrDevice, "vocab width"], tokens: Int[HostOrDevice, "batch length"]) -> Hidden:
     """Rows of the embedding matrix. Tokens must lie inside the vocabulary (checked where token streams are made)."""
     return jnp.take(table, tokens, axis=0, mode="clip")
 
@@ -157,7 +159,7 @@ def logits(parameters: dict[str, Array], x: Hidden, config: ModelConfig) -> Floa
     return linear(hidden, parameters["head"]).astype(jnp.float32)
 
 
-def forward(params: Params, tokens: Int[Array, "batch length"], config: ModelConfig) -> Array:
+def forward(params: Params, tokens: Int[HostOrDevice, "batch length"], config: ModelConfig) -> Array:
     """Logits `[batch, length, vocab]` of every position; a linear's weight is an Array or a QuantizedMatrix."""
     x = embed(params["embed"], tokens)
     for parameters in params["blocks"]:

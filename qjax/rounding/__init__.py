@@ -1,6 +1,7 @@
 """Rounding algorithms: from a weight matrix, a Hessian and a codebook to codes."""
 
 from qjax.rounding.base import ROUNDINGS, Rounded, Rounding
+from qjax.rounding.descent import Greedy
 from qjax.rounding.gptq import GPTQ
 from qjax.rounding.ldlq import LDLQ
 from qjax.rounding.losses import proxy_loss, quadratic, weight_mse
@@ -10,6 +11,7 @@ __all__ = [
     "GPTQ",
     "LDLQ",
     "ROUNDINGS",
+    "Greedy",
     "Nearest",
     "Rounded",
     "Rounding",

@@ -31,6 +31,7 @@ class Rounded:
       permutation: column order of the codes (`weight[:, permutation]` was coded), or None for the natural order.
       damping: multiple of the mean diagonal that was added to H (0 when the algorithm uses no Hessian).
       ok: False when no damping up to the cap made H factorisable, or a value is not finite.
+      start: `[out, in]` the values before the coordinate-descent passes, or None without passes.
     """
 
     values: Float[Array, "out in"]
@@ -39,6 +40,7 @@ class Rounded:
     permutation: Shaped[Array, " in"] | None
     damping: Float[Array, ""]
     ok: Array
+    start: Float[Array, "out in"] | None = None
 
 
 @runtime_checkable
@@ -123,14 +125,22 @@ def finish(
     permutation: Array | None = None,
     damping: Array | float = 0.0,
     ok: Array | bool = True,
+    start: Array | None = None,
 ) -> Rounded:
-    """Assemble the result; `values` is exactly what a decoder will see, not a running difference."""
+    """Assemble the result; `values` is exactly what a decoder will see, not a running difference.
+
+    `start` are the codes before the coordinate-descent passes, if there were any.
+    """
     scaling = identity() if scaling is None else scaling
-    values = decode(codes, codebook, scaling, dtype)
-    if permutation is not None:
-        values = jnp.take(values, jnp.argsort(permutation), axis=1)
-    finite = jnp.all(jnp.isfinite(values))
-    return Rounded(values, codes, scaling, permutation, jnp.asarray(damping, dtype), jnp.asarray(ok) & finite)
+
+    def seen(codes: Array) -> Array:
+        values = decode(codes, codebook, scaling, dtype)
+        return values if permutation is None else jnp.take(values, jnp.argsort(permutation), axis=1)
+
+    values = seen(codes)
+    ok = jnp.asarray(ok) & jnp.all(jnp.isfinite(values))
+    before = None if start is None else seen(start)
+    return Rounded(values, codes, scaling, permutation, jnp.asarray(damping, dtype), ok, before)
 
 
 def spec_of(name: str, algorithm: Any) -> dict[str, Any]:

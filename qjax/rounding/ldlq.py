@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling, identity
@@ -24,10 +24,11 @@ from qjax.rounding.base import (
     require_key,
     spec_of,
 )
+from qjax.rounding.descent import check_passes, damped, descend
 from qjax.rounding.nearest import stochastic_codes
 from qjax.rounding.sweep import Sweep, merge_codes, sweep, widths
 
-__all__ = ["LDLQ"]
+__all__ = ["LDLQ", "feedback_codes", "place"]
 
 
 @ROUNDINGS.register("ldlq")
@@ -42,15 +43,18 @@ class LDLQ:
       block: columns rounded together (g); None means the codebook's tile width.
       order: "natural", or "ascending": columns permuted so that diag(H) ascends and the largest is rounded first (QuIP's LDLQ-RG).
       stochastic: round stochastically instead of to the nearest (scalar codebooks; needs a key).
+      passes: the most passes of coordinate descent that follow, see `descend` (QuIP: 1 to 9; QuIP#: 10).
     """
 
     block: int | None = None
     order: str = "natural"
     stochastic: bool = False
+    passes: int = 0
 
     def __post_init__(self) -> None:
         if self.order not in ("natural", "ascending"):
             raise InputError(f"rounding.order is {self.order!r}; allowed for ldlq are natural, ascending")
+        check_passes(self.passes, 0)
 
     def __call__(
         self,
@@ -66,7 +70,7 @@ class LDLQ:
         check_shapes(weight, hessian, codebook)
         columns = weight.shape[1]
         block = column_block(codebook, self.block, columns)
-        key = require_key(key, "rounding.stochastic") if self.stochastic else key
+        key = require_key(key, "rounding.stochastic") if self.stochastic else None
         scaling = identity() if scaling is None else scaling
         h = hessian.input.astype(weight.dtype)
         order = None
@@ -75,25 +79,48 @@ class LDLQ:
             weight, h = jnp.take(weight, order, axis=1), jnp.take(jnp.take(h, order, axis=0), order, axis=1)
         factor = damped_factor(h, damping, block)
         index, permutation = place(order, columns, codebook, scaling)
+        codes = feedback_codes(weight, factor.lower, codebook, scaling, block=block, index=index, key=key)
 
-        def leaf(part: Array, target: Array, start: Array, context: None) -> tuple[Array, Array]:
-            scale, zero = scaling.at(jax.lax.dynamic_slice_in_dim(index, start, block), part.dtype)
-            if self.stochastic:
-                codes = stochastic_codes(target.T / scale + zero, codebook, jax.random.fold_in(key, start))
-                values = (codebook.dequantize(codes).astype(part.dtype) - zero) * scale
-            else:
-                values, codes = encode_columns(target.T, codebook, scale, zero)
-            return part - values.T, codes
+        def placed(codes: Array) -> Array:
+            codes = merge_codes(codes)
+            return codes if order is None or permutation is not None else jnp.take(codes, jnp.argsort(order), axis=1)
 
-        codes, _ = sweep(Sweep(leaf, reverse=True), widths(columns, block), weight, factor.lower)
-        codes = merge_codes(codes)
-        if order is not None and permutation is None:
-            codes = jnp.take(codes, jnp.argsort(order), axis=1)
-        return finish(codes, codebook, scaling, weight.dtype, permutation, factor.damping, factor.ok)
+        start = None
+        if self.passes:
+            start, h = placed(codes), damped(h, factor.damping)
+            codes = descend(weight, codes, h, codebook, scaling, passes=self.passes, index=index)
+        return finish(placed(codes), codebook, scaling, weight.dtype, permutation, factor.damping, factor.ok, start)
 
     def spec(self) -> dict[str, Any]:
         """Arguments of `make`."""
         return spec_of("ldlq", self)
+
+
+def feedback_codes(
+    weight: Float[Array, "m n"],
+    lower: Float[Array, "n n"],
+    codebook: Codebook,
+    scaling: Scaling,
+    *,
+    block: int,
+    index: Int[Array, " n"],
+    key: Array | None = None,
+) -> Array:
+    """Codes `[blocks, m/rows, g/cols, ...]` of `Ŵ_k = Q(W_k + Σ_{j>k} (W_j − Ŵ_j) L_jk)`, right to left, L unit block-lower.
+
+    `index`: which column of the original order each column is, for scales per group. With a key rounding is stochastic.
+    """
+
+    def leaf(part: Array, target: Array, start: Array, context: None) -> tuple[Array, Array]:
+        scale, zero = scaling.at(jax.lax.dynamic_slice_in_dim(index, start, block), part.dtype)
+        if key is None:
+            values, codes = encode_columns(target.T, codebook, scale, zero)
+        else:
+            codes = stochastic_codes(target.T / scale + zero, codebook, jax.random.fold_in(key, start))
+            values = (codebook.dequantize(codes).astype(part.dtype) - zero) * scale
+        return part - values.T, codes
+
+    return sweep(Sweep(leaf, reverse=True), widths(weight.shape[1], block), weight, lower)[0]
 
 
 def place(

@@ -8,6 +8,9 @@ with F strictly triangular in visiting order (LDLQ: F = L − I and E = W − Ŵ
 over the pivot, left to right). A block of columns is swept by splitting it into children; a child's target gets the
 feedback of its finished siblings in one matrix product. Only the innermost level works column by column, on a few
 columns that stay in cache. Matrices are held transposed, [columns, rows], so that a column is contiguous.
+
+A pass of coordinate descent is the same recursion with an F that is not triangular: columns that are still to come
+contribute the errors that they had before the pass.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from jaxtyping import Array, Float
 
 from qjax.rounding.base import precise
 
-__all__ = ["Sweep", "sweep", "widths"]
+__all__ = ["Sweep", "resweep", "sweep", "widths"]
 
 # A leaf rounds one column block: (weightᵀ, targetᵀ, start, context) -> (errorᵀ, codes)
 Leaf = Callable[[Array, Array, Array, Any], tuple[Array, Array]]
@@ -71,9 +74,19 @@ def _feedback(weight: Array, matrix: Array, error: Array) -> Array:
 
 
 def _inner(
-    plan: Sweep, levels: tuple[int, ...], weight: Array, target: Array, matrix: Array, start: Array, context: Any
+    plan: Sweep,
+    levels: tuple[int, ...],
+    weight: Array,
+    target: Array,
+    matrix: Array,
+    start: Array,
+    context: Any,
+    before: Array | None = None,
 ) -> tuple[Array, Array, Any]:
-    """Sweep one block: (errorᵀ, codes of its column blocks stacked, what `enter` returned, stacked or None)."""
+    """Sweep one block: (errorᵀ, codes of its column blocks stacked, what `enter` returned, stacked or None).
+
+    `before` is the block's errorᵀ of an earlier pass, None in a first one.
+    """
     width = weight.shape[0]
     entered = None
     if plan.enter is not None and width == plan.enter_width:
@@ -83,17 +96,22 @@ def _inner(
         return error, codes[None], entered
     child = levels[0]
     if child == width:
-        return _inner(plan, levels[1:], weight, target, matrix, start, context)
+        return _inner(plan, levels[1:], weight, target, matrix, start, context, before)
 
     def step(error: Array, offset: Array) -> tuple[Array, tuple[Array, Any]]:
         rows = lambda x: jax.lax.dynamic_slice_in_dim(x, offset, child, axis=0)  # noqa: E731
         columns = jax.lax.dynamic_slice_in_dim(matrix, offset, child, axis=1)
-        goal = _feedback(rows(target), columns, error)
-        part, codes, inside = _inner(plan, levels[1:], rows(weight), goal, rows(columns), start + offset, context)
+        others, old = error, None
+        if before is not None:  # the child's own old errors are its own affair
+            old = rows(error)
+            others = jax.lax.dynamic_update_slice_in_dim(error, jnp.zeros_like(old), offset, axis=0)
+        goal = _feedback(rows(target), columns, others)
+        part, codes, inside = _inner(plan, levels[1:], rows(weight), goal, rows(columns), start + offset, context, old)
         return jax.lax.dynamic_update_slice_in_dim(error, part, offset, axis=0), (codes, inside)
 
     offsets = jnp.arange(0, width, child, dtype=jnp.int32)
-    error, (codes, inside) = jax.lax.scan(step, jnp.zeros_like(target), offsets, reverse=plan.reverse)
+    first = jnp.zeros_like(target) if before is None else before
+    error, (codes, inside) = jax.lax.scan(step, first, offsets, reverse=plan.reverse)
     codes = codes.reshape(-1, *codes.shape[2:])
     if plan.enter_width is not None and child > plan.enter_width:  # flatten the stacks of groups below
         inside = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), inside)
@@ -131,6 +149,18 @@ def sweep(
     if plan.enter_width == top:
         inside = [jax.tree.map(lambda x: x[None], item) for item in inside]
     return codes, jax.tree.map(lambda *xs: jnp.concatenate(xs), *inside)
+
+
+def resweep(
+    plan: Sweep, levels: tuple[int, ...], weight: Float[Array, "n m"], matrix: Float[Array, "n n"], error: Float[Array, "n m"]
+) -> tuple[Float[Array, "n m"], Array]:
+    """One more pass over columns that have errors: (errorᵀ, codes `[n/block, ...]`); `m n²` multiplications.
+
+    `T_k = W_k + (E F)_k` with the current errors of all other columns; `matrix` is F, zero in its diagonal blocks. All
+    but the codes is transposed.
+    """
+    error, codes, _ = _inner(plan, levels, weight, weight, matrix, jnp.int32(0), None, error)
+    return error, codes
 
 
 def merge_codes(codes: Array) -> Array:

@@ -1,0 +1,233 @@
+"""Whole runs on the embedded model: what they leave behind, how they resume, and what they refuse."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import experiments.quantize as entry_point
+from qjax import artifact, job, models
+from qjax.errors import ArtifactError, InputError, RunError
+from qjax.recipe import LayerRule
+from qjax.records import Records
+
+SMALL = [
+    "model=tiny",
+    "data.calibration_sequences=4",
+    "data.evaluation_sequences=2",
+    "data.length=64",
+    "tracker=none",
+]
+
+
+def settings(out, cache, *overrides):
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(entry_point.CONFIGS, version_base="1.3"):
+        return compose("quantize", [*SMALL, f"out={out}", f"cache={cache}", *overrides])
+
+
+def table(out):
+    return list(csv.DictReader((out / "layers.csv").read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """One finished run at 4 bits, shared by the tests that only look at it."""
+    out = tmp_path_factory.mktemp("runs") / "base"
+    results = job.run(entry_point.job_of(settings(out, cache, "bits=4")))
+    return out, results
+
+
+def test_a_run_leaves_what_the_architecture_lists(finished):
+    out, results = finished
+    assert {p.name for p in out.iterdir()} >= {"config.yaml", "fingerprint.json", "layers.csv", "results.json", "artifact", "log.txt"}
+    assert json.loads((out / "results.json").read_text()) == results
+    needed = "bits_per_weight whole_model_bytes perplexity perplexity_reference kl_mean kl_p99 top1_agreement proxy_loss_mean "
+    needed += "tokens_calibration tokens_evaluation context_length seconds peak_memory_bytes versions device"
+    assert set(needed.split()) <= set(results) and "compile" in results["seconds"]
+    rows = table(out)
+    assert len(rows) == results["matrices"] == 7 * 4
+    for column in "shape bits_per_weight damping proxy_loss weight_mse seconds peak_memory_bytes".split():
+        assert all(row[column] for row in rows), column
+    assert np.mean([float(row["proxy_loss"]) for row in rows]) == pytest.approx(results["proxy_loss_mean"])
+
+
+def test_four_bits_stay_close_to_the_original(finished):
+    _, results = finished
+    assert 4 <= results["bits_per_weight"] < 4.1
+    assert results["perplexity"] < 1.05 * results["perplexity_reference"] and results["kl_mean"] < 0.05
+    assert results["whole_model_bytes"] < results["whole_model_bytes_reference"] / 2
+
+
+def test_the_number_of_compiled_programs_is_small(finished):
+    _, results = finished
+    assert results["compiled_programs"] <= 12, results["compiled_program_names"]
+
+
+def test_the_artifact_gives_the_same_numbers(finished, cache):
+    out, results = finished
+    stored = artifact.load(out / "artifact")
+    reference = models.load("tiny")
+    task = entry_point.job_of(settings(out, cache, "bits=4"))
+    from qjax import data
+
+    tokens = data.load(tokenizer=reference.tokenizer, vocab_size=2048, seed=0, **task.data)
+    teacher = job.reference_states(reference, tokens.evaluation, 8, cache)
+    again = job.compare(reference, stored.params, teacher, tokens.evaluation, 8)
+    assert {key: results[key] for key in again} == again
+    assert artifact.model_bytes(stored.params) == results["whole_model_bytes"]
+    assert stored.tokenizer.encode("The function").tolist() == reference.tokenizer.encode("The function").tolist()
+
+
+def test_a_finished_run_is_not_repeated(finished, cache, capsys):
+    out, results = finished
+    before = (out / "layers.csv").stat().st_mtime_ns
+    assert job.run(entry_point.job_of(settings(out, cache, "bits=4"))) == results
+    assert "finished before" in capsys.readouterr().out
+    assert (out / "layers.csv").stat().st_mtime_ns == before
+
+
+def test_changed_settings_are_refused_with_what_changed(finished, cache):
+    out, _ = finished
+    with pytest.raises(RunError, match=r"settings.bits: 4 -> 3.*resume=false"):
+        job.run(entry_point.job_of(settings(out, cache, "bits=3")))
+
+
+def artifact_bytes(out):
+    return json.loads((out / "artifact" / "model.json").read_text())["sha256"]
+
+
+@pytest.mark.parametrize("stream", ["sequential", "original"])
+def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, cache, stream, monkeypatch):
+    overrides = [f"hessian={stream}", "evaluate=none", "bits=2"]
+    job.run(entry_point.job_of(settings(tmp_path / "whole", cache, *overrides)))
+    save, saved = Records.save, []
+
+    def failing(self, matrix, report, incoherence):
+        if len(saved) == 9:  # in the middle of the second block
+            raise KeyboardInterrupt
+        saved.append(report.name)
+        save(self, matrix, report, incoherence)
+
+    monkeypatch.setattr(Records, "save", failing)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(entry_point.job_of(settings(tmp_path / "cut", cache, *overrides)))
+    assert not (tmp_path / "cut" / "results.json").exists()
+    monkeypatch.setattr(Records, "save", save)
+    file = tmp_path / "cut" / "layers" / f"{saved[3]}.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])  # and one record was torn
+    job.run(entry_point.job_of(settings(tmp_path / "cut", cache, *overrides)))
+    assert artifact_bytes(tmp_path / "cut") == artifact_bytes(tmp_path / "whole")
+
+
+def test_rules_choose_layers_by_name(tmp_path, cache):
+    rules = "rules=[{pattern: 'layers.0.self_attn', skip: true}, {pattern: down_proj, bits: 3}]"
+    results = job.run(entry_point.job_of(settings(tmp_path / "r", cache, "evaluate=none", "rounding=nearest", rules)))
+    rows = {row["name"]: row for row in table(tmp_path / "r")}
+    assert results["matrices"] == 24 and "layers.0.self_attn.q_proj" not in rows
+    assert float(rows["layers.1.mlp.down_proj"]["bits_per_weight"]) > 3 > float(rows["layers.1.mlp.up_proj"]["bits_per_weight"])
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("rules=[{pattern: layres, skip: true}]", "applies to no layer.*layers.0.self_attn.q_proj"),
+        ("rules=[{pattern: '.', skip: true}, {pattern: down, bits: 3}]", "applies to no layer"),
+        ("rules=[{pattern: '('}]", "not a regular expression"),
+        ("rules=[{pattern: down}]", "changes nothing"),
+        ("rules=[{patern: down, bits: 3}]", "is not a rule"),
+        ("rules=[{pattern: '.', skip: true}]", "nothing is left"),
+        ("bits=2.5", "1 to 8 whole bits"),
+        ("bits=9", "1 to 8 whole bits"),
+        ("damping=-1", "damping is -1"),
+        ("data.length=512", "the model has 256 positions"),
+        ("data.calibration_sequences=0", "zero calibration tokens"),
+        ("data.calibration_sequences=100000", "calibration"),
+        ("hessian.batch=0", "hessian.batch"),
+        ("seed=-1", "seed"),
+        ("memory.host_gb=0.1", "predicted to need"),
+        ("memory.disk_gb=0", "predicted to need"),
+        ("mesh.data=2", "only"),
+        ("rounding.order=upwards", "natural, ascending"),
+        ("hessian.estimator=fisher", "there is: input"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_computed(tmp_path, cache, override, message):
+    from qjax.errors import QjaxError
+
+    with pytest.raises(QjaxError, match=message):
+        job.run(entry_point.job_of(settings(tmp_path / "bad", cache, override)))
+    assert not (tmp_path / "bad" / "results.json").exists() and not (tmp_path / "bad" / "layers").exists()
+
+
+def test_an_empty_rule_is_refused():
+    with pytest.raises(InputError, match="changes nothing"):
+        LayerRule("down")
+
+
+def test_two_runs_in_one_directory(tmp_path, cache):
+    from qjax.run.lock import RunLock
+
+    with RunLock(tmp_path / "busy"), pytest.raises(RunError, match="in use by"):
+        job.run(entry_point.job_of(settings(tmp_path / "busy", cache)))
+
+
+def test_damaged_artifacts_are_refused_by_name(finished, tmp_path):
+    out, _ = finished
+    with pytest.raises(ArtifactError, match="no model.json"):
+        artifact.load(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(out / "artifact", copy)
+    manifest = json.loads((copy / "model.json").read_text())
+    manifest["sha256"]["embed"] = "0" * 64
+    (copy / "model.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="embed does not match its checksum"):
+        artifact.load(copy)
+    (copy / "model.json").write_text(json.dumps({**manifest, "format": "qjax-artifact-99"}))
+    with pytest.raises(ArtifactError, match="format 'qjax-artifact-99'"):
+        artifact.load(copy)
+
+
+def command(*arguments, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+
+
+def test_the_command_line_explains_mistakes_without_a_traceback(tmp_path):
+    for arguments, expected in (
+        (["model=hf", f"model.source={tmp_path}/none", f"out={tmp_path}/a"], "there is no model"),
+        (["rounding=gtpq"], "gptq"),
+        (["roundng=gptq"], "roundng"),
+    ):
+        result = command("experiments.quantize", *arguments, QJAX_CACHE=str(tmp_path))
+        assert result.returncode != 0 and expected in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_sweep_shares_its_process_and_reports(tmp_path, cache):
+    out = tmp_path / "sweep"
+    overrides = [*SMALL, "evaluate=none", "rounding=nearest,ldlq", f"out={out}/${{rounding.name}}", f"cache={cache}", f"hydra.sweep.dir={tmp_path}"]
+    result = command("experiments.quantize", "-m", *overrides)
+    assert result.returncode == 0, result.stderr
+    losses = [json.loads((out / name / "results.json").read_text())["proxy_loss_mean"] for name in ("nearest", "ldlq")]
+    assert losses[1] < losses[0]
+
+
+def test_a_dry_run_only_plans(tmp_path, cache, capsys):
+    assert job.run(entry_point.job_of(settings(tmp_path / "dry", cache, "dry_run=true"))) is None
+    assert "28 matrices" in capsys.readouterr().out and not (tmp_path / "dry" / "results.json").exists()
