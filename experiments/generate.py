@@ -18,9 +18,7 @@ def main(config: DictConfig) -> None:
     else:
         model = models.load(settings["model"]["source"], settings["model"]["dtype"])
     prompt = model.tokenizer.encode(settings["prompt"])
-    new = models.generate(
-        model.params, model.config, prompt, settings["max_new_tokens"], eos_id=model.tokenizer.eos_id
-    )
+    new = models.generate(model.params, model.config, prompt, settings["max_new_tokens"], eos_id=model.tokenizer.eos_id)
     print(settings["prompt"] + model.tokenizer.decode(new))
 
 

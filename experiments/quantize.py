@@ -1,4 +1,4 @@
-"""Quantise a language model: `python -m experiments.quantize model=tiny rounding=ldlq codebook=half_integer bits=2 out=runs/a`."""
+"""Quantise a language model: `python -m experiments.quantize model=tiny rounding=ldlq bits=2 out=runs/a`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def scale_rule(settings: Mapping[str, Any]) -> ScaleRule | None:
     """The scale group as a rule; None lets the codebook decide."""
     if settings["method"] == "auto":
         return None
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    options: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
+    }
     return ScaleRule(**options)
 
 
@@ -34,7 +36,9 @@ def layer_rules(settings: list[Any]) -> tuple[LayerRule, ...]:
     rules = []
     for rule in settings:
         if not isinstance(rule, Mapping) or "pattern" not in rule or set(rule) - _RULE_KEYS:
-            raise InputError(f"rules: {rule!r} is not a rule; give pattern and some of {', '.join(sorted(_RULE_KEYS - {'pattern'}))}")
+            raise InputError(
+                f"rules: {rule!r} is not a rule; give pattern and some of {', '.join(sorted(_RULE_KEYS - {'pattern'}))}"
+            )
         rules.append(LayerRule(**rule))
     return tuple(rules)
 
@@ -61,7 +65,13 @@ def recipe_of(settings: Mapping[str, Any]) -> Recipe:
 def default_out(settings: Mapping[str, Any]) -> str:
     """`runs/<model>-<rounding>-<codebook>-<bits>b-s<seed>`, in names that are safe for files."""
     model = str(settings["model"]["source"]).rstrip("/").rsplit("/", 1)[-1]
-    parts = (model, settings["rounding"]["name"], settings["codebook"]["name"], f"{settings['bits']}b", f"s{settings['seed']}")
+    parts = (
+        model,
+        settings["rounding"]["name"],
+        settings["codebook"]["name"],
+        f"{settings['bits']}b",
+        f"s{settings['seed']}",
+    )
     return "runs/" + "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in str(part)) for part in parts)
 
 
@@ -103,17 +113,22 @@ def summary(results: Mapping[str, Any]) -> str:
     lines = [
         f"bits per weight {results['bits_per_weight']:.3f}, whole model {results['whole_model_bytes'] / 2**20:.1f} MiB "
         f"(reference {results['whole_model_bytes_reference'] / 2**20:.1f})",
-        f"mean relative proxy loss {results['proxy_loss_mean']:.4f}, worst {results['proxy_loss_worst']:.4f} ({results['proxy_loss_worst_layer']})",
+        f"mean relative proxy loss {results['proxy_loss_mean']:.4f}, worst {results['proxy_loss_worst']:.4f} "
+        f"({results['proxy_loss_worst_layer']})",
     ]
     if "kl_mean" in results:
         perplexity = results["perplexity"]
         low, high = results["kl_mean_interval"]
         lines += [
-            f"perplexity {'infinite' if perplexity is None else f'{perplexity:.2f}'} (reference {results['perplexity_reference']:.2f}), "
+            f"perplexity {'infinite' if perplexity is None else f'{perplexity:.2f}'} "
+            f"(reference {results['perplexity_reference']:.2f}), "
             f"KL {results['kl_mean']:.4f} [{low:.4f}, {high:.4f}], top-1 agreement {results['top1_agreement']:.3f}"
         ]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
-    lines += [f"seconds: {seconds}; {results['compiled_programs']} compiled programs; peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB"]
+    lines += [
+        f"seconds: {seconds}; {results['compiled_programs']} compiled programs; "
+        f"peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB"
+    ]
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ def show(table: report.Table) -> None:
         return
     framed = RichTable()
     for header, right in zip(table.headers, table.numeric, strict=True):
-        framed.add_column(header, justify="right" if right else "left", overflow="fold")
+        framed.add_column(header, justify="right" if right else "left", overflow="fold", no_wrap=header == "run")
     for row in table.rows:
         framed.add_row(*(Text(cell) for cell in row))  # brackets are no markup
     Console().print(framed)

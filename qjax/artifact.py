@@ -63,7 +63,7 @@ def model_bytes(params: Any) -> int:
 def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[str, Any]) -> None:
     """Write `params` (dense leaves and QuantizedMatrix) of `model`'s architecture to `path`, replacing what is there.
 
-    `incoherence` is the spec of the run's incoherence object. Written beside and renamed, so that `path` is always whole.
+    `incoherence` is the spec of the run's incoherence object. Written beside and renamed: `path` is always whole.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -79,7 +79,7 @@ def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[
     scratch = path.with_name(path.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    ocp.save(scratch / "weights", arrays)
+    ocp.save(str(scratch / "weights"), arrays)
     tokenizer = model.tokenizer
     if tokenizer.vocab_size:
         write_text(scratch / "tokenizer.json", tokenizer.backend.to_str())
@@ -101,31 +101,46 @@ def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[
 def load(path: str | pathlib.Path) -> Model:
     """The model of an artifact, with QuantizedMatrix leaves.
 
-    Raises ArtifactError when the folder is not a whole artifact of this format, or an array's checksum is wrong (naming it).
+    Raises ArtifactError when the folder is not a whole artifact of this format, or when an array's checksum is wrong
+    (naming it).
     """
     from orbax.checkpoint import v1 as ocp
 
     path = pathlib.Path(path).absolute()
     file = path / "model.json"
     if not file.is_file():
-        raise ArtifactError(f"{path}: no model.json; not an artifact, or a run that has not finished: give the artifact/ folder of a run")
+        raise ArtifactError(
+            f"{path}: no model.json; not an artifact, or a run that has not finished: "
+            "give the artifact/ folder of a run"
+        )
     try:
         manifest = json.loads(file.read_text())
     except ValueError as error:
-        raise ArtifactError(f"{file}: is not JSON ({error}); the artifact is damaged, run the quantisation again") from error
+        raise ArtifactError(
+            f"{file}: is not JSON ({error}); the artifact is damaged, run the quantisation again"
+        ) from error
     if manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: format {manifest.get('format')!r}; this qjax reads {FORMAT}: use the matching release")
+        raise ArtifactError(
+            f"{path}: format {manifest.get('format')!r}; this qjax reads {FORMAT}: use the matching release"
+        )
     try:
-        arrays = ocp.load(path / "weights")
+        arrays = ocp.load(str(path / "weights"))
     except Exception as error:  # orbax raises many kinds; all mean that the stored arrays cannot be read
-        raise ArtifactError(f"{path}/weights: cannot be read ({type(error).__name__}: {error}); run the quantisation again") from error
+        raise ArtifactError(
+            f"{path}/weights: cannot be read ({type(error).__name__}: {error}); run the quantisation again"
+        ) from error
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     expected = manifest["sha256"]
     if set(arrays) != set(expected):
-        raise ArtifactError(f"{path}: arrays {sorted(set(arrays) ^ set(expected))[:4]} are missing or surplus; run the quantisation again")
+        raise ArtifactError(
+            f"{path}: arrays {sorted(set(arrays) ^ set(expected))[:4]} are missing or surplus; "
+            "run the quantisation again"
+        )
     for name, array in arrays.items():
         if _sha256(array) != expected[name]:
-            raise ArtifactError(f"{path}: the array {name} does not match its checksum; the file is damaged, run the quantisation again")
+            raise ArtifactError(
+                f"{path}: the array {name} does not match its checksum; the file is damaged, run the quantisation again"
+            )
     return _assemble(path, manifest, arrays)
 
 

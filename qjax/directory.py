@@ -20,7 +20,16 @@ from qjax.run.fingerprint import differences, digest
 
 __all__ = ["RunDirectory"]
 
-_OWNED = ("config.yaml", "fingerprint.json", "layers.csv", "results.json", "artifact", "layers", "metrics.jsonl", "log.txt")
+_OWNED = (
+    "config.yaml",
+    "fingerprint.json",
+    "layers.csv",
+    "results.json",
+    "artifact",
+    "layers",
+    "metrics.jsonl",
+    "log.txt",
+)
 
 
 class RunDirectory:
@@ -37,7 +46,7 @@ class RunDirectory:
     def claim(self, fingerprint: Mapping[str, Any], config_yaml: str, *, resume: bool) -> Records:
         """Tie the directory to a run and return its records; the caller holds the lock.
 
-        Raises RunError when it belongs to a run with another fingerprint (listing what differs), or holds foreign files.
+        Raises RunError when it belongs to a run with another fingerprint (listing what differs) or holds foreign files.
         """
         identity = self.path / "fingerprint.json"
         if not resume:
@@ -51,11 +60,15 @@ class RunDirectory:
             except ArtifactError:
                 known = None  # torn by a crash of the first moments: nothing can have been recorded under it
         if known is None and (self.path / "layers").exists() and any((self.path / "layers").iterdir()):
-            raise RunError(f"{self.path}: holds layer records without a readable fingerprint.json; choose another out=, or resume=false")
+            raise RunError(
+                f"{self.path}: holds layer records without a readable fingerprint.json; "
+                "choose another out=, or resume=false"
+            )
         if known is not None and digest(known) != digest(dict(fingerprint)):
             changes = "; ".join(differences(known, dict(fingerprint))[:6])
             raise RunError(
-                f"{self.path}: holds a run with other settings ({changes}); choose another out=, or resume=false to remove it"
+                f"{self.path}: holds a run with other settings ({changes}); "
+                "choose another out=, or resume=false to remove it"
             )
         remove_leftovers(self.path)
         write_text(self.path / "config.yaml", config_yaml)

@@ -69,12 +69,15 @@ class Job:
             raise InputError(f"hessian.stream is {self.hessian['stream']!r}; allowed are quantized, original")
         for group, key in (("hessian", "batch"), ("evaluate", "batch")):
             if getattr(self, group)[key] < 1:
-                raise InputError(f"{group}.{key} is {getattr(self, group)[key]}; it is the number of sequences per step, at least 1")
+                raise InputError(
+                    f"{group}.{key} is {getattr(self, group)[key]}; it is the number of sequences per step, at least 1"
+                )
 
 
 def run(job: Job) -> dict[str, Any] | None:
-    """Carry out a job; returns its results (None for a dry run). A finished run is not repeated, a killed one continues.
+    """Carry out a job; returns its results (None for a dry run).
 
+    A finished run is not repeated, a killed one continues.
     Raises the errors of `qjax.errors`; the run directory never looks finished unless it is.
     """
     with CompileCounter() as compiles, RunLock(job.out):
@@ -82,7 +85,9 @@ def run(job: Job) -> dict[str, Any] | None:
         with watch.stage("load"):
             files = models.open_model(job.model["source"])
             tokens = data.load(tokenizer=files.tokenizer, vocab_size=files.config.vocab_size, seed=job.seed, **job.data)
-            plans = job.recipe.plan([f"layers.{i}.{name}" for i in range(files.config.num_layers) for name in models.LINEARS])
+            plans = job.recipe.plan(
+                [f"layers.{i}.{name}" for i in range(files.config.num_layers) for name in models.LINEARS]
+            )
             _fits(tokens, files.config)
             need = _estimate(job, files.config, plans, tokens)
         _announce(job, files, tokens, need)
@@ -133,7 +138,8 @@ def run(job: Job) -> dict[str, Any] | None:
 def _fits(tokens: data.TokenSplit, config: models.ModelConfig) -> None:
     if tokens.calibration.length > config.max_positions:
         raise InputError(
-            f"data.length is {tokens.calibration.length} and the model has {config.max_positions} positions; use data.length={config.max_positions}"
+            f"data.length is {tokens.calibration.length} and the model has {config.max_positions} positions; "
+            f"use data.length={config.max_positions}"
         )
 
 
@@ -151,7 +157,10 @@ def _estimate(job: Job, config: models.ModelConfig, plans: Mapping[str, Any], to
 
 def _announce(job: Job, files: models.ModelFiles, tokens: data.TokenSplit, need: Estimate) -> None:
     print(f"{files.name} ({files.description}) -> {job.out}")
-    print(f"calibration {tokens.calibration.tokens.size} tokens, evaluation {tokens.evaluation.tokens.size}, length {tokens.calibration.length}")
+    print(
+        f"calibration {tokens.calibration.tokens.size} tokens, evaluation {tokens.evaluation.tokens.size}, "
+        f"length {tokens.calibration.length}"
+    )
     for line in need.lines():
         print(line, flush=True)
 
@@ -181,14 +190,14 @@ def _log_to(path: pathlib.Path) -> logging.Handler:
     return handler
 
 
-def reference_states(
-    model: models.Model, tokens: data.TokenStream, batch: int, cache: pathlib.Path
-) -> Any:
+def reference_states(model: models.Model, tokens: data.TokenStream, batch: int, cache: pathlib.Path) -> Any:
     """Final hidden states of the original model on the evaluation windows, cached between runs."""
 
     def compute() -> Any:
         with Progress("reference", model.config.num_layers) as progress:
-            return hidden_states(model.params, tokens.tokens, model.config, batch, lambda done, total: progress.update(done))
+            return hidden_states(
+                model.params, tokens.tokens, model.config, batch, lambda done, total: progress.update(done)
+            )
 
     key = f"{identity(model.fingerprint['sha256'])}-{batch}"
     return TeacherCache(cache / "teachers").get(key, tokens.sha256, compute)
@@ -219,7 +228,9 @@ def _quantize(
             peaks[report.name] = peak_memory_bytes()
             progress.advance(note=f"{report.name} proxy loss {report.proxy_loss:.4f}")
             if not found:
-                tracker.log({f"layer/{key}": value for key, value in dataclasses.asdict(report).items()}, step=progress.done)
+                tracker.log(
+                    {f"layer/{key}": value for key, value in dataclasses.asdict(report).items()}, step=progress.done
+                )
                 _log.info("%s", report)
 
         quantized = quantize_model(
@@ -281,7 +292,12 @@ def _circumstances(
     job: Job, model: models.Model, tokens: data.TokenSplit, watch: Stopwatch, compiles: CompileCounter
 ) -> dict[str, Any]:
     return {
-        "model": {"name": model.name, "description": model.description, "source": str(job.model["source"]), "fingerprint": model.fingerprint},
+        "model": {
+            "name": model.name,
+            "description": model.description,
+            "source": str(job.model["source"]),
+            "fingerprint": model.fingerprint,
+        },
         "settings": dict(job.settings),
         "tokens_calibration": int(tokens.calibration.tokens.size),
         "calibration": tokens.calibration.description,

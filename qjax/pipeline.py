@@ -52,7 +52,7 @@ def quantize_model(
     Args:
       tokens: calibration tokens `[sequences, length]`.
       seed: the run's root seed; every layer's key is derived from it and the layer's name.
-      stream: "quantized": block i sees what the quantised blocks before it produce, one block after the other (GPTQ, QuIP);
+      stream: "quantized": block i sees what the quantised blocks before it produce (GPTQ, QuIP);
         "original": all Hessians come from the unquantised model (QuIP#, QTIP), given by `hessians(block index)`.
       records: where finished layers are kept and found again.
       on_layer: called with each layer's report and whether it was found finished.
@@ -63,7 +63,8 @@ def quantize_model(
         raise InputError(f"hessian.stream is {stream!r}; allowed are quantized, and original with stored Hessians")
     names = [f"layers.{i}.{linear}" for i in range(config.num_layers) for linear in LINEARS]
     plans = recipe.plan(names)
-    key = jax.random.wrap_key_data(np.array([0, seed], np.uint32))  # = jax.random.key(seed) without compiling a program
+    # = jax.random.key(seed) without compiling a program
+    key = jax.random.wrap_key_data(jax.device_put(np.array([0, seed], np.uint32)))
     x = embedded(params["embed"], tokens, batch) if stream == "quantized" else None
     blocks, reports = [], []
     for index, parameters in enumerate(params["blocks"]):
@@ -78,8 +79,11 @@ def quantize_model(
             elif plan is not None:
                 todo[linear] = plan
         block = {}
-        if todo:
-            block = hessians(index) if hessians is not None else _sequential(parameters, x, config, index, batch)
+        if todo and hessians is not None:
+            block = hessians(index)
+        elif todo:
+            assert x is not None  # without stored Hessians the stream is "quantized"
+            block = block_hessians(parameters, x, config, index=index, batch=batch)
         for linear in LINEARS:
             if linear in todo:
                 plan, name = todo[linear], f"layers.{index}.{linear}"
@@ -92,13 +96,9 @@ def quantize_model(
                 if on_layer is not None:
                     on_layer(done[linear][1], linear not in todo)
         blocks.append(replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()}))
-        if stream == "quantized" and index + 1 < config.num_layers:
+        if x is not None and index + 1 < config.num_layers:
             x = forward_block(blocks[-1], x, config, batch)
     return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
-
-
-def _sequential(parameters: Any, x: np.ndarray, config: ModelConfig, index: int, batch: int) -> Mapping[str, Hessian]:
-    return block_hessians(parameters, x, config, index=index, batch=batch, propagate=False)[0]
 
 
 def _one(

@@ -42,7 +42,13 @@ class Estimate:
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear of a block."""
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    out = dict(zip(LINEARS, (heads, kv, kv, config.hidden_size, config.intermediate_size, config.intermediate_size, config.hidden_size), strict=True))
+    out = dict(
+        zip(
+            LINEARS,
+            (heads, kv, kv, config.hidden_size, config.intermediate_size, config.intermediate_size, config.hidden_size),
+            strict=True,
+        )
+    )
     widths = site_widths(config)
     return {linear: (out[linear], widths[site]) for linear, site in LINEARS.items()}
 
@@ -76,8 +82,13 @@ def estimate(
     states = 4 * config.hidden_size * (calibration[0] * calibration[1] + 3 * evaluation[0] * evaluation[1])
     hessian = 4 * sum(n * n for n in site_widths(config).values())
     tokens = batch * calibration[1]
-    working = 4 * tokens * (6 * config.hidden_size + 3 * config.intermediate_size) + 8 * batch * config.num_heads * calibration[1] ** 2
-    matrix = 12 * 4 * max(out * inner for out, inner in shapes.values()) + 6 * 4 * max(n * n for n in site_widths(config).values())
+    working = (
+        4 * tokens * (6 * config.hidden_size + 3 * config.intermediate_size)
+        + 8 * batch * config.num_heads * calibration[1] ** 2
+    )
+    matrix = 12 * 4 * max(out * inner for out, inner in shapes.values()) + 6 * 4 * max(
+        n * n for n in site_widths(config).values()
+    )
     host = _BASE_BYTES + model + codes + states + 6 * hessian + max(working, matrix)
     disk = 2 * codes + edges * bytes_per_parameter + states // 2
     disk += config.num_layers * hessian * 6 // 10 if stored_hessians else 0
@@ -89,9 +100,11 @@ def check(need: Estimate, out: pathlib.Path, *, host_gb: float | None, disk_gb: 
     memory = _physical_memory()
     limit = memory if host_gb is None else host_gb * 2**30
     if need.host_bytes > limit:
+        bound = "this machine has" if host_gb is None else "memory.host_gb allows"
         raise RunError(
-            f"the run is predicted to need {need.host_bytes / 2**30:.2f} GiB of memory, {'memory.host_gb allows' if host_gb is not None else 'this machine has'} "
-            f"{limit / 2**30:.2f} GiB; use fewer calibration sequences, a smaller hessian.batch, or model.dtype=bfloat16"
+            f"the run is predicted to need {need.host_bytes / 2**30:.2f} GiB of memory, {bound} "
+            f"{limit / 2**30:.2f} GiB; use fewer calibration sequences, a smaller hessian.batch, "
+            "or model.dtype=bfloat16"
         )
     folder = out
     while not folder.exists():
@@ -100,7 +113,8 @@ def check(need: Estimate, out: pathlib.Path, *, host_gb: float | None, disk_gb: 
     limit = free if disk_gb is None else min(free, disk_gb * 2**30)
     if need.disk_bytes > limit:
         raise RunError(
-            f"{out}: the run is predicted to need {need.disk_bytes / 2**30:.2f} GiB of disk and {limit / 2**30:.2f} GiB may be used; "
+            f"{out}: the run is predicted to need {need.disk_bytes / 2**30:.2f} GiB of disk "
+            f"and {limit / 2**30:.2f} GiB may be used; "
             "free some space or choose another out="
         )
 

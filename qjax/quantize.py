@@ -39,6 +39,7 @@ class MatrixReport:
       damping: multiple of H's mean diagonal that was added.
       scale_rms: the RMS of what the codebook saw (its effective scale).
       seconds: wall time of the call, compilation included.
+      proxy_loss_before_passes: `proxy_loss` before the coordinate-descent passes, None without passes.
     """
 
     name: str
@@ -51,6 +52,7 @@ class MatrixReport:
     scale_rms: float
     dead_columns: int
     seconds: float
+    proxy_loss_before_passes: float | None = None
 
 
 @struct.dataclass
@@ -62,6 +64,7 @@ class _Outcome:
     scale_rms: Array
     dead_columns: Array
     ok: Array
+    proxy_loss_before_passes: Array | None
 
 
 def default_scale_rule(codebook: Codebook, scale: float | ScaleRule | None) -> ScaleRule:
@@ -118,19 +121,22 @@ def _quantize(
     """One compiled program per shape and recipe; everything that varies between layers is an argument."""
     weight = weight.astype(jnp.float32)
     sign_key, noise_key = jax.random.split(jax.random.fold_in(key, name))
-    transform = incoherence.sample(sign_key, *weight.shape, multiple=codebook.tile, weight=weight, hessian=hessian.input)
+    transform = incoherence.sample(
+        sign_key, *weight.shape, multiple=codebook.tile, weight=weight, hessian=hessian.input
+    )
     rotated = transform.weight(weight)
     rounded = _round_at(rotated, _rotated_hessian(hessian, transform), codebook, rounding, rule, damping, noise_key)
-    matrix = QuantizedMatrix(
-        codebook.pack(rounded.codes), rounded.scaling, transform, codebook, rounded.permutation
-    )
+    matrix = QuantizedMatrix(codebook.pack(rounded.codes), rounded.scaling, transform, codebook, rounded.permutation)
     dense = transform.weight_inverse(rounded.values)
     scale, _ = rounded.scaling.at(jnp.arange(rotated.shape[1]), jnp.float32)
     rms = jnp.sqrt(jnp.mean(jnp.square(rotated / scale)))
     loss = proxy_loss(weight, dense, hessian)
     dead = jnp.sum(jnp.diagonal(hessian.input) <= 0)
     ok = rounded.ok & jnp.isfinite(loss)
-    return _Outcome(matrix, loss, weight_mse(weight, dense), rounded.damping, rms, dead, ok)
+    before = None
+    if rounded.start is not None:
+        before = proxy_loss(weight, transform.weight_inverse(rounded.start), hessian)
+    return _Outcome(matrix, loss, weight_mse(weight, dense), rounded.damping, rms, dead, ok, before)
 
 
 def _validate(weight: Any, hessian: Hessian, name: str) -> None:
@@ -199,8 +205,17 @@ def quantize_matrix(
         incoherence=incoherence,
         rule=rule,
     )
-    values = jax.device_get((outcome.proxy_loss, outcome.weight_mse, outcome.damping, outcome.scale_rms, outcome.dead_columns, outcome.ok))
-    loss, mse, used, rms, dead, ok = values
+    loss, mse, used, rms, dead, ok, before = jax.device_get(
+        (
+            outcome.proxy_loss,
+            outcome.weight_mse,
+            outcome.damping,
+            outcome.scale_rms,
+            outcome.dead_columns,
+            outcome.ok,
+            outcome.proxy_loss_before_passes,
+        )
+    )
     if not ok:
         raise NumericsError(
             f"layer {name}: the Hessian could not be factored with damping up to {float(used):.3g} of its mean diagonal "
@@ -218,5 +233,6 @@ def quantize_matrix(
         scale_rms=float(rms),
         dead_columns=int(dead),
         seconds=time.perf_counter() - started,
+        proxy_loss_before_passes=None if before is None else float(before),
     )
     return matrix, report

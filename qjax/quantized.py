@@ -26,7 +26,8 @@ class QuantizedMatrix:
       scaling: scales and zeros that bring codewords to weights.
       transform: the incoherence processing, including the padding to whole tiles and Hadamard orders.
       codebook: decodes the stream; its tables, if any, are shared by the whole model.
-      permutation: the column order in which the codes were made (`rotated[:, permutation]` was rounded), unsigned `[in]`, or None.
+      permutation: the column order in which the codes were made (`rotated[:, permutation]` was rounded),
+        unsigned `[in]`, or None.
     """
 
     packed: Leaf
@@ -42,7 +43,7 @@ class QuantizedMatrix:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits of codes (padding included), scales, zeros, signs and permutation per weight; shared tables excluded."""
+        """`stored_bits` per weight: codes with their padding, scales, zeros, signs, permutation; no shared tables."""
         out, inner = self.shape
         return self.stored_bits / (out * inner)
 

@@ -38,7 +38,9 @@ class LayerRule:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise InputError(f"rules: {self.pattern!r} is not a regular expression ({error}); mend the pattern") from error
+            raise InputError(
+                f"rules: {self.pattern!r} is not a regular expression ({error}); mend the pattern"
+            ) from error
         if not self.skip and self.bits is self.codebook is self.damping is self.scale is None:
             raise InputError(f"rules: {self.pattern!r} changes nothing; give skip, bits, codebook, damping or scale")
 
@@ -69,8 +71,8 @@ class Recipe:
     def plan(self, names: Sequence[str]) -> dict[str, LayerPlan | None]:
         """The plan of every layer, None for layers that are left as they are.
 
-        Raises InputError for a rule that applies to no layer (a typing error, or one shadowed by an earlier rule), for unknown
-        codebooks, options or bits, and when nothing is left to quantise.
+        Raises InputError for a rule that applies to no layer (a typing error, or one shadowed by an earlier rule),
+        for unknown codebooks, options or bits, and when nothing is left to quantise.
         """
         if not self.damping >= 0:
             raise InputError(f"damping is {self.damping}; it is a fraction of the mean diagonal, 0 or more")
@@ -85,7 +87,7 @@ class Recipe:
         for i, rule in enumerate(self.rules):
             if i not in used:
                 raise InputError(
-                    f"rules: {rule.pattern!r} applies to no layer (no name matches, or an earlier rule takes them all); "
+                    f"rules: {rule.pattern!r} applies to no layer (no name matches, or earlier rules take them all); "
                     f"names look like {names[0]} … {names[-1]}"
                 )
         if not any(plans.values()):

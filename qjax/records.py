@@ -18,7 +18,7 @@ __all__ = ["Records"]
 class Records:
     """Finished layers in a folder, tied to a run by the digest of its fingerprint.
 
-    A file appears whole or not at all. A damaged one is treated as absent and made again; one of another run is refused.
+    A file appears whole or not at all. A damaged one counts as absent and is made again; one of another run is refused.
     """
 
     def __init__(self, folder: str | pathlib.Path, run_digest: str):
@@ -39,7 +39,10 @@ class Records:
         write_safetensors(self._file(report.name), arrays, metadata)
 
     def load(self, name: str) -> tuple[QuantizedMatrix, MatrixReport] | None:
-        """The record of a layer, or None when it is absent or damaged. Raises RunError when it belongs to another run."""
+        """The record of a layer, or None when it is absent or damaged.
+
+        Raises RunError when it belongs to another run.
+        """
         file = self._file(name)
         if not file.exists():
             return None
@@ -49,7 +52,8 @@ class Records:
             return None
         if metadata.get("run") != self.run_digest:
             raise RunError(
-                f"{file}: belongs to a run with another model, data or configuration; choose another out=, or remove the folder {self.folder}"
+                f"{file}: belongs to a run with another model, data or configuration; "
+                f"choose another out=, or remove the folder {self.folder}"
             )
         report = json.loads(metadata["report"])
         report["shape"], report["padded"] = tuple(report["shape"]), tuple(report["padded"])

@@ -24,7 +24,9 @@ def _named_leaves(matrix: QuantizedMatrix) -> dict[str, Any]:
     return {name: leaf for name, leaf in named.items() if not name.startswith("codebook")}
 
 
-def to_arrays(matrix: QuantizedMatrix, incoherence_spec: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def to_arrays(
+    matrix: QuantizedMatrix, incoherence_spec: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(host arrays by leaf path, description as JSON values) of a quantised matrix.
 
     `incoherence_spec` is the `spec()` of the incoherence object that sampled the matrix's transform.
@@ -49,21 +51,30 @@ def from_arrays(arrays: dict[str, Any], spec: dict[str, Any], where: str) -> Qua
     """
     if spec.get("format") != FORMAT_VERSION:
         raise ArtifactError(
-            f"{where}: format version {spec.get('format')!r}; this qjax reads version {FORMAT_VERSION}: quantise again or use the matching release"
+            f"{where}: format version {spec.get('format')!r}; this qjax reads version {FORMAT_VERSION}: "
+            "quantise again or use the matching release"
         )
     expected = spec["leaves"]
     if set(arrays) != set(expected):
-        raise ArtifactError(f"{where}: holds the arrays {sorted(arrays)}, its description lists {sorted(expected)}; the record is damaged")
+        raise ArtifactError(
+            f"{where}: holds the arrays {sorted(arrays)}, its description lists {sorted(expected)}; "
+            "the record is damaged"
+        )
     for name, (dtype, shape) in expected.items():
         found = arrays[name]
         if str(found.dtype) != dtype or list(found.shape) != shape:
-            raise ArtifactError(f"{where}: {name} is {found.dtype}{list(found.shape)}, described as {dtype}{shape}; the record is damaged")
+            raise ArtifactError(
+                f"{where}: {name} is {found.dtype}{list(found.shape)}, described as {dtype}{shape}; "
+                "the record is damaged"
+            )
     arrays = jax.device_put(arrays)
     try:
         codebook = codebooks.make(**spec["codebook"])
         rotation = incoherence.make(**spec["incoherence"])
     except InputError as error:
-        raise ArtifactError(f"{where}: made with a codebook or incoherence that this qjax does not have: {error}") from error
+        raise ArtifactError(
+            f"{where}: made with a codebook or incoherence that this qjax does not have: {error}"
+        ) from error
     scaling = Scaling(
         arrays["scaling.unit"], arrays.get("scaling.relative"), arrays.get("scaling.zero"), group=spec["scale_group"]
     )
@@ -75,7 +86,7 @@ def from_arrays(arrays: dict[str, Any], spec: dict[str, Any], where: str) -> Qua
     transform = jax.tree.unflatten(structure[1], [arrays[name] for name in names])
     if list(transform.padded) != spec["padded"]:
         raise ArtifactError(
-            f"{where}: was padded to {spec['padded']}, this qjax pads {spec['shape']} to {list(transform.padded)}; use the matching release"
+            f"{where}: was padded to {spec['padded']}, this qjax pads {spec['shape']} to {list(transform.padded)}; "
+            "use the matching release"
         )
     return QuantizedMatrix(arrays["packed"], scaling, transform, codebook, arrays.get("permutation"))
-

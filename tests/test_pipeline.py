@@ -52,10 +52,19 @@ def finished(tmp_path_factory, cache):
 
 def test_a_run_leaves_what_the_architecture_lists(finished):
     out, results = finished
-    assert {p.name for p in out.iterdir()} >= {"config.yaml", "fingerprint.json", "layers.csv", "results.json", "artifact", "log.txt"}
+    assert {p.name for p in out.iterdir()} >= {
+        "config.yaml",
+        "fingerprint.json",
+        "layers.csv",
+        "results.json",
+        "artifact",
+        "log.txt",
+    }
     assert json.loads((out / "results.json").read_text()) == results
-    needed = "bits_per_weight whole_model_bytes perplexity perplexity_reference kl_mean kl_p99 top1_agreement proxy_loss_mean "
-    needed += "tokens_calibration tokens_evaluation context_length seconds peak_memory_bytes versions device"
+    needed = "bits_per_weight whole_model_bytes perplexity perplexity_reference kl_mean kl_p99 top1_agreement "
+    needed += (
+        "proxy_loss_mean tokens_calibration tokens_evaluation context_length seconds peak_memory_bytes versions device"
+    )
     assert set(needed.split()) <= set(results) and "compile" in results["seconds"]
     rows = table(out)
     assert len(rows) == results["matrices"] == 7 * 4
@@ -137,11 +146,15 @@ def test_rules_choose_layers_by_name(tmp_path, cache):
     results = job.run(entry_point.job_of(settings(tmp_path / "r", cache, "evaluate=none", "rounding=nearest", rules)))
     rows = {row["name"]: row for row in table(tmp_path / "r")}
     assert results["matrices"] == 24 and "layers.0.self_attn.q_proj" not in rows
-    assert float(rows["layers.1.mlp.down_proj"]["bits_per_weight"]) > 3 > float(rows["layers.1.mlp.up_proj"]["bits_per_weight"])
+    assert (
+        float(rows["layers.1.mlp.down_proj"]["bits_per_weight"])
+        > 3
+        > float(rows["layers.1.mlp.up_proj"]["bits_per_weight"])
+    )
 
 
 @pytest.mark.parametrize(
-    "override, message",
+    ("override", "message"),
     [
         ("rules=[{pattern: layres, skip: true}]", "applies to no layer.*layers.0.self_attn.q_proj"),
         ("rules=[{pattern: '.', skip: true}, {pattern: down, bits: 3}]", "applies to no layer"),
@@ -204,7 +217,11 @@ def command(*arguments, **environment):
     import os
 
     return subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+        [sys.executable, "-m", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
     )
 
 
@@ -221,7 +238,14 @@ def test_the_command_line_explains_mistakes_without_a_traceback(tmp_path):
 
 def test_a_sweep_shares_its_process_and_reports(tmp_path, cache):
     out = tmp_path / "sweep"
-    overrides = [*SMALL, "evaluate=none", "rounding=nearest,ldlq", f"out={out}/${{rounding.name}}", f"cache={cache}", f"hydra.sweep.dir={tmp_path}"]
+    overrides = [
+        *SMALL,
+        "evaluate=none",
+        "rounding=nearest,ldlq",
+        f"out={out}/${{rounding.name}}",
+        f"cache={cache}",
+        f"hydra.sweep.dir={tmp_path}",
+    ]
     result = command("experiments.quantize", "-m", *overrides)
     assert result.returncode == 0, result.stderr
     losses = [json.loads((out / name / "results.json").read_text())["proxy_loss_mean"] for name in ("nearest", "ldlq")]

@@ -1,5 +1,6 @@
 """The composition for one matrix: what it reports, what it stores, and what it refuses."""
 
+import itertools
 import math
 
 import jax
@@ -33,7 +34,7 @@ def quantize(w, h, *, book="half_integer", bits=2, algorithm="ldlq", rotation="h
 
 
 @pytest.mark.parametrize("rotation", ["none", "hadamard", "block_hadamard", "kronecker"])
-@pytest.mark.parametrize("m, n", [(48, 64), (40, 172)])
+@pytest.mark.parametrize(("m", "n"), [(48, 64), (40, 172)])
 def test_matrix_and_report_agree(rotation, m, n):
     w, h = problem(m, n)
     matrix, report = quantize(w, h, rotation=rotation)
@@ -61,7 +62,7 @@ def test_bits_per_weight_count_everything_that_is_stored(bits):
 def test_more_bits_lower_the_loss_towards_zero():
     w, h = problem()
     losses = [quantize(w, h, bits=bits)[1].proxy_loss for bits in (1, 2, 3, 4, 6, 8)]
-    assert all(after < 0.5 * before for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after < 0.5 * before for before, after in itertools.pairwise(losses))
     assert losses[-1] < 1e-4
 
 

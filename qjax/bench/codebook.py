@@ -40,7 +40,8 @@ def available(names: Sequence[str] | None = None, bits: Sequence[int] | None = N
                 book = codebooks.make(name, width)
             except InputError:  # the codebook has no such width
                 continue
-            if book.tile[0] == 1:
+            known = any(book.spec() == other.spec() for other in found)  # a name may stand for a family of others
+            if book.tile[0] == 1 and not known:
                 found.append(book)
     if not found:
         raise InputError(f"no codebook of {names} has tiles one row high and {bits} bits per weight")

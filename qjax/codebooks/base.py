@@ -13,12 +13,14 @@ __all__ = ["CODEBOOKS", "Codebook"]
 
 @runtime_checkable
 class Codebook(Protocol):
-    """A finite set of tiles. Instances are frozen dataclass pytrees: tables are leaves, everything else is static and hashable.
+    """A finite set of tiles.
+
+    Instances are frozen dataclass pytrees: tables are leaves, everything else is static and hashable.
 
     Attributes:
       bits: bits per weight of the code stream (without scales and signs).
       tile: (rows, cols) that are coded jointly: scalar (1, 1), E8P (1, 8), trellis (16, 16).
-      rms: the input RMS that the codebook is meant for: a unit-variance Gaussian is multiplied by this before `quantize`.
+      rms: the input RMS that the codebook is meant for: a Gaussian of variance 1 is multiplied by it before `quantize`.
     """
 
     bits: float

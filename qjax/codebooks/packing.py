@@ -29,9 +29,12 @@ def _period(bits: int) -> tuple[int, int]:
 
 
 def pack_bits(codes: Integer[Array, "..."], bits: int) -> UInt32[Array, " words"]:
-    """Pack codes (flattened row-major): code i occupies bits `[i·bits, (i+1)·bits)`; bit j is bit `j % 32` of word `j // 32`.
+    """Pack codes (flattened row-major) into words.
 
-    Bits of a code above `bits` are dropped; bits after the last code are zero. Raises InputError unless 1 <= bits <= 32.
+    Code i occupies bits `[i·bits, (i+1)·bits)` of the stream; bit j is bit `j % 32` of word `j // 32`.
+    Bits of a code above `bits` are dropped; bits after the last code are zero.
+
+    Raises InputError unless 1 <= bits <= 32.
     """
     _check(bits)
     per_period, words_per_period = _period(bits)

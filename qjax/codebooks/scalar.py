@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -87,7 +88,8 @@ class LevelCodebook(ScalarCodebook):
         """The nearest level's index: the number of cell edges at or below x."""
         edges = ((self.levels[1:] + self.levels[:-1]) / 2).astype(x.dtype)
         if self.bits <= 4:  # a handful of compares fuses; a search does not
-            return sum((x >= edges[i]).astype(jnp.uint8) for i in range(2**self.bits - 1))
+            above = ((x >= edges[i]).astype(jnp.uint8) for i in range(2**self.bits - 1))
+            return functools.reduce(operator.add, above)
         return jnp.searchsorted(edges, x, side="right").astype(jnp.uint8)
 
     def quantize_stochastic(self, x: Float[Array, "m n"], key: Array) -> UInt8[Array, "m n"]:
@@ -104,7 +106,9 @@ class LevelCodebook(ScalarCodebook):
 
 def _check(name: str, bits: int | float) -> int:
     if bits != int(bits) or not 1 <= bits <= 8:
-        raise InputError(f"codebook {name!r} has 1 to 8 whole bits per weight, not {bits}; for a fraction use rules per layer")
+        raise InputError(
+            f"codebook {name!r} has 1 to 8 whole bits per weight, not {bits}; for a fraction use rules per layer"
+        )
     return int(bits)
 
 

@@ -31,7 +31,8 @@ class ScaleRule:
       granularity: one scale for the "matrix", for every "row", or for every "group" of `group_size` columns of a row.
       rms: the input RMS that the codebook sees; None means the codebook's own.
       candidates: factors on `rms` that "search" tries.
-      shrink_steps: for "minmax": how many shrunken ranges (1 − i/100) are tried for the least `Σ|error|^2.4`; 0 keeps the full range.
+      shrink_steps: for "minmax": how many shrunken ranges (1 − i/100) are tried for the least `Σ|error|^2.4`;
+        0 keeps the full range.
     """
 
     method: str = "rms"
@@ -127,8 +128,9 @@ def fit(
 
     `unit` fixes the float32 part, so that scalings fitted group by group can be put together.
 
-    "rms": `scale = sqrt(mean w²) / (rms · factor)`.  "minmax" (GPTQ): `scale = (max − min) / (2^b − 1)`, `zero = round(−min / scale)`,
-    with 0 inside [min, max]. All-zero rows and groups get scale 1. Works under jit.
+    "rms": `scale = sqrt(mean w²) / (rms · factor)`.
+    "minmax" (GPTQ): `scale = (max − min) / (2^b − 1)`, `zero = round(−min / scale)`, with 0 inside [min, max].
+    All-zero rows and groups get scale 1. Works under jit.
     """
     values = _grouped(weight, rule)
     if rule.method == "minmax":
@@ -145,7 +147,8 @@ def _assemble(scale: Array, zero: Array | None, rule: ScaleRule, unit: Array | N
     if unit is None:
         # The geometric mean keeps the float16 factors near one; the second bound keeps the largest of them finite.
         unit = jnp.maximum(jnp.exp(jnp.mean(jnp.log(scale))), jnp.max(scale) / _FLOAT16_REACH)
-    relative = jnp.clip(scale / unit, 1 / 2**24, _FLOAT16_REACH)  # never zero, never infinite in float16
+    # Never zero, never infinite in float16.
+    relative = jnp.clip(scale / unit.astype(scale.dtype), 1 / 2**24, _FLOAT16_REACH)
     return Scaling(unit.astype(jnp.float32), relative.astype(jnp.float16), zero, group)
 
 
@@ -172,10 +175,14 @@ def _fit_minmax(values: Array, codebook: Codebook, rule: ScaleRule, unit: Array 
             return jnp.sum(jnp.abs((level - zero[..., None]) * scale[..., None] - values) ** 2.4, axis=-1)
 
         def step(i: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            candidate = at(1.0 - i.astype(values.dtype) / 100)
-            error = loss(*candidate)
+            scale, zero = at(1.0 - i.astype(values.dtype) / 100)
+            error = loss(scale, zero)
             better = error < best[2]
-            return tuple(jnp.where(better, new, old) for new, old in zip((*candidate, error), best, strict=True))
+            return (
+                jnp.where(better, scale, best[0]),
+                jnp.where(better, zero, best[1]),
+                jnp.where(better, error, best[2]),
+            )
 
         scale, zero, _ = jax.lax.fori_loop(1, rule.shrink_steps, step, (scale, zero, loss(scale, zero)))
     return _assemble(scale, zero.astype(jnp.uint8), rule, unit)

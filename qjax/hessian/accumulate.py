@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from qjax.linalg.rotations import Leaf
 from qjax.models.config import ModelConfig
+from qjax.models.linear import HostOrDevice
 from qjax.models.transformer import SITES, block_inputs
 
 __all__ = ["Moments", "accumulate", "empty", "finish", "site_widths"]
@@ -45,10 +46,17 @@ def empty(config: ModelConfig) -> Moments:
 
 @functools.partial(jax.jit, static_argnames=("config", "propagate"), donate_argnames="moments")
 def accumulate(
-    moments: Moments, parameters: Any, x: Array | np.ndarray, mask: Array | np.ndarray, config: ModelConfig, *, propagate: bool
+    moments: Moments,
+    parameters: Any,
+    x: HostOrDevice,
+    mask: HostOrDevice,
+    config: ModelConfig,
+    *,
+    propagate: bool,
 ) -> tuple[Moments, Array | None]:
-    """Add a batch `[batch, length, width]` of block inputs; sequences with mask 0 (padding of the last batch) do not count.
+    """Add a batch `[batch, length, width]` of block inputs.
 
+    Sequences with mask 0 (padding of the last batch) do not count.
     Returns the new sums and, with `propagate`, the block's output.
     """
     y, inputs = block_inputs(parameters, x, config)
@@ -68,5 +76,8 @@ def finish(moments: Moments) -> tuple[dict[str, np.ndarray], int, list[str]]:
     """(`E[x xᵀ]` per site as float32 on the host, tokens, sites with values that are not finite)."""
     moments = jax.device_get(moments)
     count = float(moments.tokens)
-    means = {site: ((moments.total[site].astype(np.float64) - moments.carry[site]) / count).astype(np.float32) for site in SITES}
+    means = {
+        site: ((moments.total[site].astype(np.float64) - moments.carry[site]) / count).astype(np.float32)
+        for site in SITES
+    }
     return means, round(count), [site for site in SITES if not moments.finite[site]]

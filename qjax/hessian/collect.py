@@ -9,12 +9,20 @@ import numpy as np
 from jaxtyping import Int
 
 from qjax.errors import DataError, InputError, NumericsError
-from qjax.hessian.accumulate import accumulate, empty, finish
+from qjax.hessian.accumulate import Moments, accumulate, empty, finish
 from qjax.hessian.statistics import Hessian
 from qjax.models.config import ModelConfig
 from qjax.models.transformer import LINEARS, embed
 
-__all__ = ["ESTIMATORS", "batches", "block_hessians", "collect", "embedded", "layer_names"]
+__all__ = [
+    "ESTIMATORS",
+    "batches",
+    "block_hessians",
+    "block_hessians_and_outputs",
+    "collect",
+    "embedded",
+    "layer_names",
+]
 
 ESTIMATORS = ("input",)
 
@@ -42,18 +50,31 @@ def embedded(table: Any, tokens: Int[np.ndarray, "sequences length"], batch: int
 
 
 def block_hessians(
-    parameters: Any, x: np.ndarray, config: ModelConfig, *, index: int, batch: int, propagate: bool
-) -> tuple[dict[str, Hessian], np.ndarray | None]:
-    """`H = E[x xᵀ]` of every linear of block `index`, and the block's outputs when `propagate`.
+    parameters: Any, x: np.ndarray, config: ModelConfig, *, index: int, batch: int
+) -> dict[str, Hessian]:
+    """`H = E[x xᵀ]` of every linear of block `index`; linears that share an input share the array.
 
-    Linears that share an input share the array. `x` are the block's inputs `[sequences, length, width]` on the host.
+    `x` are the block's inputs `[sequences, length, width]` on the host.
     Raises NumericsError naming the first linear whose input is not finite.
     """
+    moments = empty(config)
+    for part, mask in batches(x, batch):
+        moments, _ = accumulate(moments, parameters, part, mask, config, propagate=False)
+    return _hessians(moments, index)
+
+
+def block_hessians_and_outputs(
+    parameters: Any, x: np.ndarray, config: ModelConfig, *, index: int, batch: int
+) -> tuple[dict[str, Hessian], np.ndarray]:
+    """The result of `block_hessians`, and the block's outputs `[sequences, length, width]` from the same pass."""
     moments, outputs = empty(config), []
     for part, mask in batches(x, batch):
-        moments, y = accumulate(moments, parameters, part, mask, config, propagate=propagate)
-        if propagate:
-            outputs.append(np.asarray(y)[: int(mask.sum())])
+        moments, y = accumulate(moments, parameters, part, mask, config, propagate=True)
+        outputs.append(np.asarray(y)[: int(mask.sum())])
+    return _hessians(moments, index), np.concatenate(outputs)
+
+
+def _hessians(moments: Moments, index: int) -> dict[str, Hessian]:
     means, tokens, broken = finish(moments)
     if broken:
         name = next(linear for linear, site in LINEARS.items() if site == broken[0])
@@ -61,8 +82,7 @@ def block_hessians(
             f"layers.{index}.{name}: its inputs on the calibration data are not finite; "
             "check the weights of the blocks before it, or load the model in float32"
         )
-    hessians = {linear: Hessian(means[site], None, tokens) for linear, site in LINEARS.items()}
-    return hessians, np.concatenate(outputs) if propagate else None
+    return {linear: Hessian(means[site], None, tokens) for linear, site in LINEARS.items()}
 
 
 def collect(
@@ -73,7 +93,7 @@ def collect(
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Hessian]:
-    """Hessians of every linear of `model` (config, params) from calibration tokens, in parallel from the original model.
+    """Hessians of every linear of `model` (config, params) from calibration tokens, all from the original model.
 
     "input": `H_in = E[x xᵀ]`, uncentred, float32 (GPTQ, QuIP). Layers that share an input share the array.
 
@@ -83,15 +103,16 @@ def collect(
         raise InputError(f"unknown Hessian estimator {estimator!r}; there is: {', '.join(ESTIMATORS)}")
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.size == 0:
-        raise DataError(f"calibration tokens have shape {tokens.shape}; [sequences, length] with at least one token is needed")
+        raise DataError(
+            f"calibration tokens have shape {tokens.shape}; [sequences, length] with at least one token is needed"
+        )
     config: ModelConfig = model.config
     batch = min(batch, len(tokens))
     x = embedded(model.params["embed"], tokens, batch)
     hessians: dict[str, Hessian] = {}
     for index, parameters in enumerate(model.params["blocks"]):
-        block, y = block_hessians(parameters, x, config, index=index, batch=batch, propagate=True)
+        block, x = block_hessians_and_outputs(parameters, x, config, index=index, batch=batch)
         hessians |= {f"layers.{index}.{linear}": hessian for linear, hessian in block.items()}
-        x = y
         if progress is not None:
             progress(index + 1, config.num_layers)
     return hessians

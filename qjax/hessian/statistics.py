@@ -14,7 +14,8 @@ class Hessian:
     """`H ≈ H_out ⊗ H_in` of a layer `y = x Wᵀ`, W [out, in].
 
     Attributes:
-      input: `[in, in]` float32, the uncentred second moment `E[x xᵀ]` or a sketch's input factor. Its scale has no meaning.
+      input: `[in, in]` float32, the uncentred second moment `E[x xᵀ]` or a sketch's input factor.
+        Its scale has no meaning.
       output: `[out, out]` float32, or None for the identity (GPTQ, LDLQ).
       tokens: how many tokens (or sequences, for a per-sequence sketch) were averaged.
     """

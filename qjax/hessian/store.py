@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from qjax.errors import ArtifactError
-from qjax.hessian.collect import batches, block_hessians, embedded
+from qjax.hessian.collect import batches, block_hessians_and_outputs, embedded
 from qjax.hessian.statistics import Hessian
 from qjax.models.config import ModelConfig
 from qjax.models.transformer import LINEARS, SITES, block
@@ -31,7 +31,9 @@ def unpack_triangle(values: np.ndarray) -> np.ndarray:
     """The symmetric matrix of `pack_triangle`."""
     n = int((np.sqrt(8 * values.size + 1) - 1) // 2)
     if n * (n + 1) // 2 != values.size:
-        raise ArtifactError(f"{values.size} values are not the triangle of a symmetric matrix; the Hessian file is damaged")
+        raise ArtifactError(
+            f"{values.size} values are not the triangle of a symmetric matrix; the Hessian file is damaged"
+        )
     matrix = np.zeros((n, n), values.dtype)
     matrix[np.tril_indices(n)] = values
     return matrix + np.tril(matrix, -1).T
@@ -54,7 +56,13 @@ class HessianStore:
     def key(self, model_fingerprint: Any, tokens_sha256: str, estimator: str, batch: int) -> str:
         """The address of a collection (the batch is part of it: it fixes the order of the float32 sums)."""
         return digest(
-            {"version": _VERSION, "model": model_fingerprint, "tokens": tokens_sha256, "estimator": estimator, "batch": batch}
+            {
+                "version": _VERSION,
+                "model": model_fingerprint,
+                "tokens": tokens_sha256,
+                "estimator": estimator,
+                "batch": batch,
+            }
         )
 
     def _file(self, key: str, index: int) -> pathlib.Path:
@@ -89,7 +97,9 @@ class HessianStore:
         progress: Callable[[int, int], None] | None = None,
     ) -> Callable[[int], dict[str, Hessian]]:
         """Make sure that all blocks are stored, collecting what is missing; returns the loader of a block by index."""
-        present = [self._file(key, index).exists() and self.load(key, index) is not None for index in range(config.num_layers)]
+        present = [
+            self._file(key, index).exists() and self.load(key, index) is not None for index in range(config.num_layers)
+        ]
         if not all(present):
             last = max(index for index, there in enumerate(present) if not there)
             x = embedded(params["embed"], tokens, batch)
@@ -97,7 +107,7 @@ class HessianStore:
                 if present[index]:
                     x = forward_block(parameters, x, config, batch)
                 else:
-                    hessians, x = block_hessians(parameters, x, config, index=index, batch=batch, propagate=True)
+                    hessians, x = block_hessians_and_outputs(parameters, x, config, index=index, batch=batch)
                     self.save(key, index, hessians)
                 if progress is not None:
                     progress(index + 1, config.num_layers)
@@ -115,4 +125,6 @@ class HessianStore:
 
 def forward_block(parameters: Any, x: np.ndarray, config: ModelConfig, batch: int) -> np.ndarray:
     """The outputs of one block for all sequences, on the host."""
-    return np.concatenate([np.asarray(block(parameters, part, config))[: int(mask.sum())] for part, mask in batches(x, batch)])
+    return np.concatenate(
+        [np.asarray(block(parameters, part, config))[: int(mask.sum())] for part, mask in batches(x, batch)]
+    )

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qjax.errors import InputError, NumericsError
+from qjax.linalg.cholesky import cholesky
 from qjax.linalg.ldl import check_block, unit_lower
 
 __all__ = ["DampedFactor", "check_hessian", "damped_factor", "normalise"]
@@ -96,7 +97,7 @@ def damped_factor(
         tries, *_ = state
         grown = jnp.maximum(start, _FIRST_ESCALATION) * jnp.asarray(ESCALATION, dtype) ** tries.astype(dtype)
         delta = jnp.where(tries > 0, grown, start)
-        factor = jnp.linalg.cholesky(matrix + delta * identity)
+        factor = cholesky(matrix + delta * identity)
         pivot = jnp.min(jnp.square(jnp.diagonal(factor)))
         ok = jnp.all(jnp.isfinite(factor)) & (pivot > 0) & (pivot >= delta / 2)
         return tries + 1, factor, delta, pivot, ok

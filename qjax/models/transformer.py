@@ -21,14 +21,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qjax.models.config import ModelConfig, RopeScaling
-from qjax.models.linear import linear
+from qjax.models.linear import HostOrDevice, linear
 
 __all__ = ["LINEARS", "SITES", "block", "block_inputs", "embed", "forward", "head", "logits", "rope_frequencies"]
 
 Params = Any  # a pytree as in the module's docstring
-# Host arrays go into compiled programs as they are: converting them first would compile a program of its own.
-HostOrDevice = Array | np.ndarray
-Hidden = Float[HostOrDevice, "batch length width"]
+Hidden = Float[Array, "batch length width"]
+HiddenInput = Float[HostOrDevice, "batch length width"]  # as callers of the compiled programs may have it
 
 # Every linear of a block, in the order of the forward pass, with the site (shared input) that feeds it.
 LINEARS: dict[str, str] = {
@@ -48,11 +47,11 @@ def _apply(parameters: Params, x: Array) -> Array:
     return y + parameters["bias"].astype(y.dtype)[None, None, :] if "bias" in parameters else y
 
 
-def _rms_norm(x: Array, gain: Array, eps: float) -> Array:
+def _rms_norm(x: HostOrDevice, gain: HostOrDevice, eps: float) -> Array:
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     gain = jnp.expand_dims(gain.astype(jnp.float32), tuple(range(x.ndim - 1)))
-    return (x32 * jax.lax.rsqrt(mean_square + eps) * gain).astype(x.dtype)
+    return (jax.lax.rsqrt(mean_square + eps) * x32 * gain).astype(x.dtype)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -119,24 +118,24 @@ def _attention(parameters: Params, x: Hidden, config: ModelConfig) -> Float[Arra
     return mixed.reshape(batch, length, config.num_heads * config.head_dim)
 
 
-def _sites(parameters: Params, x: Hidden, config: ModelConfig) -> tuple[Hidden, dict[str, Array]]:
+def _sites(parameters: Params, x: HiddenInput, config: ModelConfig) -> tuple[Hidden, dict[str, Array]]:
     inputs: dict[str, Array] = {}
     inputs["attention"] = _rms_norm(x, parameters["input_layernorm"], config.rms_norm_eps)
     inputs["attention_output"] = _attention(parameters["self_attn"], inputs["attention"], config)
-    x = x + _apply(parameters["self_attn"]["o_proj"], inputs["attention_output"])
-    inputs["mlp"] = _rms_norm(x, parameters["post_attention_layernorm"], config.rms_norm_eps)
+    attended = _apply(parameters["self_attn"]["o_proj"], inputs["attention_output"]) + x
+    inputs["mlp"] = _rms_norm(attended, parameters["post_attention_layernorm"], config.rms_norm_eps)
     mlp = parameters["mlp"]
     inputs["mlp_output"] = jax.nn.silu(_apply(mlp["gate_proj"], inputs["mlp"])) * _apply(mlp["up_proj"], inputs["mlp"])
-    return x + _apply(mlp["down_proj"], inputs["mlp_output"]), inputs
+    return attended + _apply(mlp["down_proj"], inputs["mlp_output"]), inputs
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def block(parameters: Params, x: Hidden, config: ModelConfig) -> Hidden:
+def block(parameters: Params, x: HiddenInput, config: ModelConfig) -> Hidden:
     """One transformer block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
     return _sites(parameters, x, config)[0]
 
 
-def block_inputs(parameters: Params, x: Hidden, config: ModelConfig) -> tuple[Hidden, dict[str, Array]]:
+def block_inputs(parameters: Params, x: HiddenInput, config: ModelConfig) -> tuple[Hidden, dict[str, Array]]:
     """The block's output and the input `[batch, length, in]` of its linears at every site of `SITES`."""
     return _sites(parameters, x, config)
 
@@ -147,13 +146,15 @@ def embed(table: Float[HostOrDevice, "vocab width"], tokens: Int[HostOrDevice, "
     return jnp.take(table, tokens, axis=0, mode="clip")
 
 
-def head(params: Params) -> dict[str, Array]:
+def head(params: Params) -> dict[str, HostOrDevice]:
     """The parameters of the last step: `{"norm": [width], "head": [vocab, width]}`."""
     return {"norm": params["norm"], "head": params.get("head", params["embed"])}
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def logits(parameters: dict[str, Array], x: Hidden, config: ModelConfig) -> Float[Array, "batch length vocab"]:
+def logits(
+    parameters: dict[str, HostOrDevice], x: HiddenInput, config: ModelConfig
+) -> Float[Array, "batch length vocab"]:
     """Final norm and output projection, in float32; `parameters` as returned by `head`."""
     hidden = _rms_norm(x, parameters["norm"], config.rms_norm_eps)
     return linear(hidden, parameters["head"]).astype(jnp.float32)

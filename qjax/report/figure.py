@@ -118,7 +118,8 @@ def _curves(axes: Any, lines: Sequence[Series], runs: Sequence[Run], metric: str
         axes.axhline(value, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
         ends.append((f"original {number(value)}", Point(right, value, None), _INK))
         wanted.append(math.log(value / low) / scale)
-    for (text, point, colour), height in zip(ends, label_positions(wanted, 0.052), strict=True):
+    gap = 0.052 * max(len(text.splitlines()) for text, _, _ in ends) if ends else 0.0
+    for (text, point, colour), height in zip(ends, label_positions(wanted, gap), strict=True):
         axes.annotate(
             text, xy=(point.bits, point.value), xytext=(1.025, height), textcoords="axes fraction", va="center",
             fontsize=9, color=colour, annotation_clip=False,
@@ -194,8 +195,9 @@ def draw(runs: Sequence[Run], folder: pathlib.Path) -> list[pathlib.Path]:
     panels = [(metric, title) for metric, title in PANELS if any(s.points[metric] for s in lines)]
     if not panels:
         raise InputError("the figure needs runs with KL or perplexity, and none was evaluated; use figure=false")
-    longest = max(len(s.label) for s in lines)
-    size = (11.5, 4.6) if curves else (11.5, 1.7 + 0.52 * len(lines))
+    longest = max(len(part) for s in lines for part in s.label.splitlines())
+    tallest = max(s.label.count("\n") for s in lines)
+    size = (11.5, 4.6) if curves else (11.5, 1.7 + (0.52 + 0.12 * tallest) * len(lines))
     files = []
     with mpl.rc_context(
         {"font.family": "DejaVu Sans", "font.size": 9.5, "svg.hashsalt": "qjax", "svg.fonttype": "path"}

@@ -20,6 +20,8 @@ _NUMBERS = (*METRICS, "perplexity_reference", "proxy_loss_mean", "whole_model_by
 _MARKS = ("results.json", "fingerprint.json")
 # They change where or how a run is carried out, not what it computes.
 _CONVENIENCES = ("out", "cache", "dry_run", "resume", "tracker", "memory")
+# The key that says which entry of a group was chosen.
+_CHOICES = ("name", "method")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +137,10 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            if "name" in value:
-                flat[name] = value["name"]
-            flat |= _flat({k: v for k, v in value.items() if k != "name"}, f"{name}.")
+            choice = next((k for k in _CHOICES if k in value), None)
+            if choice is not None:
+                flat[name] = value[choice]
+            flat |= _flat({k: v for k, v in value.items() if k != choice}, f"{name}.")
         else:
             flat[name] = value
     return flat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ class Series:
     """Runs that differ in bits (and seed) only.
 
     Attributes:
-      label: the settings that tell it from the other series.
+      label: the settings that tell it from the other series, in one or more lines.
       rounding: the rounding algorithm, which decides colour and marker.
       points: by metric, in ascending bits; values that are absent or infinite are left out.
     """
@@ -58,13 +59,14 @@ def _plain(value: Any) -> str:
 
 
 def _label(run: Run, keys: Sequence[str]) -> str:
-    """Names of choices stand alone; other values get the last part of their key."""
+    """Names of choices stand alone; other values get the last part of their key; lines of at most 34 characters."""
     parts = []
     for key in keys:
         value = run.settings.get(key)
         bare = isinstance(value, str) and "." not in key
         parts.append(value if bare else f"{key.rpartition('.')[2]} {_plain(value)}")
-    return ", ".join(parts) or str(run.settings.get("rounding", run.name))
+    text = ", ".join(part.replace(" ", "\u00a0") for part in parts)  # break between parts only
+    return textwrap.fill(text, 34).replace("\u00a0", " ") or str(run.settings.get("rounding", run.name))
 
 
 def series(runs: Sequence[Run], *, join_bits: bool = True) -> list[Series]:

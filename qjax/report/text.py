@@ -74,9 +74,9 @@ def markdown(table: Table, runs: Sequence[Run], skipped: Sequence[Skipped], figu
         parts += [f"![bits per weight against KL and perplexity]({figure})", ""]
     parts += [
         "Brackets: 95% bootstrap intervals over sequences. KL is that of the original model's predictions to the "
-        "quantised model's, in nats per token; agreement is that of the most likely tokens; proxy loss is the mean over "
-        "matrices of `tr(E H Eᵀ) / tr(W H Wᵀ)`. Bits per weight count codes, scales, zeros, signs and permutations of "
-        "the quantised matrices; MB (10⁶ bytes) count the whole model.",
+        "quantised model's, in nats per token; agreement is that of the most likely tokens; proxy loss is the mean "
+        "over matrices of `tr(E H Eᵀ) / tr(W H Wᵀ)`. Bits per weight count codes, scales, zeros, signs and "
+        "permutations of the quantised matrices; MB (10⁶ bytes) count the whole model.",
         "",
         *_circumstances(runs),
     ]

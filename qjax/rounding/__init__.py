@@ -3,6 +3,7 @@
 from qjax.rounding.base import ROUNDINGS, Rounded, Rounding
 from qjax.rounding.descent import Greedy
 from qjax.rounding.gptq import GPTQ
+from qjax.rounding.guarded import GuardedLDLQ
 from qjax.rounding.ldlq import LDLQ
 from qjax.rounding.losses import proxy_loss, quadratic, weight_mse
 from qjax.rounding.nearest import Nearest, Stochastic
@@ -12,6 +13,7 @@ __all__ = [
     "LDLQ",
     "ROUNDINGS",
     "Greedy",
+    "GuardedLDLQ",
     "Nearest",
     "Rounded",
     "Rounding",

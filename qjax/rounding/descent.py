@@ -32,7 +32,9 @@ __all__ = ["Greedy", "check_passes", "coupling", "damped", "descend", "split_cod
 def check_passes(passes: int, least: int) -> None:
     """Raise InputError unless `passes` is a whole number, at least `least`."""
     if passes != int(passes) or passes < least:
-        raise InputError(f"rounding.passes is {passes}; it is a whole number of passes over the columns, at least {least}")
+        raise InputError(
+            f"rounding.passes is {passes}; it is a whole number of passes over the columns, at least {least}"
+        )
 
 
 def damped(hessian: Float[Array, "n n"], damping: Array | float) -> Float[Array, "n n"]:

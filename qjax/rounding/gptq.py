@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax.codebooks.base import Codebook
-from qjax.codebooks.scaling import Scaling, ScaleRule, fit, identity
+from qjax.codebooks.scaling import ScaleRule, Scaling, fit, identity
 from qjax.errors import InputError
 from qjax.hessian.statistics import Hessian
+from qjax.linalg.cholesky import invert_lower
 from qjax.linalg.damping import damped_factor
 from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, encode_columns, finish, spec_of
 from qjax.rounding.ldlq import place
@@ -28,8 +29,7 @@ def inverse_factor(hessian: Float[Array, "n n"], damping: Array | float) -> tupl
     """
     factor = damped_factor(jnp.flip(hessian), damping, 1)
     root = factor.lower * jnp.sqrt(factor.diagonal.reshape(1, -1))
-    inverse = jax.scipy.linalg.solve_triangular(root, jnp.eye(root.shape[0], dtype=root.dtype), lower=True)
-    return jnp.flip(inverse), factor.damping, factor.ok
+    return jnp.flip(invert_lower(root)), factor.damping, factor.ok
 
 
 @ROUNDINGS.register("gptq")
@@ -101,7 +101,7 @@ class GPTQ:
         if group is not None:  # the scales found on the way replace the ones fitted beforehand
             scale, zero = (jnp.moveaxis(x[..., 0], 0, 1) for x in groups)
             zero = None if scaling.zero is None else zero.astype(jnp.uint8)
-            scaling = Scaling(scaling.unit, (scale / scaling.unit).astype(jnp.float16), zero, group)
+            scaling = Scaling(scaling.unit, (scale / scaling.unit.astype(scale.dtype)).astype(jnp.float16), zero, group)
             return finish(codes, codebook, scaling, weight.dtype, None if order is None else _compact(order), used, ok)
         if order is not None:
             codes = jnp.take(codes, jnp.argsort(order), axis=1)

@@ -123,9 +123,7 @@ def feedback_codes(
     return sweep(Sweep(leaf, reverse=True), widths(weight.shape[1], block), weight, lower)[0]
 
 
-def place(
-    order: Array | None, columns: int, codebook: Codebook, scaling: Scaling
-) -> tuple[Array, Array | None]:
+def place(order: Array | None, columns: int, codebook: Codebook, scaling: Scaling) -> tuple[Array, Array | None]:
     """(column index for scales, permutation to store) of codes made in `order` (None: natural).
 
     Codes of a tile one column wide are put back into the natural order afterwards, so nothing is stored; wider tiles keep

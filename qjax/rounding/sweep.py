@@ -31,7 +31,9 @@ __all__ = ["Sweep", "resweep", "sweep", "widths"]
 Leaf = Callable[[Array, Array, Array, Any], tuple[Array, Array]]
 
 
-def widths(columns: int, block: int, group: int | None = None, limits: tuple[int, ...] = (512, 128, 16)) -> tuple[int, ...]:
+def widths(
+    columns: int, block: int, group: int | None = None, limits: tuple[int, ...] = (512, 128, 16)
+) -> tuple[int, ...]:
     """Nested block widths, widest first, ending in `block`: each divides the one before; `group`, if given, is among them."""
     chain: list[int] = []
     outer = columns
@@ -39,7 +41,9 @@ def widths(columns: int, block: int, group: int | None = None, limits: tuple[int
         if group is not None and limit <= group < outer and group not in chain:
             chain.append(group)
             outer = group
-        inner = max((w for w in range(block, min(limit, outer) + 1, block) if outer % w == 0 and _fits(w, group)), default=block)
+        inner = max(
+            (w for w in range(block, min(limit, outer) + 1, block) if outer % w == 0 and _fits(w, group)), default=block
+        )
         if inner < outer and inner > block:
             chain.append(inner)
             outer = inner
@@ -152,7 +156,11 @@ def sweep(
 
 
 def resweep(
-    plan: Sweep, levels: tuple[int, ...], weight: Float[Array, "n m"], matrix: Float[Array, "n n"], error: Float[Array, "n m"]
+    plan: Sweep,
+    levels: tuple[int, ...],
+    weight: Float[Array, "n m"],
+    matrix: Float[Array, "n n"],
+    error: Float[Array, "n m"],
 ) -> tuple[Float[Array, "n m"], Array]:
     """One more pass over columns that have errors: (errorᵀ, codes `[n/block, ...]`); `m n²` multiplications.
 

@@ -30,7 +30,7 @@ def test_codes_are_the_nearest_levels(name, bits):
 
 
 @pytest.mark.parametrize(
-    "name, expected",
+    ("name", "expected"),
     [
         ("lloyd_max", (0.3634, 0.1175, 0.03455, 0.00950)),
         ("half_integer", (0.3634, 0.1188, 0.03744, 0.01154)),

@@ -14,7 +14,7 @@ def weights(m=12, n=24, seed=0):
     return np.random.default_rng(seed).standard_normal((m, n)).astype(np.float32) * 0.03
 
 
-@pytest.mark.parametrize("granularity, group", [("matrix", None), ("row", None), ("group", 8)])
+@pytest.mark.parametrize(("granularity", "group"), [("matrix", None), ("row", None), ("group", 8)])
 def test_rms_scaling_gives_the_codebook_its_rms(granularity, group):
     w = jnp.asarray(weights())
     book = codebooks.make("half_integer", 2)
@@ -71,7 +71,7 @@ def test_the_outlier_of_one_row_does_not_reach_float16_limits():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"method": "rsm"}, "scale.method"),
         ({"granularity": "column"}, "scale.granularity"),

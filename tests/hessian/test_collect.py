@@ -44,7 +44,7 @@ def tokens():
 
 def exact(model, tokens):
     """E[x xᵀ] of every linear, summed in float64 sequence by sequence."""
-    sums, x = {}, np.asarray(embed(model.params["embed"], tokens))
+    sums, x = {}, embed(model.params["embed"], tokens)
     for index, parameters in enumerate(model.params["blocks"]):
         x, inputs = block_inputs(parameters, x, CONFIG)
         for linear, site in LINEARS.items():
@@ -72,7 +72,7 @@ def test_many_batches_lose_nothing(model):
         moments, _ = accumulate(moments, parameters, x, mask, CONFIG, propagate=False)
     means, count, broken = finish(moments)
     assert count == 24_000 and not broken
-    _, inputs = block_inputs(parameters, x, CONFIG)
+    _, inputs = block_inputs(parameters, jnp.asarray(x), CONFIG)
     for site in SITES:
         rows = np.asarray(inputs[site], np.float32).reshape(-1, inputs[site].shape[-1])
         product = np.asarray(jnp.matmul(rows.T, rows, precision="highest"))
@@ -161,4 +161,7 @@ def test_a_damaged_or_missing_block_is_collected_again_to_the_same_values(model,
 def test_everything_that_matters_is_in_the_address(tmp_path):
     store = HessianStore(tmp_path)
     base = store.key("m", "t", "input", 8)
-    assert len({base, store.key("n", "t", "input", 8), store.key("m", "u", "input", 8), store.key("m", "t", "input", 4)}) == 4
+    assert (
+        len({base, store.key("n", "t", "input", 8), store.key("m", "u", "input", 8), store.key("m", "t", "input", 4)})
+        == 4
+    )

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax import codebooks, rounding
+from qjax import codebooks, incoherence, rounding
 from qjax.codebooks.scaling import ScaleRule, fit
 from qjax.errors import InputError
 from qjax.hessian import Hessian
 from qjax.quantized import QuantizedMatrix
-from qjax import incoherence
 
 M, N, GROUP = 16, 64, 16
 

@@ -1,5 +1,7 @@
 """The exact relations between roundings (algorithms.md 3.1), in float64, against naive numpy loops."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,8 +132,11 @@ def test_lazy_updates_change_nothing(n):
     np.testing.assert_array_equal(run("gptq", w, h).values, naive_gptq(w, h))
 
 
-@pytest.mark.parametrize("columns, block, group", [(576, 1, None), (4096, 8, None), (176, 16, None), (97, 1, None), (4096, 1, 32), (576, 1, 64)])
+@pytest.mark.parametrize(
+    ("columns", "block", "group"),
+    [(576, 1, None), (4096, 8, None), (176, 16, None), (97, 1, None), (4096, 1, 32), (576, 1, 64)],
+)
 def test_widths_nest(columns, block, group):
     chain = (columns, *widths(columns, block, group))
     assert chain[-1] == block and (group is None or group in chain)
-    assert all(outer % inner == 0 for outer, inner in zip(chain, chain[1:], strict=False))
+    assert all(outer % inner == 0 for outer, inner in itertools.pairwise(chain))

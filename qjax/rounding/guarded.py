@@ -1,0 +1,85 @@
+"""LDLQ for finite grids: feedback that cannot push weights far beyond the outermost levels (QuIP's Algorithm 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax.codebooks.base import Codebook
+from qjax.codebooks.scaling import Scaling, identity
+from qjax.errors import InputError
+from qjax.hessian.statistics import Hessian
+from qjax.linalg.damping import damped_factor
+from qjax.rounding.admm import bounded_noise
+from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, finish, require_key, spec_of
+from qjax.rounding.descent import damped
+from qjax.rounding.ldlq import feedback_codes
+from qjax.rounding.sweep import merge_codes
+
+__all__ = ["GuardedLDLQ"]
+
+
+@ROUNDINGS.register("ldlq_guarded")
+@dataclasses.dataclass(frozen=True)
+class GuardedLDLQ:
+    """LDLQ with `L = (I + Z)⁻¹`, Z from `bounded_noise`: the clamp-guarded variant with a bound on finite grids.
+
+    The published iteration `ŵ ← clamp(⌊ŵ + (w − ŵ)L + u⌋)` ends where every column has seen the final errors of those after it,
+    and L − I is strictly lower: one sweep from right to left is that fixed point. QuIP (2307.13304), algorithm 5, theorem 7.
+
+    Attributes:
+      slack: c; a column of Z has at most the norm √c, so rounding noise on one weight at most √(1 + c) times that of one
+        rounding. A large c gives LDLQ itself.
+      iterations, rho: of ADMM.
+      stochastic: the theorem's unbiased rounding (needs a key); False rounds to the nearest, which is usually better.
+    """
+
+    slack: float = 1.0
+    iterations: int = 100
+    rho: float = 0.1
+    stochastic: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.slack >= 0:
+            raise InputError(f"rounding.slack is {self.slack}; it is a squared norm, 0 or more (QuIP uses 1)")
+        if self.iterations != int(self.iterations) or self.iterations < 1:
+            raise InputError(
+                f"rounding.iterations is {self.iterations}; it is a whole number, at least 1 (QuIP uses 100)"
+            )
+        if not self.rho > 0:
+            raise InputError(f"rounding.rho is {self.rho}; it is a positive number (QuIP uses 0.1)")
+
+    def __call__(
+        self,
+        weight: Float[Array, "out in"],
+        hessian: Hessian,
+        codebook: Codebook,
+        *,
+        scaling: Scaling | None = None,
+        damping: Array | float = 0.01,
+        key: Array | None = None,
+    ) -> Rounded:
+        """Round `weight` [out, in] with a codebook of 1×1 tiles. Raises InputError for other tiles, or without a key."""
+        check_shapes(weight, hessian, codebook)
+        if codebook.tile != (1, 1):
+            raise InputError(
+                f"rounding=ldlq_guarded is for finite scalar grids and the tiles of this codebook are {codebook.tile}; use rounding=ldlq"
+            )
+        key = require_key(key, "rounding=ldlq_guarded (stochastic=true)") if self.stochastic else None
+        scaling = identity() if scaling is None else scaling
+        n = weight.shape[1]
+        h = hessian.input.astype(weight.dtype)
+        factor = damped_factor(h, damping)
+        noise = bounded_noise(damped(h, factor.damping), self.slack**0.5, self.rho, self.iterations)
+        eye = jnp.eye(n, dtype=weight.dtype)
+        lower = jax.lax.linalg.triangular_solve(eye + noise, eye, left_side=True, lower=True, unit_diagonal=True)
+        codes = feedback_codes(weight, lower, codebook, scaling, block=1, index=jnp.arange(n), key=key)
+        return finish(merge_codes(codes), codebook, scaling, weight.dtype, None, factor.damping, factor.ok)
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments of `make`."""
+        return spec_of("ldlq_guarded", self)

@@ -1,0 +1,50 @@
+"""The codebook benchmark against closed forms and published distortions."""
+
+import numpy as np
+import pytest
+
+from qjax.bench.codebook import available, lines, measure, shannon
+from qjax.codebooks import CODEBOOKS, make
+from qjax.codebooks.gaussian import distortion
+from qjax.errors import InputError
+
+
+def test_the_bound_of_a_gaussian_source():
+    assert [shannon(bits) for bits in (1, 2, 3)] == [0.25, 0.0625, 0.015625]
+
+
+def test_every_registered_codebook_with_flat_tiles_is_there():
+    found = available(bits=[1, 2, 3])
+    assert {book.spec()["name"] for book in found} <= set(CODEBOOKS)
+    assert {("half_integer", 1), ("lloyd_max", 2), ("grid", 3), ("d4", 2), ("e8p", 2), ("e81b", 1), ("e8p_rvq", 3)} <= {
+        (book.spec()["name"], book.bits) for book in found
+    }
+    assert all(book.tile[0] == 1 for book in found)
+    assert len({str(book.spec()) for book in found}) == len(found)
+    assert [book.bits for book in available(["half_integer"])] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("name", ["half_integer", "lloyd_max"])
+def test_scalar_distortion_is_the_closed_form(name):
+    book = make(name, 2)
+    result = measure(book, (256, 512), repeats=1)
+    expected = distortion(np.asarray(book.levels) / book.rms)
+    assert result["mse"] == pytest.approx(expected, rel=0.02)
+    assert result["mse_shannon"] == 0.0625 and result["excess_db"] > 2.7
+    for step in ("encode", "decode"):
+        assert result[step]["weights_per_second"] == pytest.approx(256 * 512 / result[step]["seconds_median"])
+    headers, rows = lines([result])
+    assert len(headers) == len(rows[0])
+
+
+def test_the_lattice_beats_the_scalar_grid():
+    assert measure(make("e8p", 2), (64, 512), repeats=1)["mse"] == pytest.approx(0.089, rel=0.03)  # QTIP, table 1
+
+
+def test_errors():
+    with pytest.raises(InputError, match=r"unknown codebook 'nope'; there is: d4"):
+        available(["nope"])
+    with pytest.raises(InputError, match="no codebook of"):
+        available(["d4"], [7])
+    with pytest.raises(InputError, match="7 columns are not whole tiles of 4"):
+        measure(make("d4", 2), (4, 7))
