@@ -18,7 +18,7 @@ from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
 from qjax.hessian.collect import ESTIMATORS
 from qjax.hessian.store import HessianStore, identity
-from qjax.pipeline import QuantizedModel, quantize_model
+from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
 from qjax.preflight import Estimate, check, estimate
 from qjax.quantize import MatrixReport
 from qjax.recipe import Recipe
@@ -65,8 +65,10 @@ class Job:
             raise InputError(f"seed is {self.seed}; it lies in 0 … 2^32 − 1")
         if self.hessian["estimator"] not in ESTIMATORS:
             raise InputError(f"hessian.estimator is {self.hessian['estimator']!r}; there is: {', '.join(ESTIMATORS)}")
-        if self.hessian["stream"] not in ("quantized", "original"):
-            raise InputError(f"hessian.stream is {self.hessian['stream']!r}; allowed are quantized, original")
+        if self.hessian["stream"] not in STREAMS:
+            raise InputError(f"hessian.stream is {self.hessian['stream']!r}; allowed are {', '.join(STREAMS)}")
+        if not 0 <= self.hessian["correction"] <= 1:
+            raise InputError(f"hessian.correction is {self.hessian['correction']}; it is a share, 0 to 1")
         for group, key in (("hessian", "batch"), ("evaluate", "batch")):
             if getattr(self, group)[key] < 1:
                 raise InputError(
@@ -241,6 +243,7 @@ def _quantize(
             seed=job.seed,
             stream=job.hessian["stream"],
             hessians=loader,
+            correction=job.hessian["correction"],
             records=records,
             batch=batch,
             on_layer=on_layer,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from qjax.errors import InputError
-from qjax.hessian.collect import block_hessians, embedded
+from qjax.hessian.collect import block_hessians, block_hessians_of_two_streams, embedded
 from qjax.hessian.statistics import Hessian
 from qjax.hessian.store import forward_block
 from qjax.models.config import ModelConfig
@@ -22,7 +22,7 @@ from qjax.records import Records
 
 __all__ = ["STREAMS", "QuantizedModel", "quantize_model"]
 
-STREAMS = ("quantized", "original")
+STREAMS = ("quantized", "original", "corrected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ def quantize_model(
     seed: int,
     stream: str = "quantized",
     hessians: Callable[[int], Mapping[str, Hessian]] | None = None,
+    correction: float = 0.5,
     records: Records | None = None,
     batch: int = 8,
     on_layer: Callable[[MatrixReport, bool], None] | None = None,
@@ -52,7 +53,8 @@ def quantize_model(
     Args:
       tokens: calibration tokens `[sequences, length]`.
       seed: the run's root seed; every layer's key is derived from it and the layer's name.
-      stream: "quantized": block i sees what the quantised blocks before it produce (GPTQ, QuIP);
+      stream: "quantized": block i sees what the quantised blocks before it produce (GPTQ, QuIP); "corrected": the same,
+        and its targets make up for what went wrong before it, by the share `correction` (see `qjax.correction`);
         "original": all Hessians come from the unquantised model (QuIP#, QTIP), given by `hessians(block index)`.
       records: where finished layers are kept and found again.
       on_layer: called with each layer's report and whether it was found finished.
@@ -60,12 +62,15 @@ def quantize_model(
     Raises InputError for a recipe that does not fit the model, NumericsError as `quantize_matrix`.
     """
     if stream not in STREAMS or (stream == "original") != (hessians is not None):
-        raise InputError(f"hessian.stream is {stream!r}; allowed are quantized, and original with stored Hessians")
+        raise InputError(
+            f"hessian.stream is {stream!r}; allowed are quantized, corrected, and original with stored Hessians"
+        )
     names = [f"layers.{i}.{linear}" for i in range(config.num_layers) for linear in LINEARS]
     plans = recipe.plan(names)
     # = jax.random.key(seed) without compiling a program
     key = jax.random.wrap_key_data(jax.device_put(np.array([0, seed], np.uint32)))
-    x = embedded(params["embed"], tokens, batch) if stream == "quantized" else None
+    z = embedded(params["embed"], tokens, batch) if hessians is None else None  # inputs in the quantised stream
+    x = z if stream == "corrected" else None  # inputs in the original model
     blocks, reports = [], []
     for index, parameters in enumerate(params["blocks"]):
         todo: dict[str, LayerPlan] = {}
@@ -79,15 +84,17 @@ def quantize_model(
             elif plan is not None:
                 todo[linear] = plan
         block = {}
-        if todo and hessians is not None:
-            block = hessians(index)
-        elif todo:
-            assert x is not None  # without stored Hessians the stream is "quantized"
-            block = block_hessians(parameters, x, config, index=index, batch=batch)
+        if hessians is not None:
+            block = hessians(index) if todo else {}
+        elif x is not None and z is not None:
+            # Also for a finished block: x must come from the same program, for a resumed run to give the same bytes.
+            block, x = block_hessians_of_two_streams(parameters, x, z, config, index=index, batch=batch)
+        elif z is not None and todo:
+            block = block_hessians(parameters, z, config, index=index, batch=batch)
         for linear in LINEARS:
             if linear in todo:
                 plan, name = todo[linear], f"layers.{index}.{linear}"
-                matrix, report = _one(parameters, block[linear], plan, linear, name, key)
+                matrix, report = _one(parameters, block[linear], plan, linear, name, key, correction)
                 if records is not None:
                     records.save(matrix, report, plan.incoherence.spec())
                 done[linear] = matrix, report
@@ -96,13 +103,13 @@ def quantize_model(
                 if on_layer is not None:
                     on_layer(done[linear][1], linear not in todo)
         blocks.append(replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()}))
-        if x is not None and index + 1 < config.num_layers:
-            x = forward_block(blocks[-1], x, config, batch)
+        if z is not None and index + 1 < config.num_layers:
+            z = forward_block(blocks[-1], z, config, batch)
     return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
 
 
 def _one(
-    parameters: Any, hessian: Hessian, plan: LayerPlan, linear: str, name: str, key: jax.Array
+    parameters: Any, hessian: Hessian, plan: LayerPlan, linear: str, name: str, key: jax.Array, correction: float
 ) -> tuple[QuantizedMatrix, MatrixReport]:
     group, leaf = linear.split(".")
     return quantize_matrix(
@@ -113,6 +120,7 @@ def _one(
         incoherence=plan.incoherence,
         damping=plan.damping,
         scale=plan.scale,
+        correction=correction,
         key=key,
         name=name,
     )

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import ScaleRule, fit
+from qjax.correction import corrected_weight
 from qjax.errors import InputError, NumericsError
 from qjax.hessian.statistics import Hessian
 from qjax.incoherence import Incoherence
@@ -39,6 +40,7 @@ class MatrixReport:
       damping: multiple of H's mean diagonal that was added.
       scale_rms: the RMS of what the codebook saw (its effective scale).
       seconds: wall time of the call, compilation included.
+      correction: `tr(Δ H Δᵀ) / tr(W H Wᵀ)` of the change Δ of the target that makes up for earlier errors; 0 without.
       proxy_loss_before_passes: `proxy_loss` before the coordinate-descent passes, None without passes.
     """
 
@@ -52,6 +54,7 @@ class MatrixReport:
     scale_rms: float
     dead_columns: int
     seconds: float
+    correction: float = 0.0
     proxy_loss_before_passes: float | None = None
 
 
@@ -64,6 +67,7 @@ class _Outcome:
     scale_rms: Array
     dead_columns: Array
     ok: Array
+    correction: Array
     proxy_loss_before_passes: Array | None
 
 
@@ -111,6 +115,7 @@ def _quantize(
     hessian: Hessian,
     codebook: Codebook,
     damping: Array,
+    correction: Array,
     key: Array,
     name: Array,
     *,
@@ -119,7 +124,8 @@ def _quantize(
     rule: ScaleRule,
 ) -> _Outcome:
     """One compiled program per shape and recipe; everything that varies between layers is an argument."""
-    weight = weight.astype(jnp.float32)
+    original = weight.astype(jnp.float32)
+    weight = original if hessian.cross is None else corrected_weight(original, hessian, correction, damping)
     sign_key, noise_key = jax.random.split(jax.random.fold_in(key, name))
     transform = incoherence.sample(
         sign_key, *weight.shape, multiple=codebook.tile, weight=weight, hessian=hessian.input
@@ -136,7 +142,8 @@ def _quantize(
     before = None
     if rounded.start is not None:
         before = proxy_loss(weight, transform.weight_inverse(rounded.start), hessian)
-    return _Outcome(matrix, loss, weight_mse(weight, dense), rounded.damping, rms, dead, ok, before)
+    shift = proxy_loss(original, weight, hessian)
+    return _Outcome(matrix, loss, weight_mse(weight, dense), rounded.damping, rms, dead, ok, shift, before)
 
 
 def _validate(weight: Any, hessian: Hessian, name: str) -> None:
@@ -152,7 +159,13 @@ def _validate(weight: Any, hessian: Hessian, name: str) -> None:
         raise InputError(
             f"layer {name}: the output Hessian has shape {np.shape(hessian.output)} but the weight {shape} needs ({shape[0]}, {shape[0]})"
         )
-    for what, array in (("weight", weight), ("input Hessian", hessian.input), ("output Hessian", hessian.output)):
+    if hessian.cross is not None and np.shape(hessian.cross) != np.shape(hessian.input):
+        raise InputError(
+            f"layer {name}: the cross moment has shape {np.shape(hessian.cross)}, the Hessian {np.shape(hessian.input)}; "
+            "they must be the same"
+        )
+    arrays = {"weight": weight, "input Hessian": hessian.input, "output Hessian": hessian.output}
+    for what, array in {**arrays, "cross moment": hessian.cross}.items():
         if array is None:
             continue
         host = np.asarray(array)
@@ -172,6 +185,7 @@ def quantize_matrix(
     incoherence: Incoherence,
     damping: float = 0.01,
     scale: float | ScaleRule | None = None,
+    correction: float = 0.5,
     key: Array,
     name: str = "matrix",
 ) -> tuple[QuantizedMatrix, MatrixReport]:
@@ -185,6 +199,8 @@ def quantize_matrix(
       codebook, rounding, incoherence: objects of the `make` functions of their packages.
       damping: multiple of the mean diagonal added to H before it is factored; raised until the factorisation succeeds.
       scale: None for the codebook's default, a number for the RMS the codebook sees, or a `ScaleRule`.
+      correction: with `hessian.cross`, how much of earlier errors the target makes up for (see `corrected_weight`);
+        the reported losses are then those of the corrected target.
       key: `jax.random.key(seed)`; the layer's key is derived from it and `name`.
 
     Raises:
@@ -196,16 +212,17 @@ def quantize_matrix(
     rule = default_scale_rule(codebook, scale)
     outcome = _quantize(
         weight,  # host arrays go straight into the program: converting them beforehand would compile another one
-        Hessian(hessian.input, hessian.output),
+        Hessian(hessian.input, hessian.output, cross=hessian.cross),
         codebook,
         np.float32(damping),
+        np.float32(correction),
         key,
         np.uint32(name_id(name)),
         rounding=rounding,
         incoherence=incoherence,
         rule=rule,
     )
-    loss, mse, used, rms, dead, ok, before = jax.device_get(
+    loss, mse, used, rms, dead, ok, shift, before = jax.device_get(
         (
             outcome.proxy_loss,
             outcome.weight_mse,
@@ -213,6 +230,7 @@ def quantize_matrix(
             outcome.scale_rms,
             outcome.dead_columns,
             outcome.ok,
+            outcome.correction,
             outcome.proxy_loss_before_passes,
         )
     )
@@ -233,6 +251,7 @@ def quantize_matrix(
         scale_rms=float(rms),
         dead_columns=int(dead),
         seconds=time.perf_counter() - started,
+        correction=float(shift),
         proxy_loss_before_passes=None if before is None else float(before),
     )
     return matrix, report

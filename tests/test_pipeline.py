@@ -118,7 +118,7 @@ def artifact_bytes(out):
     return json.loads((out / "artifact" / "model.json").read_text())["sha256"]
 
 
-@pytest.mark.parametrize("stream", ["sequential", "original"])
+@pytest.mark.parametrize("stream", ["sequential", "original", "corrected"])
 def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, cache, stream, monkeypatch):
     overrides = [f"hessian={stream}", "evaluate=none", "bits=2"]
     job.run(entry_point.job_of(settings(tmp_path / "whole", cache, *overrides)))

@@ -20,5 +20,7 @@ def quip_sharp(bits: int | float, **options: Any) -> Codebook:
     Source: QuIP# (2402.04396), sections 4.2 and F.5.
     """
     if bits not in _BY_BITS:
-        raise InputError(f"codebook 'quip_sharp' has 1, 2, 3 or 4 bits per weight, not {bits}; for a fraction use rules per layer")
+        raise InputError(
+            f"codebook 'quip_sharp' has 1, 2, 3 or 4 bits per weight, not {bits}; for a fraction use rules per layer"
+        )
     return CODEBOOKS.make(_BY_BITS[int(bits)], bits, **options)

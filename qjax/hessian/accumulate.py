@@ -16,12 +16,15 @@ from qjax.models.config import ModelConfig
 from qjax.models.linear import HostOrDevice
 from qjax.models.transformer import SITES, block_inputs
 
-__all__ = ["Moments", "accumulate", "empty", "finish", "site_widths"]
+__all__ = ["Moments", "accumulate", "accumulate_pair", "empty", "finish", "site_widths"]
 
 
 @struct.dataclass
 class Moments:
     """Running sums for one block: `Σ x xᵀ` per site in two float32 parts (sum and compensation), and `Σ` of weights.
+
+    With two streams there are also `Σ x zᵀ` under the sites' names in `CROSS`, x original and z quantised; `Σ z zᵀ` then
+    stands under the site itself.
 
     The compensation carries what a float32 addition drops (Kahan), so thousands of batches lose nothing.
     """
@@ -38,10 +41,16 @@ def site_widths(config: ModelConfig) -> dict[str, int]:
     return dict(zip(SITES, (config.hidden_size, heads, config.hidden_size, config.intermediate_size), strict=True))
 
 
-def empty(config: ModelConfig) -> Moments:
+CROSS = {site: f"{site}:cross" for site in SITES}
+
+
+def empty(config: ModelConfig, cross: bool = False) -> Moments:
     """Zero sums (host arrays: building them compiles nothing)."""
-    zeros = lambda: {site: np.zeros((n, n), np.float32) for site, n in site_widths(config).items()}  # noqa: E731
-    return Moments(zeros(), zeros(), np.float32(0), {site: np.bool_(True) for site in SITES})
+    widths = site_widths(config)
+    if cross:
+        widths |= {CROSS[site]: n for site, n in widths.items()}
+    zeros = lambda: {name: np.zeros((n, n), np.float32) for name, n in widths.items()}  # noqa: E731
+    return Moments(zeros(), zeros(), np.float32(0), {name: np.bool_(True) for name in widths})
 
 
 @functools.partial(jax.jit, static_argnames=("config", "propagate"), donate_argnames="moments")
@@ -60,24 +69,53 @@ def accumulate(
     Returns the new sums and, with `propagate`, the block's output.
     """
     y, inputs = block_inputs(parameters, x, config)
-    total, carry, finite = dict(moments.total), dict(moments.carry), dict(moments.finite)
+    rows = {site: _rows(inputs[site], mask) for site in SITES}
+    products = {site: _product(rows[site], rows[site]) for site in SITES}
+    return _added(moments, products, jnp.sum(mask) * x.shape[1]), (y if propagate else None)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="moments")
+def accumulate_pair(
+    moments: Moments, parameters: Any, x: HostOrDevice, z: HostOrDevice, mask: HostOrDevice, config: ModelConfig
+) -> tuple[Moments, Array]:
+    """As `accumulate`, for the block's inputs x in the original model and z in the quantised stream.
+
+    Adds `z zᵀ` and `x zᵀ` at every site; returns the new sums and the block's output for x.
+    """
+    y, original = block_inputs(parameters, x, config)
+    _, changed = block_inputs(parameters, z, config)
+    products = {}
     for site in SITES:
-        rows = (inputs[site].astype(jnp.float32) * mask[:, None, None]).reshape(-1, inputs[site].shape[-1])
-        product = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
-        finite[site] = moments.finite[site] & jnp.all(jnp.isfinite(product))
-        addend = product - moments.carry[site]
-        total[site] = moments.total[site] + addend
-        carry[site] = (total[site] - moments.total[site]) - addend
-    tokens = moments.tokens + jnp.sum(mask) * x.shape[1]
-    return Moments(total, carry, tokens, finite), (y if propagate else None)
+        own = _rows(changed[site], mask)
+        products[site] = _product(own, own)
+        products[CROSS[site]] = _product(_rows(original[site], mask), own)
+    return _added(moments, products, jnp.sum(mask) * x.shape[1]), y
+
+
+def _rows(inputs: Array, mask: HostOrDevice) -> Array:
+    return (inputs.astype(jnp.float32) * mask[:, None, None]).reshape(-1, inputs.shape[-1])
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _added(moments: Moments, products: dict[str, Array], tokens: Array) -> Moments:
+    total, carry, finite = {}, {}, {}
+    for name, product in products.items():
+        finite[name] = moments.finite[name] & jnp.all(jnp.isfinite(product))
+        addend = product - moments.carry[name]
+        total[name] = moments.total[name] + addend
+        carry[name] = (total[name] - moments.total[name]) - addend
+    return Moments(total, carry, moments.tokens + tokens, finite)
 
 
 def finish(moments: Moments) -> tuple[dict[str, np.ndarray], int, list[str]]:
-    """(`E[x xᵀ]` per site as float32 on the host, tokens, sites with values that are not finite)."""
+    """(`E[x xᵀ]` per site, and `E[x zᵀ]` where there are two streams, as float32 on the host, tokens, sites with values that are not finite)."""
     moments = jax.device_get(moments)
     count = float(moments.tokens)
     means = {
-        site: ((moments.total[site].astype(np.float64) - moments.carry[site]) / count).astype(np.float32)
-        for site in SITES
+        name: ((total.astype(np.float64) - moments.carry[name]) / count).astype(np.float32)
+        for name, total in moments.total.items()
     }
     return means, round(count), [site for site in SITES if not moments.finite[site]]

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from qjax.errors import DataError, InputError, NumericsError
-from qjax.hessian.accumulate import Moments, accumulate, empty, finish
+from qjax.hessian.accumulate import CROSS, Moments, accumulate, accumulate_pair, empty, finish
 from qjax.hessian.statistics import Hessian
 from qjax.models.config import ModelConfig
 from qjax.models.transformer import LINEARS, embed
@@ -19,6 +19,7 @@ __all__ = [
     "batches",
     "block_hessians",
     "block_hessians_and_outputs",
+    "block_hessians_of_two_streams",
     "collect",
     "embedded",
     "layer_names",
@@ -74,6 +75,20 @@ def block_hessians_and_outputs(
     return _hessians(moments, index), np.concatenate(outputs)
 
 
+def block_hessians_of_two_streams(
+    parameters: Any, x: np.ndarray, z: np.ndarray, config: ModelConfig, *, index: int, batch: int
+) -> tuple[dict[str, Hessian], np.ndarray]:
+    """`H = E[z zᵀ]` and `C = E[x zᵀ]` of every linear, and the original block's outputs for x.
+
+    x are the block's inputs in the original model, z those in the quantised stream.
+    """
+    moments, outputs = empty(config, cross=True), []
+    for (part, mask), (changed, _) in zip(batches(x, batch), batches(z, batch), strict=True):
+        moments, y = accumulate_pair(moments, parameters, part, changed, mask, config)
+        outputs.append(np.asarray(y)[: int(mask.sum())])
+    return _hessians(moments, index), np.concatenate(outputs)
+
+
 def _hessians(moments: Moments, index: int) -> dict[str, Hessian]:
     means, tokens, broken = finish(moments)
     if broken:
@@ -82,7 +97,7 @@ def _hessians(moments: Moments, index: int) -> dict[str, Hessian]:
             f"layers.{index}.{name}: its inputs on the calibration data are not finite; "
             "check the weights of the blocks before it, or load the model in float32"
         )
-    return {linear: Hessian(means[site], None, tokens) for linear, site in LINEARS.items()}
+    return {linear: Hessian(means[site], None, tokens, means.get(CROSS[site])) for linear, site in LINEARS.items()}
 
 
 def collect(

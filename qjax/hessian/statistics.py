@@ -23,3 +23,4 @@ class Hessian:
     input: Leaf
     output: Leaf = None
     tokens: int = struct.field(pytree_node=False, default=0)
+    cross: Leaf = None

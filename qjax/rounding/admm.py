@@ -13,7 +13,10 @@ __all__ = ["bounded_noise"]
 
 @functools.partial(jax.jit, static_argnames=("iterations",))
 def bounded_noise(
-    hessian: Float[Array, "n n"], bound: Float[Array, ""] | float = 1.0, rho: Float[Array, ""] | float = 0.1, iterations: int = 100
+    hessian: Float[Array, "n n"],
+    bound: Float[Array, ""] | float = 1.0,
+    rho: Float[Array, ""] | float = 0.1,
+    iterations: int = 100,
 ) -> Float[Array, "n n"]:
     """Z strictly lower triangular: `min tr((I+Z) H (I+Z)ᵀ)` subject to `Σ_i Z_ij² ≤ bound²` for every column j.
 

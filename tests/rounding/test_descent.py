@@ -177,7 +177,9 @@ def test_passes_are_reported_with_the_loss_they_started_from():
     assert plain.proxy_loss_before_passes is None
     assert report.proxy_loss_before_passes == pytest.approx(plain.proxy_loss, rel=1e-5)
     assert report.proxy_loss < 0.97 * report.proxy_loss_before_passes
-    assert report.proxy_loss == pytest.approx(float(proxy_loss(jnp.asarray(w), matrix.dequantize(), Hessian(jnp.asarray(h)))), rel=1e-4)
+    assert report.proxy_loss == pytest.approx(
+        float(proxy_loss(jnp.asarray(w), matrix.dequantize(), Hessian(jnp.asarray(h)))), rel=1e-4
+    )
 
 
 def test_bad_options_are_refused():

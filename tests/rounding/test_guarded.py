@@ -116,7 +116,11 @@ def test_on_the_finite_grid_ldlq_fails_and_the_guarded_does_not(float64, name, m
 
 def test_a_large_slack_gives_plain_ldlq(float64):
     rng = np.random.default_rng(1)
-    w, hessian, book = jnp.asarray(rng.standard_normal((20, 24))), Hessian(jnp.asarray(correlated(24))), codebooks.make("lloyd_max", 2)
+    w, hessian, book = (
+        jnp.asarray(rng.standard_normal((20, 24))),
+        Hessian(jnp.asarray(correlated(24))),
+        codebooks.make("lloyd_max", 2),
+    )
     plain = rounding.make("ldlq")(w, hessian, book)
     guarded = rounding.make("ldlq_guarded", slack=1e6, iterations=400, stochastic=False)(w, hessian, book)
     np.testing.assert_array_equal(guarded.values, plain.values)
