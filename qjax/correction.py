@@ -22,9 +22,9 @@ def corrected_weight(
     """`W + s W (C − H)(H + δ I)⁻¹`: the least-squares map from the quantised stream's inputs to the original outputs.
 
     With x the inputs of the original model and z those of the quantised stream, `H = E[z zᵀ]` and `C = E[x zᵀ]`,
-    `E ‖W x − V z‖²` is least at `V = W C H⁻¹`. Rounding V instead of W makes every block correct, as far as a linear map
-    can, what went wrong before it. `strength` s = 1 is the full correction, 0 none; less than 1 guards against fitting the
-    noise of few calibration tokens. δ is relative to the mean diagonal, and raised until H + δ I factors.
+    `E ‖W x − V z‖²` is least at `V = W C H⁻¹`. Rounding V instead of W makes every block correct, as far as a linear
+    map can, what went wrong before it. `strength` s = 1 is the full correction, 0 none; less than 1 guards against
+    fitting the noise of few calibration tokens. δ is relative to the mean diagonal, and raised until H + δ I factors.
 
     Source: quantisation error propagation (QEP, 2504.09629) and asymmetric calibration (GPTAQ, 2504.02692).
     """

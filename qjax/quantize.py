@@ -157,12 +157,13 @@ def _validate(weight: Any, hessian: Hessian, name: str) -> None:
         )
     if hessian.output is not None and np.shape(hessian.output) != (shape[0], shape[0]):
         raise InputError(
-            f"layer {name}: the output Hessian has shape {np.shape(hessian.output)} but the weight {shape} needs ({shape[0]}, {shape[0]})"
+            f"layer {name}: the output Hessian has shape {np.shape(hessian.output)} but the weight "
+            f"{shape} needs ({shape[0]}, {shape[0]})"
         )
     if hessian.cross is not None and np.shape(hessian.cross) != np.shape(hessian.input):
         raise InputError(
-            f"layer {name}: the cross moment has shape {np.shape(hessian.cross)}, the Hessian {np.shape(hessian.input)}; "
-            "they must be the same"
+            f"layer {name}: the cross moment has shape {np.shape(hessian.cross)}, the Hessian "
+            f"{np.shape(hessian.input)}; they must be the same"
         )
     arrays = {"weight": weight, "input Hessian": hessian.input, "output Hessian": hessian.output}
     for what, array in {**arrays, "cross moment": hessian.cross}.items():
@@ -172,7 +173,8 @@ def _validate(weight: Any, hessian: Hessian, name: str) -> None:
         if not np.all(np.isfinite(host)):
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(host))[0])
             raise NumericsError(
-                f"layer {name}: the {what} holds {host[where]} at {where}; check the checkpoint, or the calibration data and its dtype"
+                f"layer {name}: the {what} holds {host[where]} at {where}; "
+                "check the checkpoint, or the calibration data and its dtype"
             )
 
 
@@ -204,8 +206,8 @@ def quantize_matrix(
       key: `jax.random.key(seed)`; the layer's key is derived from it and `name`.
 
     Raises:
-      InputError: for shapes that do not belong together. NumericsError: for values that are not finite, or a Hessian that
-        stays indefinite at the largest damping.
+      InputError: for shapes that do not belong together. NumericsError: for values that are not finite, or a
+        Hessian that stays indefinite at the largest damping.
     """
     started = time.perf_counter()
     _validate(weight, hessian, name)
@@ -236,8 +238,9 @@ def quantize_matrix(
     )
     if not ok:
         raise NumericsError(
-            f"layer {name}: the Hessian could not be factored with damping up to {float(used):.3g} of its mean diagonal "
-            f"(proxy loss {float(loss):.3g}); use more or shuffled calibration data, or a larger damping than {damping}"
+            f"layer {name}: the Hessian could not be factored with damping up to {float(used):.3g} of its mean "
+            f"diagonal (proxy loss {float(loss):.3g}); "
+            f"use more or shuffled calibration data, or a larger damping than {damping}"
         )
     matrix = outcome.matrix
     report = MatrixReport(

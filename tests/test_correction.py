@@ -64,7 +64,7 @@ def test_quantising_the_corrected_target_brings_the_outputs_closer():
 
 
 def test_a_cross_moment_of_another_shape_is_refused():
-    w, x, z = streams()
+    w, _x, z = streams()
     wrong = Hessian((z.T @ z).astype(np.float32), cross=np.zeros((3, 3), np.float32))
     with pytest.raises(InputError, match="layer odd: the cross moment has shape"):
         quantize_matrix(

@@ -16,7 +16,8 @@ _BY_BITS = {1: "e81b", 2: "e8p", 3: "e8p_rvq", 4: "e8p_rvq"}
 def quip_sharp(bits: int | float, **options: Any) -> Codebook:
     """The codebook of QuIP# with `bits` bits: `e81b` (1), `e8p` (2) or `e8p_rvq` (3 and 4); options are theirs.
 
-    It describes itself by its own name, so nothing that is stored depends on this one. Raises InputError for another width.
+    It describes itself by its own name, so nothing that is stored depends on this one.
+    Raises InputError for another width.
     Source: QuIP# (2402.04396), sections 4.2 and F.5.
     """
     if bits not in _BY_BITS:

@@ -23,8 +23,7 @@ __all__ = ["Moments", "accumulate", "accumulate_pair", "empty", "finish", "site_
 class Moments:
     """Running sums for one block: `Σ x xᵀ` per site in two float32 parts (sum and compensation), and `Σ` of weights.
 
-    With two streams there are also `Σ x zᵀ` under the sites' names in `CROSS`, x original and z quantised; `Σ z zᵀ` then
-    stands under the site itself.
+    With two streams, x original and z quantised, the site's own name holds `Σ z zᵀ` and its name in `CROSS` `Σ x zᵀ`.
 
     The compensation carries what a float32 addition drops (Kahan), so thousands of batches lose nothing.
     """
@@ -111,7 +110,7 @@ def _added(moments: Moments, products: dict[str, Array], tokens: Array) -> Momen
 
 
 def finish(moments: Moments) -> tuple[dict[str, np.ndarray], int, list[str]]:
-    """(`E[x xᵀ]` per site, and `E[x zᵀ]` where there are two streams, as float32 on the host, tokens, sites with values that are not finite)."""
+    """(means of the sums as float32 on the host, tokens, sites with values that are not finite)."""
     moments = jax.device_get(moments)
     count = float(moments.tokens)
     means = {

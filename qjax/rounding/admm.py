@@ -20,13 +20,13 @@ def bounded_noise(
 ) -> Float[Array, "n n"]:
     """Z strictly lower triangular: `min tr((I+Z) H (I+Z)ᵀ)` subject to `Σ_i Z_ij² ≤ bound²` for every column j.
 
-    Residuals η of rounding with the feedback `L = (I+Z)⁻¹` give the error `E = η (I+Z)`: the objective is its mean loss for
-    residuals of unit variance, and a column's norm is how much of the noise lands on one weight. Without the bound the
+    Residuals η of rounding with the feedback `L = (I+Z)⁻¹` give the error `E = η (I+Z)`: the objective is its mean loss
+    for residuals of unit variance, and a column's norm is how much of the noise lands on one weight. Without the bound the
     solution is `L⁻¹` of `H = L D Lᵀ`, with objective tr D. The result is feasible after any number of iterations.
 
-    Row i of the first step solves `(2H + ρI) x = −2H e_i + ρ(z_i − u_i)` on its first i entries; the leading corner of a Cholesky
-    factor is the factor of the leading corner, so two masked triangular solves do all rows at once. H must be positive
-    definite (otherwise NaN); `rho` suits a mean diagonal near 1. `n³` multiplications per iteration.
+    Row i of the first step solves `(2H + ρI) x = −2H e_i + ρ(z_i − u_i)` on its first i entries; the leading corner of
+    a Cholesky factor is the factor of the leading corner, so two masked triangular solves do all rows at once.
+    H must be positive definite (otherwise NaN); `rho` suits a mean diagonal near 1. `n³` multiplications per iteration.
     Source: QuIP (2307.13304), algorithm 5 and appendix C.
     """
     n = hessian.shape[0]

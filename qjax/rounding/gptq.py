@@ -35,12 +35,15 @@ def inverse_factor(hessian: Float[Array, "n n"], damping: Array | float) -> tupl
 @ROUNDINGS.register("gptq")
 @dataclasses.dataclass(frozen=True)
 class GPTQ:
-    """GPTQ: left to right, `q_i = Q(w_i)`, `e = (w_i − q_i) / U_ii`, `w_j ← w_j − e U_ij` for j > i (2210.17323, algorithm 1).
+    """GPTQ: left to right, `q_i = Q(w_i)`, `e = (w_i − q_i) / U_ii`, `w_j ← w_j − e U_ij` for j > i.
+
+    Source: GPTQ (2210.17323), algorithm 1.
 
     Attributes:
       order: "natural", or "descending": columns in descending order of diag(H) (the paper's activation order).
-      static_groups: with a scale per group, fit all groups on the original weights before rounding; otherwise a group is fitted on the
-        weights as compensated when its first column is reached (in the activation order, which is then stored).
+      static_groups: with a scale per group, fit all groups on the original weights before rounding; otherwise a group
+        is fitted on the weights as compensated when its first column is reached (in the activation order, which is then
+        stored).
       rule: how group scales are fitted when they are not static; set by `quantize_matrix`.
     """
 
@@ -62,18 +65,20 @@ class GPTQ:
         damping: Array | float = 0.01,
         key: Array | None = None,
     ) -> Rounded:
-        """Round `weight` [out, in] with a codebook whose tiles are one column wide. Raises InputError for wider tiles."""
+        """Round `weight` [out, in] with a codebook of tiles one column wide. Raises InputError for wider ones."""
         check_shapes(weight, hessian, codebook)
         if codebook.tile[1] != 1:
             raise InputError(
-                f"rounding=gptq rounds column by column and the tiles of this codebook are {codebook.tile}; use rounding=ldlq"
+                f"rounding=gptq rounds column by column and the tiles of this codebook are {codebook.tile}; "
+                "use rounding=ldlq"
             )
         scaling = identity() if scaling is None else scaling
-        columns = weight.shape[1]
-        group = scaling.group if self.rule is not None and not self.static_groups else None
+        columns, rule = weight.shape[1], self.rule
+        group = scaling.group if rule is not None and not self.static_groups else None
         if group is not None and columns % group:
             raise InputError(
-                f"scale.group_size is {group} and the matrix has {columns} columns; choose a divisor, or rounding.static_groups=true"
+                f"scale.group_size is {group} and the matrix has {columns} columns; "
+                "choose a divisor, or rounding.static_groups=true"
             )
         h = hessian.input.astype(weight.dtype)
         order = None
@@ -81,18 +86,19 @@ class GPTQ:
             order = jnp.argsort(-jnp.diagonal(h))
             weight, h = jnp.take(weight, order, axis=1), jnp.take(jnp.take(h, order, axis=0), order, axis=1)
         upper, used, ok = inverse_factor(h, damping)
-        pivot = jnp.diagonal(upper)
+        pivot, unit, scales = jnp.diagonal(upper), scaling.unit, scaling.at
         index, _ = place(order, columns, codebook, scaling)
 
         def leaf(part: Array, target: Array, start: Array, context: Any) -> tuple[Array, Array]:
             if group is None:
-                context = scaling.at(jax.lax.dynamic_slice_in_dim(index, start, 1), part.dtype)
+                context = scales(jax.lax.dynamic_slice_in_dim(index, start, 1), part.dtype)
             values, codes = encode_columns(target.T, codebook, *context)
             return (target - values.T) / jax.lax.dynamic_slice_in_dim(pivot, start, 1)[:, None], codes
 
         def enter(part: Array, target: Array, start: Array) -> tuple[Array, Array]:
-            rule = dataclasses.replace(self.rule, granularity="row", group_size=None)
-            fitted = fit(target.T, codebook, rule, unit=scaling.unit)
+            assert rule is not None and group is not None  # `enter` is only called with groups
+            by_row = dataclasses.replace(rule, granularity="row", group_size=None)
+            fitted = fit(target.T, codebook, by_row, unit=unit)
             return fitted.at(jnp.zeros(1, jnp.int32), part.dtype)
 
         plan = Sweep(leaf, reverse=False, enter_width=group, enter=None if group is None else enter)

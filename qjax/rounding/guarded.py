@@ -28,12 +28,13 @@ __all__ = ["GuardedLDLQ"]
 class GuardedLDLQ:
     """LDLQ with `L = (I + Z)⁻¹`, Z from `bounded_noise`: the clamp-guarded variant with a bound on finite grids.
 
-    The published iteration `ŵ ← clamp(⌊ŵ + (w − ŵ)L + u⌋)` ends where every column has seen the final errors of those after it,
-    and L − I is strictly lower: one sweep from right to left is that fixed point. QuIP (2307.13304), algorithm 5, theorem 7.
+    The published iteration `ŵ ← clamp(⌊ŵ + (w − ŵ)L + u⌋)` ends where every column has seen the final errors of those
+    after it, and L − I is strictly lower: one sweep from right to left is that fixed point.
+    Source: QuIP (2307.13304), algorithm 5, theorem 7.
 
     Attributes:
-      slack: c; a column of Z has at most the norm √c, so rounding noise on one weight at most √(1 + c) times that of one
-        rounding. A large c gives LDLQ itself.
+      slack: c; a column of Z has at most the norm √c, so rounding noise on one weight at most √(1 + c) times that of
+        one rounding. A large c gives LDLQ itself.
       iterations, rho: of ADMM.
       stochastic: the theorem's unbiased rounding (needs a key); False rounds to the nearest, which is usually better.
     """
@@ -63,11 +64,12 @@ class GuardedLDLQ:
         damping: Array | float = 0.01,
         key: Array | None = None,
     ) -> Rounded:
-        """Round `weight` [out, in] with a codebook of 1×1 tiles. Raises InputError for other tiles, or without a key."""
+        """Round `weight` [out, in] with a codebook of 1×1 tiles. Raises InputError for others, or without a key."""
         check_shapes(weight, hessian, codebook)
         if codebook.tile != (1, 1):
             raise InputError(
-                f"rounding=ldlq_guarded is for finite scalar grids and the tiles of this codebook are {codebook.tile}; use rounding=ldlq"
+                f"rounding=ldlq_guarded is for finite scalar grids and the tiles of this codebook are {codebook.tile}; "
+                "use rounding=ldlq"
             )
         key = require_key(key, "rounding=ldlq_guarded (stochastic=true)") if self.stochastic else None
         scaling = identity() if scaling is None else scaling

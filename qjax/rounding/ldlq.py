@@ -36,12 +36,14 @@ __all__ = ["LDLQ", "feedback_codes", "place"]
 class LDLQ:
     """Block LDLQ: `Ŵ_k = Q(W_k + Σ_{j>k} (W_j − Ŵ_j) L_jk)`, right to left, `H = L D Lᵀ` with L unit block-lower.
 
-    With nearest rounding it is optimal among linear-feedback roundings: `tr(E H Eᵀ) = tr(η D ηᵀ)`, η = E L the elementwise
+    With nearest rounding it is optimal among linear-feedback roundings: `tr(E H Eᵀ) = tr(η D ηᵀ)`, η = E L the
+    elementwise
     residual (QuIP, 2307.13304, Theorem 1; block form QuIP#, 2402.04396, section 4.2).
 
     Attributes:
       block: columns rounded together (g); None means the codebook's tile width.
-      order: "natural", or "ascending": columns permuted so that diag(H) ascends and the largest is rounded first (QuIP's LDLQ-RG).
+      order: "natural", or "ascending": columns permuted so that diag(H) ascends and the largest is rounded first
+        (QuIP's LDLQ-RG).
       stochastic: round stochastically instead of to the nearest (scalar codebooks; needs a key).
       passes: the most passes of coordinate descent that follow, see `descend` (QuIP: 1 to 9; QuIP#: 10).
     """
@@ -106,7 +108,7 @@ def feedback_codes(
     index: Int[Array, " n"],
     key: Array | None = None,
 ) -> Array:
-    """Codes `[blocks, m/rows, g/cols, ...]` of `Ŵ_k = Q(W_k + Σ_{j>k} (W_j − Ŵ_j) L_jk)`, right to left, L unit block-lower.
+    """Codes `[blocks, m/rows, g/cols, ...]` of `Ŵ_k = Q(W_k + Σ_{j>k} (W_j − Ŵ_j) L_jk)`, right to left.
 
     `index`: which column of the original order each column is, for scales per group. With a key rounding is stochastic.
     """
@@ -126,8 +128,9 @@ def feedback_codes(
 def place(order: Array | None, columns: int, codebook: Codebook, scaling: Scaling) -> tuple[Array, Array | None]:
     """(column index for scales, permutation to store) of codes made in `order` (None: natural).
 
-    Codes of a tile one column wide are put back into the natural order afterwards, so nothing is stored; wider tiles keep
-    their order. Raises InputError for wide tiles with scales per column group, which would need both orders at once.
+    Codes of a tile one column wide are put back into the natural order afterwards, so nothing is stored; wider tiles
+    keep their order. Raises InputError for wide tiles with scales per column group, which would need both
+    orders at once.
     """
     if order is None:
         return jnp.arange(columns), None
@@ -135,7 +138,8 @@ def place(order: Array | None, columns: int, codebook: Codebook, scaling: Scalin
         return order, None
     if scaling.group is not None:
         raise InputError(
-            f"scale.granularity=group cannot be combined with a column order for the {codebook.tile} tiles of this codebook; "
+            f"scale.granularity=group cannot be combined with a column order for the {codebook.tile} tiles "
+            "of this codebook; "
             "use rounding.order=natural or one scale per row or matrix"
         )
     return order, order.astype(jnp.uint16 if columns <= 2**16 else jnp.uint32)

@@ -69,8 +69,10 @@ class Stochastic:
 
 def stochastic_codes(x: Array, codebook: Codebook, key: Array) -> Array:
     """Stochastic codes of a scalar codebook. Raises InputError for a codebook without neighbouring levels."""
-    if not hasattr(codebook, "quantize_stochastic"):
+    stochastic = getattr(codebook, "quantize_stochastic", None)
+    if stochastic is None:
         raise InputError(
-            f"stochastic rounding needs a scalar codebook (grid, half_integer, quip_grid, lloyd_max), not {codebook.spec()['name']!r}"
+            "stochastic rounding needs a scalar codebook (grid, half_integer, quip_grid, lloyd_max), "
+            f"not {codebook.spec()['name']!r}; use one of these, or rounding=nearest"
         )
-    return codebook.quantize_stochastic(x, key)
+    return stochastic(x, key)

@@ -34,7 +34,7 @@ Leaf = Callable[[Array, Array, Array, Any], tuple[Array, Array]]
 def widths(
     columns: int, block: int, group: int | None = None, limits: tuple[int, ...] = (512, 128, 16)
 ) -> tuple[int, ...]:
-    """Nested block widths, widest first, ending in `block`: each divides the one before; `group`, if given, is among them."""
+    """Nested block widths, widest first, ending in `block`: each divides the one before; `group`, if given, is one."""
     chain: list[int] = []
     outer = columns
     for limit in limits:
@@ -127,7 +127,7 @@ def sweep(
 ) -> tuple[Array, Any]:
     """Round all columns: (codes `[n/block, ...]` of the column blocks in natural order, results of `enter` or None).
 
-    The widest level is unrolled, so that its matrix products have exact, triangular sizes: `m n² / 2` multiplications in all.
+    The widest level is unrolled, so that its matrix products have exact, triangular sizes: `m n² / 2` multiplications.
     """
     transposed = weight.T
     count = weight.shape[1]

@@ -50,7 +50,7 @@ def naive_greedy(w, h, start, passes, visits):
 
 
 def naive_blocks(w, h, start, passes, block, quantize, careful):
-    """QuIP#'s update of one block after the other; `careful` keeps a row's old codeword where the new one is no better."""
+    """QuIP#'s update of one block after the other; `careful` keeps an old codeword where the new one is no better."""
     out = start.copy()
     for _, left in itertools.product(range(passes), reversed(range(0, w.shape[1], block))):
         b = slice(left, left + block)
@@ -66,7 +66,7 @@ def run(name, w, h, book, **options):
     return jax.jit(lambda w, h: method(w, Hessian(h), book))(w, h)
 
 
-@pytest.mark.parametrize("order, n", [("natural", 97), ("descending", 48), ("descending", 640)])
+@pytest.mark.parametrize(("order", "n"), [("natural", 97), ("descending", 48), ("descending", 640)])
 def test_greedy_equals_the_textbook_loop(float64, n, order):
     w, h = problem(1, m=4, n=n)
     visits = np.arange(n)[::-1] if order == "natural" else np.argsort(np.diag(h))[::-1]
@@ -75,7 +75,7 @@ def test_greedy_equals_the_textbook_loop(float64, n, order):
     np.testing.assert_array_equal(rounded.start, half_integer(w))
 
 
-@pytest.mark.parametrize("order, passes", [("natural", 1), ("ascending", 3)])
+@pytest.mark.parametrize(("order", "passes"), [("natural", 1), ("ascending", 3)])
 def test_passes_after_ldlq_equal_the_textbook_loop(float64, passes, order):
     w, h = problem(2, n=96)
     book = codebooks.make("half_integer", 2)

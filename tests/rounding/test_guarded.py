@@ -76,7 +76,7 @@ def test_without_an_active_bound_it_is_ldl(float64):
 
 
 def counter_example(n, c=0.01, rows=16):
-    """QuIP's H = 11ᵀ + I with a small perturbation and weights near ½ (2307.13304, appendix), for columns from right to left."""
+    """QuIP's H = 11ᵀ + I with a small perturbation and weights near ½ (2307.13304, appendix), from right to left."""
     h = np.ones((n, n)) + np.eye(n)
     h[-1, -1] = 1
     h[0, 1:-1] += 2 * c
@@ -106,7 +106,7 @@ def losses(n):
     }
 
 
-@pytest.mark.parametrize("name, most", [("guarded", 1.1), ("guarded nearest", 1.01)])
+@pytest.mark.parametrize(("name", "most"), [("guarded", 1.1), ("guarded nearest", 1.01)])
 def test_on_the_finite_grid_ldlq_fails_and_the_guarded_does_not(float64, name, most):
     small, large = losses(24), losses(96)
     assert large["ldlq"] > 20 * large["nearest"]
