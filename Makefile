@@ -50,6 +50,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 
 demo: $(STAMP) ## quantise SmolLM2-135M at 2 bits with three rounding algorithms and compare them
 	$(BIN)/python -m experiments.quantize -m experiment=demo rounding=nearest,gptq,ldlq
+	$(BIN)/python -m experiments.quantize experiment=demo recipe=ldlq out=runs/demo/ldlq-corrected
 	$(BIN)/python -m experiments.report runs=runs/demo out=runs/demo/report
 
 test: lint typecheck ## lint, format check, type check and all tests

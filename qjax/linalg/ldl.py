@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from qjax.errors import InputError, NumericsError
 
-__all__ = ["block_ldl", "block_ldl_host", "block_udu", "unit_lower"]
+__all__ = ["block_ldl", "block_ldl_host", "block_udu", "factor_blocks", "invert_blocks", "unit_lower"]
 
 
 def check_block(n: int, block: int) -> None:
@@ -22,7 +22,25 @@ def check_block(n: int, block: int) -> None:
         )
 
 
-def _inverse_lower(corners: Float[Array, "blocks block block"]) -> Float[Array, "blocks block block"]:
+def factor_blocks(matrices: Float[Array, "blocks block block"]) -> Float[Array, "blocks block block"]:
+    """The Cholesky factors of small symmetric matrices, column by column; NaN where one is not positive definite.
+
+    Not a batched LAPACK call, for the reason given at `invert_blocks`.
+    """
+    index = jnp.arange(matrices.shape[1])
+
+    def column(j: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        rest, factor = state
+        own = jax.lax.dynamic_index_in_dim(rest, j, axis=2, keepdims=False)
+        pivot = jax.lax.dynamic_index_in_dim(own, j, axis=1)
+        own = jnp.where((index >= j).reshape(1, -1), own / jnp.sqrt(pivot), 0)
+        rest = rest - jnp.einsum("gi,gj->gij", own, own, precision="highest")
+        return rest, jax.lax.dynamic_update_index_in_dim(factor, own, j, axis=2)
+
+    return jax.lax.fori_loop(0, matrices.shape[1], column, (matrices, jnp.zeros_like(matrices)))[1]
+
+
+def invert_blocks(corners: Float[Array, "blocks block block"]) -> Float[Array, "blocks block block"]:
     """The inverses of lower triangular blocks, row by row: `X_i = (e_i − Σ_{j<i} C_ij X_j) / C_ii`.
 
     Not a batched triangular solve: on CPU two batched LAPACK calls in one program can deadlock (see orthogonal.py).
@@ -60,7 +78,7 @@ def unit_lower(
         index = jnp.arange(count)
         corners = cholesky.reshape(count, block, count, block)[index, :, index, :]
         columns = cholesky.reshape(n, count, block)
-        lower = jnp.einsum("ngb,gbc->ngc", columns, _inverse_lower(corners), precision="highest").reshape(n, n)
+        lower = jnp.einsum("ngb,gbc->ngc", columns, invert_blocks(corners), precision="highest").reshape(n, n)
         diagonal = jnp.einsum("bij,bkj->bik", corners, corners, precision="highest")
     row, column = jnp.arange(n).reshape(n, 1), jnp.arange(n).reshape(1, n)
     return jnp.where(row // block > column // block, lower, (row == column).astype(lower.dtype)), diagonal

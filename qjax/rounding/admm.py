@@ -21,8 +21,8 @@ def bounded_noise(
     """Z strictly lower triangular: `min tr((I+Z) H (I+Z)ᵀ)` subject to `Σ_i Z_ij² ≤ bound²` for every column j.
 
     Residuals η of rounding with the feedback `L = (I+Z)⁻¹` give the error `E = η (I+Z)`: the objective is its mean loss
-    for residuals of unit variance, and a column's norm is how much of the noise lands on one weight. Without the bound the
-    solution is `L⁻¹` of `H = L D Lᵀ`, with objective tr D. The result is feasible after any number of iterations.
+    for residuals of unit variance, and a column's norm is how much of the noise lands on one weight. Without the bound
+    the solution is `L⁻¹` of `H = L D Lᵀ`, with objective tr D. The result is feasible after any number of iterations.
 
     Row i of the first step solves `(2H + ρI) x = −2H e_i + ρ(z_i − u_i)` on its first i entries; the leading corner of
     a Cholesky factor is the factor of the leading corner, so two masked triangular solves do all rows at once.

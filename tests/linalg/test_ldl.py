@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 
 from qjax.errors import InputError, NumericsError
-from qjax.linalg.ldl import block_ldl, block_ldl_host, block_udu
+from qjax.linalg.ldl import block_ldl, block_ldl_host, block_udu, factor_blocks, invert_blocks
 
 
 def positive(n, seed=0, samples=None):
@@ -124,3 +124,15 @@ def test_block_that_does_not_divide(factorise, block):
 def test_host_factor_of_an_indefinite_matrix():
     with pytest.raises(NumericsError, match=r"4 columns is not positive definite.*damping"):
         block_ldl_host(np.diag([1.0, 2.0, -1.0, 1.0]), 2)
+
+
+@pytest.mark.parametrize("block", [1, 2, 8, 16])
+def test_small_blocks_are_factored_and_inverted_without_lapack(block):
+    rng = np.random.default_rng(block)
+    x = rng.standard_normal((7, block, 2 * block)).astype(np.float32)
+    matrices = x @ x.transpose(0, 2, 1) + np.eye(block, dtype=np.float32)
+    factor = factor_blocks(jnp.asarray(matrices))
+    np.testing.assert_allclose(factor, np.linalg.cholesky(matrices), rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(invert_blocks(factor) @ factor, np.tile(np.eye(block), (7, 1, 1)), atol=2e-5)
+    assert "custom_call" not in jax.jit(factor_blocks).lower(jnp.asarray(matrices)).as_text()
+    assert np.isnan(np.asarray(factor_blocks(-jnp.asarray(matrices)))).any()
