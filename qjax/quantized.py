@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -71,7 +72,12 @@ class QuantizedMatrix:
         return self.transform.weight_inverse(self.rotated())
 
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        """`x Wᵀ = Uᵀ (Q (V x))` in the dtype of x, with the rotations applied to the activations."""
+        """`x Wᵀ` in the dtype of x.
+
+        Few rows of x are rotated, `Uᵀ (Q (V x))`; for more rows than the matrix has, the matrix is rotated.
+        """
+        if math.prod(x.shape[:-1]) > max(self.shape):
+            return jnp.einsum("...i,oi->...o", x, self.dequantize().astype(x.dtype))
         rotated = self.transform.input(x)
         y = jnp.einsum("...i,oi->...o", rotated, self.rotated().astype(rotated.dtype))
         return self.transform.output(y).astype(x.dtype)

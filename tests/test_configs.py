@@ -12,7 +12,9 @@ from qjax.codebooks.base import CODEBOOKS
 from qjax.incoherence import INCOHERENCE
 
 CONFIGS = pathlib.Path(entry_point.CONFIGS)
-GROUPS = "codebook data evaluate experiment debug hessian incoherence memory model recipe rounding scale tracker".split()
+GROUPS = (
+    "codebook data evaluate experiment debug hessian incoherence memory model recipe rounding scale tracker".split()
+)
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
 # What an option cannot do without: values the user must give, and partners that fit.
 NEEDS = {

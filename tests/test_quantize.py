@@ -44,8 +44,9 @@ def test_matrix_and_report_agree(rotation, m, n):
     assert report.proxy_loss == pytest.approx(loss, rel=1e-4)
     assert report.weight_mse == pytest.approx(np.sum(error**2) / np.sum(w.astype(np.float64) ** 2), rel=1e-4)
     assert report.shape == matrix.shape == (m, n) and report.damping == pytest.approx(0.01)
-    x = np.random.default_rng(1).standard_normal((3, 5, n)).astype(np.float32)
-    np.testing.assert_allclose(matrix.matmul(jnp.asarray(x)), x @ dense.T.astype(np.float32), atol=2e-5)
+    for rows in (5, 100):  # few rows are rotated themselves, many are multiplied by the rotated matrix
+        x = np.random.default_rng(1).standard_normal((3, rows, n)).astype(np.float32)
+        np.testing.assert_allclose(matrix.matmul(jnp.asarray(x)), x @ dense.T.astype(np.float32), atol=2e-5)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

@@ -20,6 +20,11 @@ BLOCK = 128
 _PRECISE = jax.lax.Precision.HIGHEST
 
 
+def _put(matrix: Array, part: Array, row: int, column: int) -> Array:
+    # Not `.at[].set`, a scatter: XLA (jaxlib 0.10.2) aborts on the reverse of one that replaces a whole matrix.
+    return jax.lax.dynamic_update_slice(matrix, part, (row, column))
+
+
 def _inverse(lower: Float[Array, "b b"]) -> Float[Array, "b b"]:
     """The inverse of one lower triangular block by forward substitution, a row at a time."""
     size = lower.shape[0]
@@ -45,10 +50,10 @@ def _blocked_cholesky(matrix: Array, block: int) -> Array:
             panel = panel - jnp.matmul(factor[start:, :start], factor[start:end, :start].T, precision=_PRECISE)
         width = end - start
         corner = jnp.linalg.cholesky(panel[:width])
-        factor = factor.at[start:end, start:end].set(corner)
+        factor = _put(factor, corner, start, start)
         if end < n:
             below = jnp.matmul(panel[width:], _inverse(corner).T, precision=_PRECISE)
-            factor = factor.at[end:, start:end].set(below)
+            factor = _put(factor, below, end, start)
     return factor
 
 
@@ -58,10 +63,10 @@ def _blocked_inverse(lower: Array, block: int) -> Array:
     for start in range(0, n, block):
         end = min(start + block, n)
         corner = _inverse(lower[start:end, start:end])
-        inverse = inverse.at[start:end, start:end].set(corner)
+        inverse = _put(inverse, corner, start, start)
         if start:
             feedback = jnp.matmul(lower[start:end, :start], inverse[:start, :start], precision=_PRECISE)
-            inverse = inverse.at[start:end, :start].set(-jnp.matmul(corner, feedback, precision=_PRECISE))
+            inverse = _put(inverse, -jnp.matmul(corner, feedback, precision=_PRECISE), start, 0)
     return inverse
 
 
