@@ -265,7 +265,11 @@ def _sizes(model: models.Model, quantized: QuantizedModel) -> dict[str, Any]:
 def _losses(reports: list[MatrixReport]) -> dict[str, Any]:
     mean = lambda name: sum(getattr(report, name) for report in reports) / len(reports)  # noqa: E731
     worst = max(reports, key=lambda report: report.proxy_loss)
+    passes = {}
+    if all(report.proxy_loss_before_passes is not None for report in reports):
+        passes = {"proxy_loss_mean_before_passes": mean("proxy_loss_before_passes")}
     return {
+        **passes,
         "matrices": len(reports),
         "proxy_loss_mean": mean("proxy_loss"),
         "proxy_loss_worst": worst.proxy_loss,

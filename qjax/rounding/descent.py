@@ -14,6 +14,7 @@ from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
 from qjax.hessian.statistics import Hessian
 from qjax.linalg.damping import damped_factor, normalise
+from qjax.linalg.ldl import factor_blocks, invert_blocks
 from qjax.rounding.base import (
     ROUNDINGS,
     Rounded,
@@ -51,10 +52,8 @@ def coupling(hessian: Float[Array, "n n"], block: int) -> tuple[Float[Array, "n 
     n = hessian.shape[0]
     count = n // block
     index = jnp.arange(count)
-    factor = jnp.linalg.cholesky(hessian.reshape(count, block, count, block)[index, :, index, :])
-    # Only tiny solves: threaded BLAS spends a second of waiting on [n, block] ones of a busy machine.
-    eye = jnp.broadcast_to(jnp.eye(block, dtype=hessian.dtype), factor.shape)
-    root = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+    factor = factor_blocks(hessian.reshape(count, block, count, block)[index, :, index, :])
+    root = invert_blocks(factor)
     inverse = jnp.einsum("kab,kac->kbc", root, root, precision=precise)
     matrix = jnp.einsum("nkb,kbc->nkc", hessian.reshape(n, count, block), inverse, precision=precise).reshape(n, n)
     place = index.repeat(block)
