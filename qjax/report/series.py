@@ -84,7 +84,9 @@ def series(runs: Sequence[Run], *, join_bits: bool = True) -> list[Series]:
             for metric, _ in PANELS
         }
         first = members[0]
-        made.append(Series(_label(first, keys), str(first.settings.get("rounding", "?")), points))
+        # A run that differs in many settings is better known by its directory than by a list of them.
+        label = first.name if len(members) == 1 and len(keys) > 3 else _label(first, keys)
+        made.append(Series(label, str(first.settings.get("rounding", "?")), points))
     return made
 
 

@@ -106,3 +106,9 @@ def test_without_matplotlib_the_message_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"pip install 'qjax\[plots\]'"):
         draw(sweep(), tmp_path)
+
+
+def test_runs_that_differ_in_many_settings_go_by_their_directory():
+    first = run("gptq", 2, codebook="d4", stream="original", damping=0.01)
+    second = run("ldlq", 2, codebook="e8p", stream="quantized", damping=0.1)
+    assert sorted(s.label for s in series([first, second], join_bits=False)) == ["gptq-2", "ldlq-2"]
