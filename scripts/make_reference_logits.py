@@ -2,9 +2,9 @@
 
 Run it in an environment of its own; neither package is a dependency of qjax:
 
-    python -m venv /tmp/reference && /tmp/reference/bin/pip install \
+    python -m venv reference-venv && reference-venv/bin/pip install \
         torch==2.13.0 transformers==5.23.0 gguf==0.19.0 accelerate
-    /tmp/reference/bin/python scripts/make_reference_logits.py --stories ../shared/data/models/stories260K \
+    reference-venv/bin/python scripts/make_reference_logits.py --stories ../shared/data/models/stories260K \
         --smollm2 ~/.cache/qjax/pypi/<folder>/SmolLM2-135M-Instruct.Q4_1.gguf
 
 It writes to tests/fixtures/models:
