@@ -16,7 +16,7 @@ from qjax import artifact, data, evaluate, models
 from qjax.directory import RunDirectory
 from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
-from qjax.hessian.collect import ESTIMATORS
+from qjax.hessian.collect import ESTIMATORS, layer_names
 from qjax.hessian.store import HessianStore, identity
 from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
 from qjax.preflight import Estimate, check, estimate
@@ -87,9 +87,7 @@ def run(job: Job) -> dict[str, Any] | None:
         with watch.stage("load"):
             files = models.open_model(job.model["source"])
             tokens = data.load(tokenizer=files.tokenizer, vocab_size=files.config.vocab_size, seed=job.seed, **job.data)
-            plans = job.recipe.plan(
-                [f"layers.{i}.{name}" for i in range(files.config.num_layers) for name in models.LINEARS]
-            )
+            plans = job.recipe.plan(layer_names(files.config))
             _fits(tokens, files.config)
             need = _estimate(job, files.config, plans, tokens)
         _announce(job, files, tokens, need)
@@ -114,7 +112,7 @@ def run(job: Job) -> dict[str, Any] | None:
                 teacher = None
                 if job.evaluate["enabled"]:
                     teacher = reference_states(model, tokens.evaluation, job.evaluate["batch"], job.cache)
-            quantized, peaks = _quantize(job, model, tokens, records, watch, tracker)
+            quantized, peaks = _quantize(job, model, tokens, records, need.matrices, watch, tracker)
             results = {**_sizes(model, quantized), **_losses(quantized.reports)}
             if teacher is not None:
                 with watch.stage("evaluate"):
@@ -206,7 +204,13 @@ def reference_states(model: models.Model, tokens: data.TokenStream, batch: int, 
 
 
 def _quantize(
-    job: Job, model: models.Model, tokens: data.TokenSplit, records: Records, watch: Stopwatch, tracker: Tracker
+    job: Job,
+    model: models.Model,
+    tokens: data.TokenSplit,
+    records: Records,
+    matrices: int,
+    watch: Stopwatch,
+    tracker: Tracker,
 ) -> tuple[QuantizedModel, dict[str, int]]:
     calibration, batch = tokens.calibration, min(job.hessian["batch"], tokens.calibration.sequences)
     loader = None
@@ -222,9 +226,7 @@ def _quantize(
                 progress=lambda done, total: progress.update(done),
             )
     peaks: dict[str, int] = {}
-    plans = job.recipe.plan([f"layers.{i}.{name}" for i in range(model.config.num_layers) for name in models.LINEARS])
-    total = sum(plan is not None for plan in plans.values())
-    with watch.stage("quantize"), Progress(f"quantise {job.out.name}", total) as progress:
+    with watch.stage("quantize"), Progress(f"quantise {job.out.name}", matrices) as progress:
 
         def on_layer(report: MatrixReport, found: bool) -> None:
             peaks[report.name] = peak_memory_bytes()

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from qjax.errors import InputError
-from qjax.hessian.collect import block_hessians, block_hessians_of_two_streams, embedded
+from qjax.hessian.collect import block_hessians, block_hessians_of_two_streams, embedded, layer_names
 from qjax.hessian.statistics import Hessian
 from qjax.hessian.store import forward_block
 from qjax.models.config import ModelConfig
@@ -65,8 +65,7 @@ def quantize_model(
         raise InputError(
             f"hessian.stream is {stream!r}; allowed are quantized, corrected, and original with stored Hessians"
         )
-    names = [f"layers.{i}.{linear}" for i in range(config.num_layers) for linear in LINEARS]
-    plans = recipe.plan(names)
+    plans = recipe.plan(layer_names(config))
     # = jax.random.key(seed) without compiling a program
     key = jax.random.wrap_key_data(jax.device_put(np.array([0, seed], np.uint32)))
     z = embedded(params["embed"], tokens, batch) if hessians is None else None  # inputs in the quantised stream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -120,6 +121,4 @@ def check(need: Estimate, out: pathlib.Path, *, host_gb: float | None, disk_gb: 
 
 
 def _physical_memory() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -22,9 +22,6 @@ from qjax.incoherence import Incoherence
 from qjax.prng import name_id
 from qjax.quantized import QuantizedMatrix
 from qjax.rounding.base import Rounded, Rounding
-from qjax.rounding.descent import Greedy
-from qjax.rounding.gptq import GPTQ
-from qjax.rounding.ldlq import LDLQ
 from qjax.rounding.losses import proxy_loss, weight_mse
 
 __all__ = ["MatrixReport", "default_scale_rule", "quantize_matrix"]
@@ -90,12 +87,17 @@ def _rotated_hessian(hessian: Hessian, transform: Any) -> Hessian:
     return Hessian(transform.input_hessian(hessian.input), output, hessian.tokens)
 
 
+def _with(rounding: Rounding, **options: Any) -> Rounding:
+    """`rounding` with those of the options that it has (GPTQ's scale rule, the passes of coordinate descent)."""
+    own = {field.name for field in dataclasses.fields(rounding)}  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(rounding, **{name: value for name, value in options.items() if name in own})  # pyright: ignore[reportArgumentType, reportCallIssue, reportType]
+
+
 def _round_at(
     weight: Array, hessian: Hessian, codebook: Codebook, rounding: Rounding, rule: ScaleRule, damping: Array, key: Array
 ) -> Rounded:
     """Round with the scale of `rule`, searching over its candidates when it asks for that."""
-    if isinstance(rounding, GPTQ):
-        rounding = dataclasses.replace(rounding, rule=rule)
+    rounding = _with(rounding, rule=rule)
 
     def at(factor: Array | float, rounding: Rounding = rounding) -> Rounded:
         scaling = fit(weight, codebook, rule, factor)
@@ -104,11 +106,8 @@ def _round_at(
     if rule.method != "search":
         return at(1.0)
 
-    trial = rounding
-    if isinstance(rounding, Greedy | LDLQ) and rounding.passes > 1:
-        trial = dataclasses.replace(
-            rounding, passes=1
-        )  # one pass ranks the candidates as ten do, in a third of the time
+    # One pass ranks the candidates as ten do, in a third of the time.
+    trial = _with(rounding, passes=1) if getattr(rounding, "passes", 0) > 1 else rounding
 
     def loss(factor: Array) -> Array:
         return proxy_loss(weight, at(factor, trial).values, hessian)

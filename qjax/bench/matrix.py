@@ -25,11 +25,12 @@ from jaxtyping import Array, Float
 from qjax import codebooks, rounding
 from qjax.bench.timing import Program, Timing, compiled, interleaved
 from qjax.codebooks.base import Codebook
+from qjax.codebooks.scaling import identity
 from qjax.errors import InputError
 from qjax.hessian import Hessian
 from qjax.linalg.damping import damped_factor
-from qjax.rounding.base import encode_columns
-from qjax.rounding.sweep import Sweep, merge_codes, sweep, widths
+from qjax.rounding.ldlq import feedback_codes
+from qjax.rounding.sweep import merge_codes
 
 __all__ = ["Case", "flops", "gram_update", "ldlq_sweep", "measure", "parse_size"]
 
@@ -82,14 +83,8 @@ def gram_update(
 
 def ldlq_sweep(weight: Float[Array, "m n"], lower: Float[Array, "n n"], codebook: Codebook) -> Array:
     """Codes of LDLQ with the unit lower factor given and one scale of 1: the sweep alone."""
-    one, zero = jnp.ones((), weight.dtype), jnp.zeros((), weight.dtype)
-
-    def leaf(part: Array, target: Array, start: Array, context: None) -> tuple[Array, Array]:
-        values, codes = encode_columns(target.T, codebook, one, zero)
-        return part - values.T, codes
-
-    levels = widths(weight.shape[1], codebook.tile[1])
-    return merge_codes(sweep(Sweep(leaf, reverse=True), levels, weight, lower)[0])
+    columns, block = weight.shape[1], codebook.tile[1]
+    return merge_codes(feedback_codes(weight, lower, codebook, identity(), block=block, index=jnp.arange(columns)))
 
 
 def _round(name: str, codebook: Codebook) -> Callable[[Array, Array], Any]:

@@ -155,4 +155,11 @@ def require_key(key: Array | None, what: str) -> Array:
     return key
 
 
+def reorder(
+    weight: Float[Array, "m n"], hessian: Float[Array, "n n"], order: Array
+) -> tuple[Float[Array, "m n"], Float[Array, "n n"]]:
+    """(W, H) with the columns of W, and the rows and columns of H, in `order`."""
+    return jnp.take(weight, order, axis=1), jnp.take(jnp.take(hessian, order, axis=0), order, axis=1)
+
+
 precise = jax.lax.Precision.HIGHEST

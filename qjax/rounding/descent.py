@@ -23,6 +23,7 @@ from qjax.rounding.base import (
     encode_columns,
     finish,
     precise,
+    reorder,
     spec_of,
 )
 from qjax.rounding.sweep import Sweep, merge_codes, resweep, widths
@@ -173,7 +174,7 @@ class Greedy:
         else:  # whole blocks change places, so tiles stay whole; passes go from right to left
             places = jnp.argsort(jnp.sum(jnp.diagonal(h).reshape(-1, block), axis=1))
             index = (places.reshape(-1, 1) * block + jnp.arange(block).reshape(1, -1)).reshape(-1)
-            weight, h = jnp.take(weight, index, axis=1), jnp.take(jnp.take(h, index, axis=0), index, axis=1)
+            weight, h = reorder(weight, h, index)
             codes = jnp.take(codes, places, axis=0)
             codes = descend(weight, codes, h, codebook, scaling, passes=self.passes, index=index)
             codes = jnp.take(codes, jnp.argsort(places), axis=0)

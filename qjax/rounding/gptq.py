@@ -15,7 +15,7 @@ from qjax.errors import InputError
 from qjax.hessian.statistics import Hessian
 from qjax.linalg.cholesky import invert_lower
 from qjax.linalg.damping import damped_factor
-from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, encode_columns, finish, spec_of
+from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, encode_columns, finish, reorder, spec_of
 from qjax.rounding.ldlq import place
 from qjax.rounding.sweep import Sweep, merge_codes, sweep, widths
 
@@ -84,7 +84,7 @@ class GPTQ:
         order = None
         if self.order == "descending":
             order = jnp.argsort(-jnp.diagonal(h))
-            weight, h = jnp.take(weight, order, axis=1), jnp.take(jnp.take(h, order, axis=0), order, axis=1)
+            weight, h = reorder(weight, h, order)
         upper, used, ok = inverse_factor(h, damping)
         pivot, unit, scales = jnp.diagonal(upper), scaling.unit, scaling.at
         index, _ = place(order, columns, codebook, scaling)

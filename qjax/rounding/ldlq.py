@@ -21,6 +21,7 @@ from qjax.rounding.base import (
     column_block,
     encode_columns,
     finish,
+    reorder,
     require_key,
     spec_of,
 )
@@ -37,8 +38,7 @@ class LDLQ:
     """Block LDLQ: `Ŵ_k = Q(W_k + Σ_{j>k} (W_j − Ŵ_j) L_jk)`, right to left, `H = L D Lᵀ` with L unit block-lower.
 
     With nearest rounding it is optimal among linear-feedback roundings: `tr(E H Eᵀ) = tr(η D ηᵀ)`, η = E L the
-    elementwise
-    residual (QuIP, 2307.13304, Theorem 1; block form QuIP#, 2402.04396, section 4.2).
+    elementwise residual (QuIP, 2307.13304, Theorem 1; block form QuIP#, 2402.04396, section 4.2).
 
     Attributes:
       block: columns rounded together (g); None means the codebook's tile width.
@@ -78,7 +78,7 @@ class LDLQ:
         order = None
         if self.order == "ascending":
             order = jnp.argsort(jnp.diagonal(h))
-            weight, h = jnp.take(weight, order, axis=1), jnp.take(jnp.take(h, order, axis=0), order, axis=1)
+            weight, h = reorder(weight, h, order)
         factor = damped_factor(h, damping, block)
         index, permutation = place(order, columns, codebook, scaling)
         codes = feedback_codes(weight, factor.lower, codebook, scaling, block=block, index=index, key=key)

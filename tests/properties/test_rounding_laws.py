@@ -14,6 +14,7 @@ import pytest
 from qjax import codebooks, rounding
 from qjax.errors import InputError
 from qjax.hessian import Hessian
+from qjax.rounding.base import check_shapes
 from qjax.rounding.losses import proxy_loss
 
 OUT, IN = 32, 64
@@ -136,6 +137,8 @@ def test_shapes_that_do_not_fit_are_refused(algorithm):
         rounding.make(algorithm)(
             jnp.asarray(w[0]), Hessian(jnp.asarray(h)), book("half_integer"), key=jax.random.key(0)
         )
+    with pytest.raises(InputError, match=r"shape \[out, in\]"):  # and the check that users meet
+        check_shapes(jnp.asarray(w[0]), Hessian(jnp.asarray(h)), book("half_integer"))
 
 
 def test_unknown_names_list_what_exists():
