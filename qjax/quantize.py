@@ -89,8 +89,9 @@ def _rotated_hessian(hessian: Hessian, transform: Any) -> Hessian:
 
 def _with(rounding: Rounding, **options: Any) -> Rounding:
     """`rounding` with those of the options that it has (GPTQ's scale rule, the passes of coordinate descent)."""
-    own = {field.name for field in dataclasses.fields(rounding)}  # pyright: ignore[reportArgumentType]
-    return dataclasses.replace(rounding, **{name: value for name, value in options.items() if name in own})  # pyright: ignore[reportArgumentType, reportCallIssue, reportType]
+    algorithm: Any = rounding  # a frozen dataclass, which a protocol cannot say
+    own = {field.name for field in dataclasses.fields(algorithm)}
+    return dataclasses.replace(algorithm, **{name: value for name, value in options.items() if name in own})
 
 
 def _round_at(
