@@ -1,6 +1,6 @@
 """Codebooks: finite sets of weight tiles, from scalar grids to lattices and trellises."""
 
-from qjax.codebooks import d4, e8p, e81b, quip_sharp, residual
+from qjax.codebooks import d4, e8p, e81b, quip_sharp, residual, trellis
 from qjax.codebooks.base import CODEBOOKS, Codebook
 from qjax.codebooks.packing import pack_bits, unpack_bits
 from qjax.codebooks.scalar import grid, half_integer, lloyd_max, quip_grid
@@ -22,6 +22,7 @@ __all__ = [
     "quip_grid",
     "quip_sharp",
     "residual",
+    "trellis",
     "unpack_bits",
 ]
 

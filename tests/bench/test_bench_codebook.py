@@ -13,13 +13,13 @@ def test_the_bound_of_a_gaussian_source():
     assert [shannon(bits) for bits in (1, 2, 3)] == [0.25, 0.0625, 0.015625]
 
 
-def test_every_registered_codebook_with_flat_tiles_is_there():
+def test_every_registered_codebook_is_there():
     found = available(bits=[1, 2, 3])
     assert {book.spec()["name"] for book in found} <= set(CODEBOOKS)
     assert {("half_integer", 1), ("lloyd_max", 2), ("grid", 3), ("d4", 2), ("e8p", 2), ("e81b", 1), ("e8p_rvq", 3)} <= {
         (book.spec()["name"], book.bits) for book in found
     }
-    assert all(book.tile[0] == 1 for book in found)
+    assert {("trellis", 12), ("trellis", 16)} <= {(b.spec()["name"], b.spec().get("L")) for b in found}
     assert len({str(book.spec()) for book in found}) == len(found)
     assert [book.bits for book in available(["half_integer"])] == list(range(1, 9))
 
@@ -41,10 +41,21 @@ def test_the_lattice_beats_the_scalar_grid():
     assert measure(make("e8p", 2), (64, 512), repeats=1)["mse"] == pytest.approx(0.089, rel=0.03)  # QTIP, table 1
 
 
+def test_the_search_of_a_trellis_is_rated():
+    result = measure(make("trellis", 2, L=8, budget_mib=1), (64, 128), repeats=1)
+    assert result["shape"] == [64, 128] and result["mse"] == pytest.approx(0.0884, rel=0.06)
+    rates = result["search"]
+    states = 64 * 128 * 1.5 * 2**8  # 256 steps and 128 about the seam
+    assert rates["states_per_second"] == pytest.approx(states / result["encode"]["seconds_median"])
+    assert rates["ratio_to_min_plus"] == rates["states_per_second"] / rates["min_plus_states_per_second"]
+    assert measure(make("trellis", 2, L=16), (4096, 1024), repeats=1)["shape"] == [256, 256]
+    assert len(lines([result])[0]) == len(lines([result])[1][0])
+
+
 def test_errors():
     with pytest.raises(InputError, match=r"unknown codebook 'nope'; there is: d4"):
         available(["nope"])
-    with pytest.raises(InputError, match="no codebook of"):
+    with pytest.raises(InputError, match=r"no codebook of \['d4'\] has \[7\] bits"):
         available(["d4"], [7])
-    with pytest.raises(InputError, match="7 columns are not whole tiles of 4"):
+    with pytest.raises(InputError, match="4×7 is not made of whole 1×4 tiles"):
         measure(make("d4", 2), (4, 7))
