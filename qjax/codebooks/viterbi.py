@@ -44,21 +44,23 @@ def _step(cost: Array, lut: Array, x: Array, b: int, back: bool) -> tuple[Array,
     def candidate(source: Array, table: Array, d: int) -> Array:
         return source[d] + (table[d] if values > 1 else jnp.square(table[d] - x[0][None, None, :]))
 
-    def chain(best: Array, choice: Array, source: Array, table: Array, first: Array | int) -> tuple[Array, Array]:
-        for d in range(source.shape[0]):
-            new = candidate(source, table, d)
-            closer = new < best
-            best, choice = jnp.where(closer, new, best), jnp.where(closer, jnp.int32(d) + first, choice)
-        return best, choice
-
-    best = candidate(source, table, 0)
-    choice = jnp.zeros(best.shape, jnp.int32)
-    best, choice = chain(best, choice, source[1:_UNROLLED], table[1:_UNROLLED], 1)
+    # Written out, not as a loop over a function of (best, choice): XLA makes a third faster code of it.
+    best, choice = candidate(source, table, 0), jnp.zeros((*shape[1:], batch), jnp.int32)
+    for d in range(1, min(fan, _UNROLLED)):
+        new = candidate(source, table, d)
+        closer = new < best
+        choice, best = jnp.where(closer, jnp.int32(d), choice), jnp.where(closer, new, best)
     if fan > _UNROLLED:
 
         def more(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * _UNROLLED, _UNROLLED)  # noqa: E731
-            return chain(*state, part(source), part(table), i * _UNROLLED)
+            best, choice = state
+            first = i * _UNROLLED
+            part, near = (jax.lax.dynamic_slice_in_dim(x, first, _UNROLLED) for x in (source, table))
+            for d in range(_UNROLLED):
+                new = candidate(part, near, d)
+                closer = new < best
+                choice, best = jnp.where(closer, first + d, choice), jnp.where(closer, new, best)
+            return best, choice
 
         best, choice = jax.lax.fori_loop(1, fan // _UNROLLED, more, (best, choice))
     return best.reshape(edges, batch), choice.reshape(edges, batch).astype(jnp.uint8) if back else None
