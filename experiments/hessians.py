@@ -8,8 +8,10 @@ from omegaconf import DictConfig
 
 from experiments._entry import cache_folder, compilation_cache, entry, plain
 from qjax import data, models
-from qjax.hessian.store import HessianStore, identity
-from qjax.run.progress import Progress
+from qjax.errors import InputError
+from qjax.hessian.provide import check_settings, provide
+from qjax.hessian.store import HessianStore
+from qjax.run.monitor import peak_memory_bytes
 
 
 @entry("hessians")
@@ -24,23 +26,21 @@ def main(config: DictConfig) -> None:
     tokens = data.load(
         tokenizer=model.tokenizer, vocab_size=model.config.vocab_size, seed=settings["seed"], **options
     ).calibration
-    store, batch = HessianStore(cache / "hessians"), min(settings["hessian"]["batch"], tokens.sequences)
-    key = store.key(identity(model.fingerprint["sha256"]), tokens.sha256, settings["hessian"]["estimator"], batch)
-    with Progress("hessians", model.config.num_layers) as progress:
-        load = store.collect(
-            key,
-            model.config,
-            model.params,
-            tokens.tokens,
-            batch=batch,
-            progress=lambda done, total: progress.update(done),
+    if settings["hessian"]["stream"] != "original":
+        raise InputError(
+            f"hessian.stream is {settings['hessian']['stream']!r}; only Hessians of the original model can be kept for "
+            "later runs: hessian=original, sketch_a or sketch_b"
         )
-    size = sum(file.stat().st_size for file in (store.path / key).iterdir())
-    counted = load(0)["self_attn.q_proj"].tokens
-    print(
-        f"{store.path / key}: {model.config.num_layers} blocks, {counted} tokens, {size / 2**20:.1f} MiB, "
-        f"{time.perf_counter() - started:.0f} s"
-    )
+    check_settings(settings["hessian"])
+    store = HessianStore(cache / "hessians")
+    source = provide(store, model, tokens, settings["hessian"])
+    for key in source.keys:
+        size = sum(file.stat().st_size for file in (store.path / key).iterdir())
+        counted = store.loader(key)(0)["self_attn.q_proj"].tokens
+        print(
+            f"{store.path / key}: {model.config.num_layers} blocks, {counted} tokens or sequences, "
+            f"{size / 2**20:.1f} MiB, {time.perf_counter() - started:.0f} s, peak {peak_memory_bytes() / 2**30:.2f} GiB"
+        )
 
 
 if __name__ == "__main__":

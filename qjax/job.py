@@ -16,7 +16,8 @@ from qjax import artifact, data, evaluate, models
 from qjax.directory import RunDirectory
 from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
-from qjax.hessian.collect import ESTIMATORS, layer_names
+from qjax.hessian.collect import layer_names
+from qjax.hessian.provide import check_settings, provide
 from qjax.hessian.store import HessianStore, identity
 from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
 from qjax.preflight import Estimate, check, estimate
@@ -63,8 +64,7 @@ class Job:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; it lies in 0 … 2^32 − 1")
-        if self.hessian["estimator"] not in ESTIMATORS:
-            raise InputError(f"hessian.estimator is {self.hessian['estimator']!r}; there is: {', '.join(ESTIMATORS)}")
+        check_settings(self.hessian)
         if self.hessian["stream"] not in STREAMS:
             raise InputError(f"hessian.stream is {self.hessian['stream']!r}; allowed are {', '.join(STREAMS)}")
         if not 0 <= self.hessian["correction"] <= 1:
@@ -213,18 +213,8 @@ def _quantize(
     tracker: Tracker,
 ) -> tuple[QuantizedModel, dict[str, int]]:
     calibration, batch = tokens.calibration, min(job.hessian["batch"], tokens.calibration.sequences)
-    loader = None
-    if job.hessian["stream"] == "original":
-        with watch.stage("hessians"), Progress("hessians", model.config.num_layers) as progress:
-            store = HessianStore(job.cache / "hessians")
-            loader = store.collect(
-                store.key(identity(model.fingerprint["sha256"]), calibration.sha256, job.hessian["estimator"], batch),
-                model.config,
-                model.params,
-                calibration.tokens,
-                batch=batch,
-                progress=lambda done, total: progress.update(done),
-            )
+    with watch.stage("hessians"):
+        source = provide(HessianStore(job.cache / "hessians"), model, calibration, job.hessian)
     peaks: dict[str, int] = {}
     with watch.stage("quantize"), Progress(f"quantise {job.out.name}", matrices) as progress:
 
@@ -244,7 +234,8 @@ def _quantize(
             job.recipe,
             seed=job.seed,
             stream=job.hessian["stream"],
-            hessians=loader,
+            hessians=source.hessians,
+            outputs=source.outputs,
             correction=job.hessian["correction"],
             records=records,
             batch=batch,

@@ -43,6 +43,7 @@ def quantize_model(
     seed: int,
     stream: str = "quantized",
     hessians: Callable[[int], Mapping[str, Hessian]] | None = None,
+    outputs: Callable[[int], Mapping[str, Hessian]] | None = None,
     correction: float = 0.5,
     records: Records | None = None,
     batch: int = 8,
@@ -56,6 +57,7 @@ def quantize_model(
       stream: "quantized": block i sees what the quantised blocks before it produce (GPTQ, QuIP); "corrected": the same,
         and its targets make up for what went wrong before it, by the share `correction` (see `qjax.correction`);
         "original": all Hessians come from the unquantised model (QuIP#, QTIP), given by `hessians(block index)`.
+      outputs: where the output factors come from when the input factors are made here, block by block.
       records: where finished layers are kept and found again.
       on_layer: called with each layer's report and whether it was found finished.
 
@@ -90,6 +92,9 @@ def quantize_model(
             block, x = block_hessians_of_two_streams(parameters, x, z, config, index=index, batch=batch)
         elif z is not None and todo:
             block = block_hessians(parameters, z, config, index=index, batch=batch)
+        if outputs is not None and todo:
+            factors = outputs(index)
+            block = {linear: dataclasses.replace(h, output=factors[linear].output) for linear, h in block.items()}
         for linear in LINEARS:
             if linear in todo:
                 plan, name = todo[linear], f"layers.{index}.{linear}"

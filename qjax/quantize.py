@@ -41,6 +41,7 @@ class MatrixReport:
       seconds: wall time of the call, compilation included.
       correction: `tr(Δ H Δᵀ) / tr(W H Wᵀ)` of the change Δ of the target that makes up for earlier errors; 0 without.
       proxy_loss_before_passes: `proxy_loss` before the coordinate-descent passes, None without passes.
+      output_damping: multiple of H_out's mean diagonal that was added, None where H_out was not used.
     """
 
     name: str
@@ -55,6 +56,7 @@ class MatrixReport:
     seconds: float
     correction: float = 0.0
     proxy_loss_before_passes: float | None = None
+    output_damping: float | None = None
 
 
 @struct.dataclass
@@ -68,6 +70,7 @@ class _Outcome:
     ok: Array
     correction: Array
     proxy_loss_before_passes: Array | None
+    output_damping: Array | None
 
 
 def default_scale_rule(codebook: Codebook, scale: float | ScaleRule | None) -> ScaleRule:
@@ -151,7 +154,8 @@ def _quantize(
     if rounded.start is not None:
         before = proxy_loss(weight, transform.weight_inverse(rounded.start), hessian)
     shift = proxy_loss(original, weight, hessian)
-    return _Outcome(matrix, loss, weight_mse(weight, dense), rounded.damping, rms, dead, ok, shift, before)
+    mse = weight_mse(weight, dense)
+    return _Outcome(matrix, loss, mse, rounded.damping, rms, dead, ok, shift, before, rounded.output_damping)
 
 
 def _validate(weight: Any, hessian: Hessian, name: str) -> None:
@@ -232,7 +236,7 @@ def quantize_matrix(
         incoherence=incoherence,
         rule=rule,
     )
-    loss, mse, used, rms, dead, ok, shift, before = jax.device_get(
+    loss, mse, used, rms, dead, ok, shift, before, used_out = jax.device_get(
         (
             outcome.proxy_loss,
             outcome.weight_mse,
@@ -242,12 +246,14 @@ def quantize_matrix(
             outcome.ok,
             outcome.correction,
             outcome.proxy_loss_before_passes,
+            outcome.output_damping,
         )
     )
     if not ok:
+        also = "" if used_out is None else f" and {float(used_out):.3g} for its output factor"
         raise NumericsError(
             f"layer {name}: the Hessian could not be factored with damping up to {float(used):.3g} of its mean "
-            f"diagonal (proxy loss {float(loss):.3g}); "
+            f"diagonal{also} (proxy loss {float(loss):.3g}); "
             f"use more or shuffled calibration data, or a larger damping than {damping}"
         )
     matrix = outcome.matrix
@@ -264,5 +270,6 @@ def quantize_matrix(
         seconds=time.perf_counter() - started,
         correction=float(shift),
         proxy_loss_before_passes=None if before is None else float(before),
+        output_damping=None if used_out is None else float(used_out),
     )
     return matrix, report

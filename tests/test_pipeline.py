@@ -174,7 +174,7 @@ def test_rules_choose_layers_by_name(tmp_path, cache):
         ("memory.disk_gb=0", "predicted to need"),
         ("mesh.data=2", "only"),
         ("rounding.order=upwards", "natural, ascending"),
-        ("hessian.estimator=fisher", "there is: input"),
+        ("hessian.estimator=fisher", "there are: input"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_computed(tmp_path, cache, override, message):

@@ -25,7 +25,7 @@ __all__ = [
     "layer_names",
 ]
 
-ESTIMATORS = ("input",)
+ESTIMATORS = ("input", "sketch_a", "sketch_b")
 
 
 def layer_names(config: ModelConfig) -> list[str]:
@@ -107,10 +107,13 @@ def collect(
     *,
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    **sketch: Any,
 ) -> dict[str, Hessian]:
     """Hessians of every linear of `model` (config, params) from calibration tokens, all from the original model.
 
     "input": `H_in = E[x xᵀ]`, uncentred, float32 (GPTQ, QuIP). Layers that share an input share the array.
+    "sketch_a", "sketch_b": both factors of a Kronecker sketch of the Fisher matrix (see `qjax.hessian.sketch`);
+    `rounds`, `labels` and `seed` are those of `Sketch`.
 
     Raises InputError for an unknown estimator, DataError for no tokens, NumericsError for inputs that are not finite.
     """
@@ -123,6 +126,12 @@ def collect(
         )
     config: ModelConfig = model.config
     batch = min(batch, len(tokens))
+    if estimator != "input":
+        from qjax.hessian.sketch_collect import collect_sketch  # it stands above this module
+
+        return collect_sketch(config, model.params, tokens, estimator, batch=batch, progress=progress, **sketch)
+    if sketch:
+        raise InputError(f"{', '.join(sketch)}: options of the estimators sketch_a and sketch_b, not of 'input'")
     x = embedded(model.params["embed"], tokens, batch)
     hessians: dict[str, Hessian] = {}
     for index, parameters in enumerate(model.params["blocks"]):

@@ -77,11 +77,24 @@ class HessianStore:
             arrays, metadata = read_safetensors(file)
         except ArtifactError:
             return None
+        tokens = int(metadata["tokens"])
+        if metadata.get("kind") == "sketch":
+            factor = lambda linear, name: unpack_triangle(arrays[f"{linear}:{name}"])  # noqa: E731
+            return {name: Hessian(factor(name, "input"), factor(name, "output"), tokens) for name in LINEARS}
         sites = {site: unpack_triangle(arrays[site]) for site in SITES}
-        return {linear: Hessian(sites[site], None, int(metadata["tokens"])) for linear, site in LINEARS.items()}
+        return {linear: Hessian(sites[site], None, tokens) for linear, site in LINEARS.items()}
 
     def save(self, key: str, index: int, hessians: dict[str, Hessian]) -> None:
-        """Write one block durably; sites that linears share are stored once, as triangles."""
+        """Write one block durably, as triangles; without output factors, sites that linears share are stored once."""
+        if all(hessian.output is not None for hessian in hessians.values()):
+            factors = {
+                f"{linear}:{name}": pack_triangle(np.asarray(getattr(hessian, name)))
+                for linear, hessian in hessians.items()
+                for name in ("input", "output")
+            }
+            metadata = {"tokens": str(hessians[next(iter(LINEARS))].tokens), "kind": "sketch"}
+            write_safetensors(self._file(key, index), factors, metadata)
+            return
         shared = {site: hessians[linear] for linear, site in reversed(LINEARS.items())}
         arrays = {site: pack_triangle(np.asarray(shared[site].input)) for site in SITES}
         write_safetensors(self._file(key, index), arrays, {"tokens": str(shared[SITES[0]].tokens)})
@@ -112,7 +125,12 @@ class HessianStore:
                 if progress is not None:
                     progress(index + 1, config.num_layers)
 
-        def loader(index: int) -> dict[str, Hessian]:
+        return self.loader(key)
+
+    def loader(self, key: str) -> Callable[[int], dict[str, Hessian]]:
+        """Loads a block that is there; raises ArtifactError when its file vanished or was damaged meanwhile."""
+
+        def load(index: int) -> dict[str, Hessian]:
             hessians = self.load(key, index)
             if hessians is None:
                 raise ArtifactError(
@@ -120,7 +138,7 @@ class HessianStore:
                 )
             return hessians
 
-        return loader
+        return load
 
 
 def forward_block(parameters: Any, x: np.ndarray, config: ModelConfig, batch: int) -> np.ndarray:

@@ -23,7 +23,18 @@ from jaxtyping import Array, Float, Int
 from qjax.models.config import ModelConfig, RopeScaling
 from qjax.models.linear import HostOrDevice, linear
 
-__all__ = ["LINEARS", "SITES", "block", "block_inputs", "embed", "forward", "head", "logits", "rope_frequencies"]
+__all__ = [
+    "LINEARS",
+    "SITES",
+    "block",
+    "block_inputs",
+    "embed",
+    "forward",
+    "head",
+    "logits",
+    "output_gradients",
+    "rope_frequencies",
+]
 
 Params = Any  # a pytree as in the module's docstring
 Hidden = Float[Array, "batch length width"]
@@ -44,7 +55,9 @@ SITES: tuple[str, ...] = tuple(dict.fromkeys(LINEARS.values()))
 
 def _apply(parameters: Params, x: Array) -> Array:
     y = linear(x, parameters["weight"])
-    return y + parameters["bias"].astype(y.dtype)[None, None, :] if "bias" in parameters else y
+    if "bias" in parameters:
+        y = y + parameters["bias"].astype(y.dtype)[None, None, :]
+    return y + parameters["probe"] if "probe" in parameters else y  # see `output_gradients`
 
 
 def _rms_norm(x: HostOrDevice, gain: HostOrDevice, eps: float) -> Array:
@@ -138,6 +151,32 @@ def block(parameters: Params, x: HiddenInput, config: ModelConfig) -> Hidden:
 def block_inputs(parameters: Params, x: HiddenInput, config: ModelConfig) -> tuple[Hidden, dict[str, Array]]:
     """The block's output and the input `[batch, length, in]` of its linears at every site of `SITES`."""
     return _sites(parameters, x, config)
+
+
+def output_gradients(
+    parameters: Params, x: HiddenInput, gradient: HiddenInput, config: ModelConfig
+) -> tuple[Hidden, dict[str, Array], dict[str, Array]]:
+    """One block, backwards, without gradients of weights: from `∂ℓ/∂(block output)` to what a Fisher sketch needs.
+
+    Returns `∂ℓ/∂x`, the inputs x of the linears by site and the gradients `g = ∂ℓ/∂y` of their outputs by linear, all
+    `[batch, length, ...]`: those of zeros that are added to the outputs. The forward pass is computed again.
+    """
+    batch, length, _ = x.shape
+
+    def run(x: Array, probes: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        probed = {name: dict(value) if isinstance(value, dict) else value for name, value in parameters.items()}
+        for name, probe in probes.items():
+            group, leaf = name.split(".")
+            probed[group][leaf] = {**probed[group][leaf], "probe": probe}
+        return _sites(probed, x, config)
+
+    zeros = {}
+    for name in LINEARS:
+        group, leaf = name.split(".")
+        zeros[name] = jnp.zeros((batch, length, parameters[group][leaf]["weight"].shape[0]), x.dtype)
+    _, pull, inputs = jax.vjp(run, jnp.asarray(x), zeros, has_aux=True)
+    back, probes = pull(jnp.asarray(gradient))
+    return back, inputs, probes
 
 
 @jax.jit

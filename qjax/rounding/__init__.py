@@ -7,11 +7,13 @@ from qjax.rounding.guarded import GuardedLDLQ
 from qjax.rounding.ldlq import LDLQ
 from qjax.rounding.losses import proxy_loss, quadratic, weight_mse
 from qjax.rounding.nearest import Nearest, Stochastic
+from qjax.rounding.yaqa import YAQA
 
 __all__ = [
     "GPTQ",
     "LDLQ",
     "ROUNDINGS",
+    "YAQA",
     "Greedy",
     "GuardedLDLQ",
     "Nearest",

@@ -32,6 +32,7 @@ class Rounded:
       damping: multiple of the mean diagonal that was added to H (0 when the algorithm uses no Hessian).
       ok: False when no damping up to the cap made H factorisable, or a value is not finite.
       start: `[out, in]` the values before the coordinate-descent passes, or None without passes.
+      output_damping: as `damping`, of H_out; None for roundings that do not use it.
     """
 
     values: Float[Array, "out in"]
@@ -41,6 +42,7 @@ class Rounded:
     damping: Float[Array, ""]
     ok: Array
     start: Float[Array, "out in"] | None = None
+    output_damping: Float[Array, ""] | None = None
 
 
 @runtime_checkable
@@ -95,6 +97,11 @@ def check_shapes(weight: Array, hessian: Hessian, codebook: Codebook) -> None:
         raise InputError(
             f"the Hessian has shape {tuple(hessian.input.shape)} and the weight {tuple(weight.shape)}; "
             f"the input Hessian of this weight is [{columns}, {columns}]"
+        )
+    if hessian.output is not None and hessian.output.shape != (out, out):
+        raise InputError(
+            f"the output Hessian has shape {tuple(hessian.output.shape)} and the weight {tuple(weight.shape)}; "
+            f"that of this weight is [{out}, {out}]"
         )
     rows, width = codebook.tile
     if out % rows or columns % width:

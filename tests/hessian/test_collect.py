@@ -11,42 +11,15 @@ from qjax.hessian import HessianStore
 from qjax.hessian.accumulate import accumulate, empty, finish
 from qjax.hessian.collect import batches
 from qjax.hessian.store import pack_triangle, unpack_triangle
-from qjax.models.config import ModelConfig
 from qjax.models.transformer import LINEARS, SITES, block_inputs, embed
 from qjax.run.fingerprint import digest
-
-CONFIG = ModelConfig("LlamaForCausalLM", 50, 32, 48, 2, 4, 2, 8)
-
-
-@pytest.fixture(scope="module")
-def model():
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape).astype(np.float32) * 0.2)  # noqa: E731
-
-    def block():
-        sizes = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32)}
-        mlp = {"gate_proj": (48, 32), "up_proj": (48, 32), "down_proj": (32, 48)}
-        return {
-            "input_layernorm": normal(32) + 1,
-            "post_attention_layernorm": normal(32) + 1,
-            "self_attn": {name: {"weight": normal(*shape)} for name, shape in sizes.items()},
-            "mlp": {name: {"weight": normal(*shape)} for name, shape in mlp.items()},
-        }
-
-    params = {"embed": normal(50, 32), "norm": normal(32), "blocks": [block(), block()]}
-    return models.Model(CONFIG, params, models.Tokenizer(None), "random", "random", {"sha256": "none"})
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return np.random.default_rng(1).integers(0, 50, (7, 12)).astype(np.int32)
 
 
 def exact(model, tokens):
     """E[x xᵀ] of every linear, summed in float64 sequence by sequence."""
     sums, x = {}, embed(model.params["embed"], tokens)
     for index, parameters in enumerate(model.params["blocks"]):
-        x, inputs = block_inputs(parameters, x, CONFIG)
+        x, inputs = block_inputs(parameters, x, model.config)
         for linear, site in LINEARS.items():
             rows = np.asarray(inputs[site], np.float64).reshape(-1, inputs[site].shape[-1])
             sums[f"layers.{index}.{linear}"] = rows.T @ rows / len(rows)
@@ -56,7 +29,7 @@ def exact(model, tokens):
 @pytest.mark.parametrize("batch", [1, 3, 7, 50])
 def test_collected_hessians_are_the_second_moments(model, tokens, batch):
     found = hessian.collect(model, tokens, batch=batch)
-    assert list(found) == hessian.layer_names(CONFIG)
+    assert list(found) == hessian.layer_names(model.config)
     for name, value in exact(model, tokens).items():
         np.testing.assert_allclose(found[name].input, value, rtol=2e-5, atol=1e-6 * np.abs(value).max())
         assert found[name].tokens == tokens.size and found[name].output is None
@@ -73,9 +46,9 @@ def test_many_batches_lose_nothing(model):
     parameters, mask = model.params["blocks"][0], np.ones(2, np.float32)
 
     def mean_of(batches):
-        moments = empty(CONFIG)
+        moments = empty(model.config)
         for _ in range(batches):
-            moments, _ = accumulate(moments, parameters, x, mask, CONFIG, propagate=False)
+            moments, _ = accumulate(moments, parameters, x, mask, model.config, propagate=False)
         means, count, broken = finish(moments)
         assert count == 24 * batches and not broken
         return means
@@ -100,7 +73,7 @@ def test_ragged_batches_are_masked(tokens):
 def test_inputs_that_are_not_finite_name_the_layer(model, tokens):
     params = jax.tree.map(lambda x: x, model.params)
     params["blocks"][1]["post_attention_layernorm"] = jnp.full(32, np.inf, jnp.float32)
-    broken = models.Model(CONFIG, params, model.tokenizer, "x", "x", {})
+    broken = models.Model(model.config, params, model.tokenizer, "x", "x", {})
     with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.gate_proj: its inputs"):
         hessian.collect(broken, tokens)
 
@@ -128,7 +101,7 @@ def test_a_triangle_has_a_triangular_number_of_values():
 
 def collect_into(store, model, tokens, **options):
     key = store.key("model", digest(tokens.tolist()), "input", 3)
-    return key, store.collect(key, CONFIG, model.params, tokens, batch=3, **options)
+    return key, store.collect(key, model.config, model.params, tokens, batch=3, **options)
 
 
 def test_the_store_returns_what_was_collected_and_never_collects_twice(model, tokens, tmp_path):

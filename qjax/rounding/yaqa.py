@@ -1,0 +1,91 @@
+"""YAQA: adaptive rounding with feedback from both factors of a Kronecker Hessian."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax.codebooks.base import Codebook
+from qjax.codebooks.scaling import Scaling, identity
+from qjax.errors import InputError
+from qjax.hessian.statistics import Hessian
+from qjax.linalg.damping import damped_factor
+from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, column_block, finish, spec_of
+from qjax.rounding.ldlq import LDLQ
+from qjax.rounding.wavefront import two_sided_codes
+
+__all__ = ["YAQA"]
+
+
+@ROUNDINGS.register("yaqa")
+@dataclasses.dataclass(frozen=True)
+class YAQA:
+    """Two-sided LDLQ: `Ŵ = Q(W + L_out'ᵀ E L_in' + L_out'ᵀ E + E L_in')`, `H = L D Lᵀ` of both factors, L' = L − I.
+
+    Its loss is `tr(H_out E H_in Eᵀ) = tr(D_out η D_in ηᵀ)` with η = L_outᵀ E L_in what each tile is rounded by
+    (YAQA, 2505.22988, section 4). Without an output factor it is LDLQ, code for code.
+
+    Attributes:
+      block: columns rounded together; None means the codebook's tile width.
+      rows: rows between which H_out feeds nothing back (the block of its LDL); None means the codebook's tile height,
+        or for codebooks of single rows at most 16.
+      output_damping: damping of H_out, None for that of H_in.
+      chunk: most tiles rounded in one call of the codebook.
+    """
+
+    block: int | None = None
+    rows: int | None = None
+    output_damping: float | None = None
+    chunk: int = 32
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise InputError(f"rounding.chunk is {self.chunk}; it is a number of tiles, at least 1")
+        if self.output_damping is not None and not self.output_damping >= 0:
+            raise InputError(f"rounding.output_damping is {self.output_damping}; it is at least 0, or null")
+
+    def __call__(
+        self,
+        weight: Float[Array, "out in"],
+        hessian: Hessian,
+        codebook: Codebook,
+        *,
+        scaling: Scaling | None = None,
+        damping: Array | float = 0.01,
+        key: Array | None = None,
+    ) -> Rounded:
+        """Round `weight` [out, in]. Raises InputError for shapes that are not whole tiles or blocks."""
+        if hessian.output is None:
+            return LDLQ(block=self.block)(weight, hessian, codebook, scaling=scaling, damping=damping, key=key)
+        check_shapes(weight, hessian, codebook)
+        block = column_block(codebook, self.block, weight.shape[1])
+        rows = _row_block(codebook, self.rows, weight.shape[0])
+        scaling = identity() if scaling is None else scaling
+        right = damped_factor(hessian.input.astype(weight.dtype), damping, block)
+        left = damped_factor(
+            hessian.output.astype(weight.dtype), damping if self.output_damping is None else self.output_damping, rows
+        )
+        codes = two_sided_codes(
+            weight, right.lower, left.lower, codebook, scaling, rows=rows, block=block, chunk=self.chunk
+        )
+        rounded = finish(codes, codebook, scaling, weight.dtype, None, right.damping, right.ok & left.ok)
+        return dataclasses.replace(rounded, output_damping=jnp.asarray(left.damping, weight.dtype))
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments of `make`."""
+        return spec_of("yaqa", self)
+
+
+def _row_block(codebook: Codebook, rows: int | None, total: int) -> int:
+    height = codebook.tile[0]
+    if rows is None:
+        return height if height > 1 else max(k for k in range(1, 17) if total % k == 0)
+    if rows < 1 or rows % height or total % rows:
+        raise InputError(
+            f"rounding.rows is {rows}; it must be a multiple of the codebook's tile height {height} and divide the "
+            f"{total} rows of the matrix"
+        )
+    return rows

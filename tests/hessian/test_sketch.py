@@ -1,0 +1,314 @@
+"""Sketches against gradients of every sequence and token by automatic differentiation, summed in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qjax import hessian, models
+from qjax.errors import InputError, NumericsError
+from qjax.hessian import HessianStore, Sketch, alignment, exact_fisher
+from qjax.hessian import sketch as sketch_module
+from qjax.hessian.provide import check_settings
+from qjax.hessian.sketch import gram_is_cheaper, increments
+from qjax.hessian.sketch_collect import block_bytes, ranges
+from qjax.hessian.sketch_store import collect_into
+from qjax.models.transformer import LINEARS, forward
+
+NAMES = [f"layers.{index}.{linear}" for index in range(2) for linear in LINEARS]
+
+
+def leaf(params, name):
+    _, index, group, linear = name.split(".")
+    return params["blocks"][int(index)][group][linear]
+
+
+def sampled(model, sequence, index, number=0, seed=0):
+    """The labels of sequence `index` in pass `number`, from the documented keys."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(jnp.array([number, seed], jnp.uint32)), jnp.uint32(index))
+    return jax.random.categorical(key, forward(model.params, sequence[None], model.config)[0])
+
+
+def likelihood(params, config, sequence, labels, weight):
+    z = jax.nn.log_softmax(forward(params, sequence[None], config)[0])
+    return -jnp.sum(jnp.take_along_axis(z, labels[:, None], axis=1)[:, 0] * weight)
+
+
+def weight_gradients(model, tokens, labels="sampled"):
+    """G of every sequence and linear: {name: [sequences, m, n]}."""
+    found = {name: [] for name in NAMES}
+    for index, sequence in enumerate(tokens):
+        sequence = jnp.asarray(sequence)
+        if labels == "sampled":
+            chosen, weight = sampled(model, sequence, index), jnp.ones(len(sequence))
+        else:
+            chosen, weight = jnp.roll(sequence, -1), jnp.arange(len(sequence)) < len(sequence) - 1
+        weight = weight.astype(jnp.float32)
+        gradient = jax.grad(likelihood)(model.params, model.config, sequence, chosen, weight)
+        for name in NAMES:
+            found[name].append(np.asarray(leaf(gradient, name)["weight"], np.float64))
+    return {name: np.stack(values) for name, values in found.items()}
+
+
+def normal(matrix):
+    return matrix / (np.trace(matrix) / len(matrix))
+
+
+@pytest.mark.parametrize("labels", ["sampled", "data"])
+@pytest.mark.parametrize("batch", [3, 7])
+def test_sketch_b_is_the_sum_of_outer_products(model, tokens, batch, labels):
+    gradients = weight_gradients(model, tokens, labels)
+    found = hessian.collect(model, tokens, "sketch_b", batch=batch, labels=labels)
+    assert list(found) == NAMES
+    for name, g in gradients.items():
+        np.testing.assert_allclose(found[name].input, normal(np.einsum("smi,smj->ij", g, g)), atol=2e-5)
+        np.testing.assert_allclose(found[name].output, normal(np.einsum("sin,sjn->ij", g, g)), atol=2e-5)
+        assert found[name].tokens == len(tokens)
+        np.testing.assert_array_equal(found[name].input, found[name].input.T)
+
+
+def test_the_second_round_weights_by_the_first(model, tokens):
+    first = hessian.collect(model, tokens, "sketch_b", batch=3)
+    second = hessian.collect(model, tokens, "sketch_b", batch=3, rounds=2)
+    g = {name: [] for name in NAMES}
+    for index, sequence in enumerate(tokens):  # labels of the second pass are new samples
+        sequence = jnp.asarray(sequence)
+        chosen = sampled(model, sequence, index, number=1)
+        gradient = jax.grad(likelihood)(model.params, model.config, sequence, chosen, jnp.ones(len(sequence)))
+        for name in NAMES:
+            g[name].append(np.asarray(leaf(gradient, name)["weight"], np.float64))
+    for name in NAMES:
+        h_in, h_out = (np.asarray(x, np.float64) for x in (first[name].input, first[name].output))
+        stack = np.stack(g[name])
+        expected_in = np.einsum("sai,ab,sbj->ij", stack, h_out, stack, optimize=True)
+        expected_out = np.einsum("sia,ab,sjb->ij", stack, h_in, stack, optimize=True)
+        np.testing.assert_allclose(second[name].input, normal(expected_in), atol=5e-5)
+        np.testing.assert_allclose(second[name].output, normal(expected_out), atol=5e-5)
+
+
+def test_sketch_a_takes_tokens_one_by_one(model, tokens):
+    """Against `E_t[(xᵀ H_in x) g gᵀ]`; per-token gradients are those of a bias of each token's own."""
+    tokens = tokens[:3]
+    found = hessian.collect(model, tokens, "sketch_a", batch=4)
+    moments = hessian.collect(model, tokens, batch=4)
+    sums = dict.fromkeys(NAMES, 0.0)
+    from qjax.models.transformer import block_inputs, embed
+
+    for index, sequence in enumerate(tokens):
+        sequence = jnp.asarray(sequence)
+        chosen, length = sampled(model, sequence, index), len(sequence)
+
+        def loss(biases, s=sequence, c=chosen):
+            params = jax.tree.map(lambda leaf: leaf, model.params)
+            for name, bias in biases.items():
+                leaf(params, name)["probe"] = bias[None]
+            return likelihood(params, model.config, s, c, jnp.ones(len(s)))
+
+        zeros = {name: jnp.zeros((length, leaf(model.params, name)["weight"].shape[0])) for name in NAMES}
+        gradients, x = jax.grad(loss)(zeros), embed(model.params["embed"], np.asarray(sequence)[None])
+        for block_index, parameters in enumerate(model.params["blocks"]):
+            x, inputs = block_inputs(parameters, x, model.config)
+            for linear, site in LINEARS.items():
+                name = f"layers.{block_index}.{linear}"
+                rows, g = np.asarray(inputs[site][0], np.float64), np.asarray(gradients[name], np.float64)
+                h = np.asarray(moments[name].input, np.float64)
+                for t in range(length):
+                    sums[name] = sums[name] + (rows[t] @ h @ rows[t]) * np.outer(g[t], g[t])
+    for name in NAMES:
+        np.testing.assert_allclose(found[name].output, normal(sums[name]), atol=5e-5)
+        np.testing.assert_array_equal(found[name].input, moments[name].input)
+    third = hessian.collect(model, tokens, "sketch_a", batch=4, rounds=3)
+    for name in NAMES:
+        np.testing.assert_array_equal(third[name].output, found[name].output)
+        assert not np.array_equal(third[name].input, found[name].input)
+
+
+@pytest.mark.parametrize("with_factors", [False, True])
+def test_gram_matrices_and_gradients_give_the_same(monkeypatch, with_factors):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
+    x, g = normal(3, 20, 24), normal(3, 20, 16)
+    factors = (jnp.asarray(np.cov(normal(24, 99))), jnp.asarray(np.cov(normal(16, 99)))) if with_factors else ()
+    factors = tuple(f.astype(jnp.float32) for f in factors)
+    results = []
+    for gram in (True, False):
+        monkeypatch.setattr(sketch_module, "gram_is_cheaper", lambda *_, gram=gram: gram)
+        results.append(increments(x, g, *factors, per_token=False))
+    for name in ("input", "output"):
+        np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-4, atol=1e-2)
+
+
+def test_only_the_lower_blocks_of_wide_factors_are_computed():
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.standard_normal((2, 4, n)).astype(np.float32)) for n in (768, 8))
+    found = np.asarray(increments(x, g, per_token=False)["input"], np.float64)
+    stack = np.einsum("btm,btn->bmn", np.asarray(g, np.float64), np.asarray(x, np.float64))
+    expected = np.einsum("bmi,bmj->ij", stack, stack)
+    np.testing.assert_allclose(np.tril(found), np.tril(expected), rtol=1e-4, atol=1e-3)
+    assert np.all(found[:256, 256:] == 0)
+
+
+def test_the_cheaper_form_is_chosen():
+    assert gram_is_cheaper(256, 1536, 576)
+    assert not gram_is_cheaper(2048, 576, 576)
+
+
+def test_power_iteration_raises_the_alignment_with_the_exact_fisher():
+    """Gradients of a planted, not separable Fisher: every round fits it better, and the optimum is the SVD's."""
+    rng = np.random.default_rng(0)
+    m, n, samples, length = 6, 8, 400, 3
+    mix_x, mix_g = rng.standard_normal((n, n)) ** 3, rng.standard_normal((m, m)) ** 3
+    x = (rng.standard_normal((samples, length, n)) @ mix_x).astype(np.float32)
+    g = (rng.standard_normal((samples, length, m)) @ mix_g * (1 + x[..., :1] ** 2)).astype(np.float32)
+    fisher = exact_fisher(np.einsum("btm,btn->bmn", g, x))
+    factors, cosines = {"input": None, "output": None}, []
+    for _ in range(4):
+        found = increments(jnp.asarray(x), jnp.asarray(g), factors["input"], factors["output"], per_token=False)
+        factors = {name: value / jnp.trace(value) for name, value in found.items()}
+        cosines.append(alignment(fisher, np.asarray(factors["output"]), np.asarray(factors["input"])))
+    rearranged = fisher.reshape(m, n, m, n).transpose(0, 2, 1, 3).reshape(m * m, n * n)
+    best = np.linalg.svd(rearranged, compute_uv=False)[0] / np.linalg.norm(fisher)
+    identity = alignment(fisher, np.eye(m), np.eye(n))
+    assert identity < cosines[0] < cosines[1] < cosines[2] <= best + 1e-6
+    assert cosines[-1] == pytest.approx(best, abs=2e-3)
+    per_token = increments(jnp.asarray(x), jnp.asarray(g), per_token=True)
+    assert 0 < alignment(fisher, np.asarray(per_token["output"]), np.asarray(per_token["input"])) < 1
+
+
+def test_exact_fisher_is_the_quadratic_form():
+    rng = np.random.default_rng(1)
+    e = rng.standard_normal((3, 4))
+    h_out, h_in = (np.cov(rng.standard_normal((k, 9))) for k in (3, 4))
+    kron = np.kron(h_out, h_in)
+    assert e.ravel() @ kron @ e.ravel() == pytest.approx(np.trace(h_out @ e @ h_in @ e.T))
+    assert alignment(kron, h_out, h_in) == pytest.approx(1)
+    with pytest.raises(InputError, match="at most 4096 weights"):
+        exact_fisher(np.zeros((1, 65, 64)))
+
+
+class Killed(Exception):
+    pass
+
+
+def collect(store, model, tokens, sketch, key="k", budget=1e9, die_after=None, checkpoint=1e-9):
+    def progress(done, total):
+        assert 0 < done <= total
+        if die_after is not None and done >= die_after:
+            raise Killed
+
+    moments = None
+    if sketch.estimator == "sketch_a":
+        moments = store.collect("moments", model.config, model.params, tokens, batch=2)
+    return collect_into(
+        store,
+        key,
+        model.config,
+        model.params,
+        tokens,
+        sketch,
+        batch=2,
+        budget=budget,
+        checkpoint=checkpoint,
+        moments=moments,
+        progress=progress,
+    )
+
+
+def files(store, key="k"):
+    return {file.name: file.read_bytes() for file in sorted((store.path / key).glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("sketch", [Sketch(), Sketch(rounds=2), Sketch("sketch_a", rounds=3)], ids=lambda s: s.text())
+def test_a_killed_collection_ends_in_the_same_bytes(model, tokens, tmp_path, sketch):
+    whole, killed = HessianStore(tmp_path / "a"), HessianStore(tmp_path / "b")
+    load = collect(whole, model, tokens, sketch)
+    found = hessian.collect(model, tokens, sketch.estimator, batch=2, rounds=sketch.rounds)
+    for name in LINEARS:
+        np.testing.assert_array_equal(load(1)[name].output, found[f"layers.1.{name}"].output)
+        np.testing.assert_array_equal(load(1)[name].input, found[f"layers.1.{name}"].input)
+    for die_after in range(4, 2 * len(tokens), 4):
+        try:
+            collect(killed, model, tokens, sketch, die_after=die_after)
+            break
+        except Killed:
+            continue
+    else:
+        collect(killed, model, tokens, sketch)
+    assert files(killed) == files(whole) and len(files(whole)) == 2
+    assert sorted(p.name for p in (killed.path / "k").iterdir()) == ["block_0000.safetensors", "block_0001.safetensors"]
+
+
+def test_a_small_budget_repeats_the_pass_for_fewer_blocks(model, tokens, tmp_path):
+    assert ranges(model.params["blocks"], 1) == [range(1, 2), range(1)]
+    assert ranges(model.params["blocks"], 2 * block_bytes(model.params["blocks"][0])) == [range(2)]
+    large, small = HessianStore(tmp_path / "a"), HessianStore(tmp_path / "b")
+    collect(large, model, tokens, Sketch())
+    collect(small, model, tokens, Sketch(), budget=1)
+    assert files(small) == files(large)
+
+
+def test_a_damaged_checkpoint_is_not_used(model, tokens, tmp_path):
+    whole, killed = HessianStore(tmp_path / "a"), HessianStore(tmp_path / "b")
+    collect(whole, model, tokens, Sketch())
+    with pytest.raises(Killed):
+        collect(killed, model, tokens, Sketch(), die_after=6)
+    (damaged,) = killed.path.glob("k/partial/*/block_0001.safetensors")
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    collect(killed, model, tokens, Sketch())
+    assert files(killed) == files(whole)
+
+
+def test_factors_are_stored_as_triangles(model, tokens, tmp_path):
+    store = HessianStore(tmp_path)
+    collect(store, model, tokens, Sketch())
+    shapes = [leaf(model.params, name)["weight"].shape for name in NAMES]
+    triangles = sum(4 * (m * (m + 1) // 2 + n * (n + 1) // 2) for m, n in shapes)
+    assert sum(len(content) for content in files(store).values()) < 1.2 * triangles
+
+
+def test_labels_do_not_depend_on_the_batch(model, tokens):
+    one, many = (hessian.collect(model, tokens, "sketch_b", batch=batch) for batch in (1, 5))
+    for name in NAMES:
+        np.testing.assert_allclose(one[name].output, many[name].output, atol=1e-5)
+    other = hessian.collect(model, tokens, "sketch_b", batch=5, seed=1)
+    assert not np.allclose(one[NAMES[0]].output, other[NAMES[0]].output, atol=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_is_named(model, tokens):
+    table = model.params["embed"]  # also the head, which stays as it is
+    params = {**model.params, "embed": table.at[7].set(jnp.nan), "head": table}
+    clean = np.where(tokens == 7, 8, tokens).astype(np.int32)
+    clean[4, 5] = 7
+    broken = models.Model(model.config, params, model.tokenizer, "random", "random", {"sha256": "none"})
+    with pytest.raises(NumericsError, match=r"layers\.\d\.\S+: the gradient of calibration sequence 4 is not finite"):
+        hessian.collect(broken, clean, "sketch_b", batch=3)
+
+
+def test_errors_say_what_is_allowed(model, tokens):
+    with pytest.raises(InputError, match="hessian.rounds is 1; sketch_a needs at least 2"):
+        hessian.collect(model, tokens, "sketch_a", rounds=1)
+    with pytest.raises(InputError, match="hessian.labels is 'gold'; allowed are sampled, data"):
+        hessian.collect(model, tokens, "sketch_b", labels="gold")
+    with pytest.raises(InputError, match="rounds: options of the estimators sketch_a and sketch_b"):
+        hessian.collect(model, tokens, "input", rounds=3)
+    settings = {
+        "estimator": "sketch_b",
+        "stream": "original",
+        "rounds": 1,
+        "labels": "sampled",
+        "seed": 0,
+        "input": "sketch",
+        "budget_gb": 8,
+        "checkpoint_s": 600,
+    }
+    check_settings(settings)
+    for change, message in [
+        ({"estimator": "sketch_c"}, "there are: input, sketch_a, sketch_b"),
+        ({"input": "both"}, "hessian.input is 'both'; allowed are sketch and moment"),
+        ({"stream": "quantized"}, "use hessian.input=moment, or hessian.stream=original"),
+        ({"budget_gb": 0}, "hessian.budget_gb is 0; it is positive"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            check_settings(settings | change)
