@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments._entry import entry, plain
-from qjax.bench import codebook, matrix
+from qjax import codebooks
+from qjax.bench import codebook, matrix, two_sided
 from qjax.bench.timing import load_average, surroundings
 from qjax.report import Table, aligned
 from qjax.run.atomic import write_json
@@ -48,6 +49,20 @@ def _codebook(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
+def _two_sided(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    results = []
+    if settings["loss_size"] is not None:
+        print(f"losses of {settings['seeds']} problems", file=sys.stderr, flush=True)
+        book = codebooks.make("trellis", settings["bits"])
+        results.append(two_sided.loss_ratios(settings["loss_size"], book, settings["seeds"]))
+    for text in _as_list(settings["sizes"]) or []:
+        for name in _as_list(settings["names"]) or []:
+            print(f"measuring {name} {text}", file=sys.stderr, flush=True)
+            book = codebooks.make(name, settings["bits"])
+            results.append(two_sided.measure(matrix.parse_size(text), book, settings["repeats"]))
+    return results
+
+
 def _verdict(results: Sequence[Mapping[str, Any]]) -> list[str]:
     steps = {result["size"]: result["steps"] for result in results}
     if "4096x4096" not in steps:
@@ -64,6 +79,7 @@ def main(config: DictConfig) -> None:
     kinds: dict[str, tuple[Callable[..., Any], Any, Callable[..., list[str]], int]] = {
         "matrix": (_matrix, matrix.lines, _verdict, 2),
         "codebook": (_codebook, codebook.lines, lambda _: [], 1),
+        "two_sided": (_two_sided, two_sided.lines, lambda _: [], 2),
     }
     run, lines, verdict, words = kinds[settings["bench"]]
     results = run(settings)
