@@ -8,8 +8,8 @@ the warp holds eight values, four of each of two 16×8 operands B; value i of th
 `2 (l mod 4) + i mod 2 + 8 [i ≥ 2]` and column `l // 4` of its operand.
 
 The weight is `W[in, out] = diag(suh) · H · Q · H · diag(svh)`, H the block-diagonal orthonormal Sylvester-Hadamard
-matrix of 128 points. A scalar beside the trellis tells the code of the states: `mcg` or `mul1`, int32, the multiplier of
-that code; without either it is QTIP's 3INST.
+matrix of 128 points. A scalar beside the trellis tells the code of the states: `mcg` or `mul1`, int32, the multiplier
+of that code; without either it is QTIP's 3INST.
 
 Sources: the PTX manual, "Matrix Fragments for mma.m16n8k16" (element order); the documentation and tensor inventory of
 the exllamav3 project (names, types and markers of the tensors, order of the two diagonals and transforms).
