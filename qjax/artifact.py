@@ -54,7 +54,8 @@ def model_bytes(params: Any) -> int:
     for leaf in _dense_leaves(params).values():
         if isinstance(leaf, QuantizedMatrix):
             total += leaf.stored_bits // 8
-            tables[json.dumps(leaf.codebook.spec(), sort_keys=True)] = leaf.table_bits // 8
+            content = [_sha256(np.asarray(table)) for table in jax.tree.leaves(leaf.codebook)]
+            tables[json.dumps([leaf.codebook.spec(), content], sort_keys=True)] = leaf.table_bits // 8
         else:
             total += leaf.size * leaf.dtype.itemsize
     return total + sum(tables.values())
