@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -17,13 +16,12 @@ from qjax import artifact, data, evaluate, models
 from qjax.directory import RunDirectory
 from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
-from qjax.finetune import Settings, Step, Tuned, end_to_end
+from qjax.finetune import Settings, lora
 from qjax.hessian.collect import ESTIMATORS, layer_names
 from qjax.hessian.store import HessianStore, identity
 from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
 from qjax.preflight import Estimate, check, estimate
 from qjax.quantize import MatrixReport
-from qjax.quantized import QuantizedMatrix
 from qjax.recipe import Recipe
 from qjax.records import Records
 from qjax.run.fingerprint import device, versions
@@ -31,10 +29,10 @@ from qjax.run.lock import RunLock
 from qjax.run.monitor import CompileCounter, Stopwatch, device_peak_memory_bytes, peak_memory_bytes
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
+from qjax.tuning import FINETUNE, finetune_model, save_adapters, stored_bits, whole_model_bytes
 
-__all__ = ["FINETUNE", "Job", "compare", "finetune_model", "reference_states", "run"]
+__all__ = ["Job", "compare", "reference_states", "run"]
 
-FINETUNE = ("none", "e2e")
 _log = logging.getLogger("qjax")
 
 
@@ -45,7 +43,7 @@ class Job:
     Attributes:
       model: {"source", "dtype"}.  data: arguments of `qjax.data.load`.  hessian: {"estimator", "stream", "batch"}.
       evaluate: {"enabled", "batch"}.  memory: {"host_gb", "disk_gb"}.
-      finetune: {"name": "none"}, or "e2e" with the options of `qjax.finetune.Settings`.
+      finetune: {"name": "none"}, or "e2e" or "lora" with the options of `qjax.finetune.Settings`.
       cache: folder shared between runs for Hessians and reference states.
       tracker: makes the tracker, given the run directory.
     """
@@ -130,7 +128,16 @@ def run(job: Job) -> dict[str, Any] | None:
                         before = compare(model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"])
                     tuning = {"before": before}
                 with watch.stage("finetune"):
-                    tuned = finetune_model(job, model, quantized.params, tracker)
+                    tuned = finetune_model(
+                        model,
+                        quantized.params,
+                        options=job.finetune,
+                        text=job.data,
+                        seed=job.seed,
+                        cache=job.cache,
+                        out=job.out,
+                        tracker=tracker,
+                    )
                 quantized = dataclasses.replace(quantized, params=tuned.params)
                 tuning = {"finetune": {**tuning, **tuned.report}}
             results = {**_sizes(model, quantized), **_losses(quantized.reports), **tuning}
@@ -138,7 +145,8 @@ def run(job: Job) -> dict[str, Any] | None:
                 with watch.stage("evaluate"):
                     results |= compare(model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"])
             with watch.stage("save"):
-                artifact.save(directory.artifact, model, quantized.params, quantized.incoherence)
+                artifact.save(directory.artifact, model, lora.stripped(quantized.params), quantized.incoherence)
+                save_adapters(directory.path, quantized.params)
                 directory.write_layers(quantized.reports, peaks)
             results |= _circumstances(job, model, tokens, watch, compiles)
             results = _finite(results)
@@ -273,66 +281,15 @@ def _quantize(
     return quantized, peaks
 
 
-def finetune_model(job: Job, model: models.Model, params: Any, tracker: Tracker) -> Tuned:
-    """End-to-end tuning by the job's settings, with checkpoints in its directory."""
-    settings = Settings.of(job.finetune)
-    options = {**job.data, "calibration_sequences": settings.windows()}
-    text = data.load(tokenizer=model.tokenizer, vocab_size=model.config.vocab_size, seed=job.seed, **options)
-    with contextlib.ExitStack() as stack:
-        shown: list[Progress] = []
-
-        def on_teacher(done: int, total: int) -> None:
-            if done == 1:
-                shown.append(stack.enter_context(Progress("teacher", total)))
-            shown[-1].update(done)
-
-        def on_plan(steps: int) -> None:
-            stack.close()
-            shown.append(stack.enter_context(Progress(f"tune {job.out.name}", steps)))
-
-        def on_step(step: Step) -> None:
-            progress = shown[-1]
-            if progress.done == 0 and step.step > 1:  # resumed: the steps before do not count for the time left
-                stack.close()
-                shown.append(stack.enter_context(Progress(f"tune {job.out.name}", step.steps, done=step.step - 1)))
-            known = "" if step.validation is None else f", validation {step.validation:.4f}"
-            shown[-1].update(step.step, note=f"loss {step.loss:.4f}{known}")
-            tracker.log({"finetune/loss": step.loss, "finetune/validation": step.validation}, step=step.step)
-            _log.info("%s", step)
-
-        tuned = end_to_end(
-            model,
-            params,
-            text.calibration,
-            settings,
-            seed=job.seed,
-            identity=identity(model.fingerprint["sha256"]),
-            cache=job.cache / "teachers",
-            folder=job.out / "finetune",
-            on_plan=on_plan,
-            on_teacher=on_teacher,
-            on_step=on_step,
-        )
-    if tuned.report["stopped"] is not None:
-        print(f"fine-tuning stopped early at {tuned.report['stopped']}", flush=True)
-        _log.warning("fine-tuning stopped early at %s", tuned.report["stopped"])
-    return tuned
-
-
 def _sizes(model: models.Model, quantized: QuantizedModel) -> dict[str, Any]:
     weights = [math.prod(report.shape) for report in quantized.reports]
-    bits = _stored_bits(quantized.params)
+    bits = stored_bits(quantized.params)
     return {
         "bits_per_weight": bits / sum(weights),
         "quantized_weights": sum(weights),
-        "whole_model_bytes": artifact.model_bytes(quantized.params),
+        "whole_model_bytes": whole_model_bytes(quantized.params),
         "whole_model_bytes_reference": artifact.model_bytes(model.params),
     }
-
-
-def _stored_bits(params: Any) -> int:
-    leaves = jax.tree.leaves(params["blocks"], is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
-    return sum(leaf.stored_bits for leaf in leaves if isinstance(leaf, QuantizedMatrix))
 
 
 def _losses(reports: list[MatrixReport]) -> dict[str, Any]:

@@ -12,10 +12,12 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from qjax.data import TokenStream
 from qjax.errors import InputError
+from qjax.finetune import lora
 from qjax.finetune.checkpoint import Checkpoints
 from qjax.finetune.loop import Options, Result, Step, Task, tune
 from qjax.finetune.optimizer import Optimizer
@@ -52,6 +54,7 @@ class Settings:
     chunk: int = 512
     validate_every: int = 10
     checkpoint_every: int = 10
+    lora: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Settings:
@@ -71,6 +74,8 @@ class Settings:
                 raise InputError(f"finetune.{name} is {getattr(settings, name)}; it must be at least 1")
         if settings.topk is not None and settings.topk < 1:
             raise InputError(f"finetune.topk is {settings.topk}; at least 1, or null for all tokens")
+        if settings.lora is not None and (set(settings.lora) - {"rank", "alpha", "pattern"}):
+            raise InputError(f"finetune.lora has the options rank, alpha and pattern; found {dict(settings.lora)}")
         settings.options()
         unknown = set(settings.optimizer) - {field.name for field in dataclasses.fields(Optimizer)} | (
             {"steps"} & set(settings.optimizer)
@@ -147,6 +152,8 @@ def end_to_end(
     windows, held = tokens.tokens[: -settings.validation], tokens.tokens[-settings.validation :]
     steps = settings.tokens // (settings.batch * settings.accumulate * tokens.length)
     optimizer = Optimizer(steps=steps, **settings.optimizer)
+    if settings.lora is not None:
+        params = lora.adapted(params, wrapped_key(seed), **settings.lora)
     names = tunable(params)
     model = view(params, assign(settings.rules, names))
     found: dict[str, np.ndarray] = {}
@@ -188,7 +195,15 @@ def end_to_end(
     finally:
         if checkpoints is not None:
             checkpoints.close()
-    return Tuned(merged(params, model.layout, result.tuned), _report(result, task, len(names)))
+    tuned = merged(params, model.layout, result.tuned)
+    if settings.lora is not None:
+        tuned = lora.filled(tuned, model.layout, result.tuned)
+    return Tuned(tuned, _report(result, task, len(names)))
+
+
+def wrapped_key(seed: int) -> Any:
+    """`jax.random.key(seed)` without compiling a program."""
+    return jax.random.wrap_key_data(jax.device_put(np.array([0, seed], np.uint32)))
 
 
 def _report(result: Result, task: Task, names: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from qjax.models import transformer
 from qjax.models.config import ModelConfig
 from qjax.quantized import QuantizedMatrix
 
-__all__ = ["Gained", "Layout", "Segment", "Trainable", "gained", "hidden", "merged", "tunable", "view"]
+__all__ = ["Gained", "Layout", "Segment", "Trainable", "gained", "hidden", "layer_value", "merged", "tunable", "view"]
 
 _TUNABLE = re.compile(r"(norm|bias|_gain|scaling\.relative|_proj\.weight|\.lora_[ab]|^embed|^head|^table\.\d+)$")
 _TABLE = ".codebook.table"
@@ -273,8 +273,7 @@ def merged(params: Any, layout: Layout, tuned: Mapping[str, Any], dtype: Any = n
             result[name] = jax.device_put(host[name].astype(params[name].dtype))
     tables = {book: host[f"table.{i}"] for i, book in enumerate(_tables(params)) if f"table.{i}" in host}
     for index, block in enumerate(params["blocks"]):
-        segment = next(s for s in layout.segments if s.start <= index < s.stop)
-        own = functools.partial(_layer, host, segment, index)
+        own = functools.partial(_of_layer, host, layout, index)
 
         def change(name: str, matrix: Any, own: Any = own) -> Any:
             gains = {part: own(f"{name}.{part}") for part in ("output_gain", "input_gain")}
@@ -291,9 +290,16 @@ def merged(params: Any, layout: Layout, tuned: Mapping[str, Any], dtype: Any = n
     return result
 
 
-def _layer(host: Mapping[str, np.ndarray], segment: Segment, index: int, name: str) -> np.ndarray | None:
+def _of_layer(host: Mapping[str, np.ndarray], layout: Layout, index: int, name: str) -> np.ndarray | None:
+    segment = next(s for s in layout.segments if s.start <= index < s.stop)
     stacked = host.get(segment.key(name))
     return None if stacked is None else stacked[index - segment.start]
+
+
+def layer_value(host: Mapping[str, np.ndarray], layout: Layout, name: str) -> np.ndarray | None:
+    """The entry of one layer, `layers.3.mlp.up_proj.lora_a`, in the stacked arrays; None where it was not tuned."""
+    _, index, rest = name.split(".", 2)
+    return _of_layer(host, layout, int(index), rest)
 
 
 def _stored(value: np.ndarray, dtype: Any) -> Any:
