@@ -1,4 +1,4 @@
-"""Measure single steps: `python -m experiments.bench matrix`, `python -m experiments.bench codebook`."""
+"""Measure single steps: `python -m experiments.bench matrix`, or `codebook`, or `finetune`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments._entry import entry, plain
-from qjax.bench import codebook, matrix
+from qjax.bench import codebook, finetune, matrix
 from qjax.bench.timing import load_average, surroundings
 from qjax.report import Table, aligned
 from qjax.run.atomic import write_json
@@ -48,6 +48,15 @@ def _codebook(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
+def _finetune(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    options = {name: settings[name] for name in ("codebook", "bits", "batch", "length", "repeats", "rank")}
+    results = []
+    for source in _as_list(settings["models"]) or []:
+        print(f"measuring {source}", file=sys.stderr, flush=True)
+        results.append(finetune.measure(source, **options))
+    return results
+
+
 def _verdict(results: Sequence[Mapping[str, Any]]) -> list[str]:
     steps = {result["size"]: result["steps"] for result in results}
     if "4096x4096" not in steps:
@@ -64,6 +73,7 @@ def main(config: DictConfig) -> None:
     kinds: dict[str, tuple[Callable[..., Any], Any, Callable[..., list[str]], int]] = {
         "matrix": (_matrix, matrix.lines, _verdict, 2),
         "codebook": (_codebook, codebook.lines, lambda _: [], 1),
+        "finetune": (_finetune, finetune.lines, lambda _: [], 2),
     }
     run, lines, verdict, words = kinds[settings["bench"]]
     results = run(settings)
