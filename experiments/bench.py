@@ -49,11 +49,11 @@ def _codebook(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _finetune(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    options = {name: settings[name] for name in ("codebook", "bits", "batch", "length", "repeats", "rank")}
+    options = {name: settings[name] for name in ("bits", "batch", "length", "repeats", "rank")}
     results = []
     for source in _as_list(settings["models"]) or []:
         print(f"measuring {source}", file=sys.stderr, flush=True)
-        results.append(finetune.measure(source, **options))
+        results.append(finetune.measure(source, codebook=settings["book"], **options))
     return results
 
 

@@ -58,7 +58,7 @@ def test_a_bad_size_exits_with_two(tmp_path, monkeypatch, capsys):
 
 def test_finetune_compares_steps_with_the_dense_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    options = ["codebook=half_integer", "batch=1", "length=16", "repeats=1", "rank=2", "out=f.json"]
+    options = ["book=half_integer", "batch=1", "length=16", "repeats=1", "rank=2", "out=f.json"]
     invoke(monkeypatch, "finetune", *options)
     assert "dense_all" in capsys.readouterr().out
     (result,) = json.loads((tmp_path / "f.json").read_text())["results"]
