@@ -135,7 +135,7 @@ def summary(results: Mapping[str, Any]) -> str:
             f"(reference {results['perplexity_reference']:.2f}), "
             f"KL {results['kl_mean']:.4f} [{low:.4f}, {high:.4f}], top-1 agreement {results['top1_agreement']:.3f}"
         ]
-    if "finetune" in results:
+    if "parameters_tuned" in results.get("finetune", {}):
         lines += [tuning_line(results["finetune"])]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
     lines += [

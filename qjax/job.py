@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 from qjax import artifact, data, evaluate, models
+from qjax.blockwise import quantize_and_tune
 from qjax.directory import RunDirectory
 from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
-from qjax.finetune import Settings, lora
+from qjax.finetune import BlockReport, BlockSettings, Settings, lora
 from qjax.hessian.collect import ESTIMATORS, layer_names
 from qjax.hessian.store import HessianStore, identity
 from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
@@ -43,7 +44,8 @@ class Job:
     Attributes:
       model: {"source", "dtype"}.  data: arguments of `qjax.data.load`.  hessian: {"estimator", "stream", "batch"}.
       evaluate: {"enabled", "batch"}.  memory: {"host_gb", "disk_gb"}.
-      finetune: {"name": "none"}, or "e2e" or "lora" with the options of `qjax.finetune.Settings`.
+      finetune: {"name": "none"}, "block" with the options of `qjax.finetune.BlockSettings`, "e2e" or "lora" with those
+        of `qjax.finetune.Settings`.
       cache: folder shared between runs for Hessians and reference states.
       tracker: makes the tracker, given the run directory.
     """
@@ -75,7 +77,14 @@ class Job:
             raise InputError(f"hessian.correction is {self.hessian['correction']}; it is a share, 0 to 1")
         if self.finetune["name"] not in FINETUNE:
             raise InputError(f"finetune is {self.finetune['name']!r}; there is: {', '.join(FINETUNE)}")
-        if self.finetune["name"] != "none":
+        if self.finetune["name"] == "block":
+            BlockSettings.of(self.finetune)
+            if self.hessian["stream"] != "original":
+                raise InputError(
+                    f"finetune=block needs hessian=original (as recipe=quip_sharp and qtip have); found the stream "
+                    f"{self.hessian['stream']!r}"
+                )
+        elif self.finetune["name"] != "none":
             Settings.of(self.finetune)
         for group, key in (("hessian", "batch"), ("evaluate", "batch")):
             if getattr(self, group)[key] < 1:
@@ -120,9 +129,11 @@ def run(job: Job) -> dict[str, Any] | None:
                 teacher = None
                 if job.evaluate["enabled"]:
                     teacher = reference_states(model, tokens.evaluation, job.evaluate["batch"], job.cache)
-            quantized, peaks = _quantize(job, model, tokens, records, need.matrices, watch, tracker)
+            quantized, peaks, block_reports = _quantize(job, model, tokens, records, need.matrices, watch, tracker)
             tuning: dict[str, Any] = {}
-            if job.finetune["name"] != "none":
+            if job.finetune["name"] == "block":
+                tuning = {"finetune": {"blocks": block_reports}}
+            elif job.finetune["name"] != "none":
                 if teacher is not None:
                     with watch.stage("evaluate"):
                         before = compare(model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"])
@@ -239,7 +250,7 @@ def _quantize(
     matrices: int,
     watch: Stopwatch,
     tracker: Tracker,
-) -> tuple[QuantizedModel, dict[str, int]]:
+) -> tuple[QuantizedModel, dict[str, int], list[dict[str, Any]]]:
     calibration, batch = tokens.calibration, min(job.hessian["batch"], tokens.calibration.sequences)
     loader = None
     if job.hessian["stream"] == "original":
@@ -265,6 +276,29 @@ def _quantize(
                 )
                 _log.info("%s", report)
 
+        block_reports: list[dict[str, Any]] = []
+
+        def on_block(index: int, report: BlockReport) -> None:
+            entry = {"block": index, **dataclasses.asdict(report)}
+            block_reports.append(entry)
+            tracker.log({f"block/{key}": value for key, value in entry.items()}, step=progress.done)
+            _log.info("block %d: %s", index, report)
+
+        if job.finetune["name"] == "block" and loader is not None:
+            quantized = quantize_and_tune(
+                model.config,
+                model.params,
+                calibration.tokens,
+                job.recipe,
+                BlockSettings.of(job.finetune),
+                seed=job.seed,
+                hessians=loader,
+                records=records,
+                batch=batch,
+                on_layer=on_layer,
+                on_block=on_block,
+            )
+            return quantized, peaks, block_reports
         quantized = quantize_model(
             model.config,
             model.params,
@@ -278,7 +312,7 @@ def _quantize(
             batch=batch,
             on_layer=on_layer,
         )
-    return quantized, peaks
+    return quantized, peaks, block_reports
 
 
 def _sizes(model: models.Model, quantized: QuantizedModel) -> dict[str, Any]:

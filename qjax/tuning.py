@@ -20,7 +20,7 @@ from qjax.run.tracker import Tracker
 
 __all__ = ["FINETUNE", "finetune_model", "save_adapters", "stored_bits", "whole_model_bytes"]
 
-FINETUNE = ("none", "e2e", "lora")
+FINETUNE = ("none", "block", "e2e", "lora")
 _log = logging.getLogger("qjax")
 
 

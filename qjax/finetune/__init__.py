@@ -1,5 +1,6 @@
 """Tuning of everything in a quantised model that is not a code."""
 
+from qjax.finetune.blockwise import BlockReport, BlockSettings, tune_block
 from qjax.finetune.checkpoint import Checkpoints
 from qjax.finetune.e2e import Settings, Tuned, end_to_end
 from qjax.finetune.loop import Options, Result, Step, Task, tune
@@ -8,6 +9,8 @@ from qjax.finetune.parameters import Trainable, gained, merged, tunable, view
 from qjax.finetune.rules import RateRule, assign
 
 __all__ = [
+    "BlockReport",
+    "BlockSettings",
     "Checkpoints",
     "Optimizer",
     "Options",
@@ -24,5 +27,6 @@ __all__ = [
     "merged",
     "tunable",
     "tune",
+    "tune_block",
     "view",
 ]

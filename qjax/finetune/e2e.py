@@ -63,12 +63,7 @@ class Settings:
         known = {field.name for field in dataclasses.fields(cls)}
         if surplus := sorted(set(values) - known):
             raise InputError(f"finetune has no option {', '.join(surplus)}; its options are {', '.join(sorted(known))}")
-        rules = []
-        for rule in values.get("rules", ()):
-            if not isinstance(rule, Mapping) or set(rule) != {"pattern", "rate"}:
-                raise InputError(f"finetune.rules: {rule!r} is not a rule; give pattern and rate (null freezes)")
-            rules.append(RateRule(**rule))
-        settings = cls(**{**values, "rules": tuple(rules)})
+        settings = cls(**{**values, "rules": RateRule.several(values.get("rules", ()))})
         for name in ("tokens", "validation", "batch", "accumulate"):
             if getattr(settings, name) < 1:
                 raise InputError(f"finetune.{name} is {getattr(settings, name)}; it must be at least 1")

@@ -28,7 +28,19 @@ from qjax.models import transformer
 from qjax.models.config import ModelConfig
 from qjax.quantized import QuantizedMatrix
 
-__all__ = ["Gained", "Layout", "Segment", "Trainable", "gained", "hidden", "layer_value", "merged", "tunable", "view"]
+__all__ = [
+    "Gained",
+    "Layout",
+    "Segment",
+    "Trainable",
+    "dense_folded",
+    "gained",
+    "hidden",
+    "layer_value",
+    "merged",
+    "tunable",
+    "view",
+]
 
 _TUNABLE = re.compile(r"(norm|bias|_gain|scaling\.relative|_proj\.weight|\.lora_[ab]|^embed|^head|^table\.\d+)$")
 _TABLE = ".codebook.table"
@@ -184,6 +196,27 @@ def _folded(block: Any, rates: Mapping[str, float], prefix: str, tables: Mapping
         return Gained(base, matrix.output_gain, matrix.input_gain)
 
     return _replaced(block, fold)
+
+
+def dense_folded(block: Any) -> Any:
+    """One block ready to be tuned alone: every quantised matrix decoded once, between gains."""
+    return _folded(_with_gains(block), {}, "", {})
+
+
+def named_leaves(block: Any) -> tuple[Named, Any, list[str]]:
+    """Leaves of a block by name, its structure, and the names of those that can be tuned."""
+    leaves, structure = _leaves(block)
+    return leaves, structure, [name for name in leaves if _TUNABLE.search(name)]
+
+
+def stored_block(block: Any, host: Mapping[str, np.ndarray], dtype: Any = np.float16) -> Any:
+    """A block with tuned values; gains of quantised matrices in their storage type."""
+
+    def change(name: str, matrix: Any) -> Any:
+        gains = {part: host.get(f"{name}.{part}") for part in ("output_gain", "input_gain")}
+        return matrix.replace(**{part: _stored(value, dtype) for part, value in gains.items() if value is not None})
+
+    return _dense_leaves_replaced(_replaced(block, change), host.get)
 
 
 def view(params: Any, rates: Mapping[str, float]) -> Trainable:

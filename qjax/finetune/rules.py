@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from qjax.errors import InputError
 
@@ -27,6 +28,16 @@ class RateRule:
             ) from error
         if self.rate is not None and not self.rate > 0:
             raise InputError(f"finetune.rules: the rate of {self.pattern!r} is {self.rate}; above 0, or null to freeze")
+
+    @classmethod
+    def several(cls, settings: Iterable[Any]) -> tuple[RateRule, ...]:
+        """Rules from plain values, `{pattern: …, rate: …}` each. Raises InputError for anything else."""
+        rules = []
+        for rule in settings:
+            if not isinstance(rule, Mapping) or set(rule) != {"pattern", "rate"}:
+                raise InputError(f"finetune.rules: {rule!r} is not a rule; give pattern and rate (null freezes)")
+            rules.append(cls(**rule))
+        return tuple(rules)
 
 
 def assign(rules: Sequence[RateRule], names: Iterable[str]) -> dict[str, float]:
