@@ -1,4 +1,4 @@
-"""Measure single steps: `python -m experiments.bench matrix`, `python -m experiments.bench codebook`."""
+"""Measure single steps: `python -m experiments.bench matrix`, or `codebook`, or `finetune`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from experiments._entry import entry, plain
 from qjax import codebooks
-from qjax.bench import codebook, matrix, two_sided
+from qjax.bench import codebook, finetune, matrix, two_sided
 from qjax.bench.timing import load_average, surroundings
 from qjax.report import Table, aligned
 from qjax.run.atomic import write_json
@@ -63,6 +63,15 @@ def _two_sided(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
+def _finetune(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    options = {name: settings[name] for name in ("bits", "batch", "length", "repeats", "rank")}
+    results = []
+    for source in _as_list(settings["models"]) or []:
+        print(f"measuring {source}", file=sys.stderr, flush=True)
+        results.append(finetune.measure(source, codebook=settings["book"], **options))
+    return results
+
+
 def _verdict(results: Sequence[Mapping[str, Any]]) -> list[str]:
     steps = {result["size"]: result["steps"] for result in results}
     if "4096x4096" not in steps:
@@ -80,6 +89,7 @@ def main(config: DictConfig) -> None:
         "matrix": (_matrix, matrix.lines, _verdict, 2),
         "codebook": (_codebook, codebook.lines, lambda _: [], 1),
         "two_sided": (_two_sided, two_sided.lines, lambda _: [], 2),
+        "finetune": (_finetune, finetune.lines, lambda _: [], 2),
     }
     run, lines, verdict, words = kinds[settings["bench"]]
     results = run(settings)

@@ -12,7 +12,9 @@ from omegaconf import DictConfig
 from experiments._entry import cache_folder, compilation_cache, entry, plain
 from qjax import artifact, data, job, models
 from qjax.errors import InputError
+from qjax.finetune import lora
 from qjax.run.atomic import write_json
+from qjax.tuning import whole_model_bytes
 
 
 def run_settings(folder: pathlib.Path) -> dict[str, Any]:
@@ -29,6 +31,9 @@ def main(config: DictConfig) -> None:
     compilation_cache(cache)
     folder = pathlib.Path(settings["artifact"])
     quantized = artifact.load(folder)
+    params = quantized.params
+    if settings["adapters"] is not None:
+        params = lora.attached(params, lora.load(settings["adapters"], quantized.fingerprint["sha256"]))
     known = run_settings(folder)
     for group in ("model", "data", "seed"):
         if settings[group] is None and group not in known:
@@ -38,8 +43,8 @@ def main(config: DictConfig) -> None:
     options = {key: value for key, value in settings["data"].items() if value is not None}
     tokens = data.load(tokenizer=model.tokenizer, vocab_size=model.config.vocab_size, seed=settings["seed"], **options)
     teacher = job.reference_states(model, tokens.evaluation, settings["batch"], cache)
-    report = job.compare(model, quantized.params, teacher, tokens.evaluation, settings["batch"])
-    report["whole_model_bytes"] = artifact.model_bytes(quantized.params)
+    report = job.compare(model, params, teacher, tokens.evaluation, settings["batch"])
+    report["whole_model_bytes"] = whole_model_bytes(params)
     print(json.dumps(report, indent=2))
     if settings["out"] is not None:
         write_json(pathlib.Path(settings["out"]), report)

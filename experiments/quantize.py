@@ -78,7 +78,6 @@ def default_out(settings: Mapping[str, Any]) -> str:
 def job_of(config: DictConfig) -> job.Job:
     """A run's settings, checked, as the job they describe."""
     settings = plain(config)
-    only(settings["finetune"], "finetune", {"name": "none"})
     only(settings["allocate"], "allocate", {"name": "none"})
     only(settings["mesh"], "mesh", {"data": 1, "model": 1})
     out = pathlib.Path(settings["out"] or default_out(settings))
@@ -103,8 +102,20 @@ def job_of(config: DictConfig) -> job.Job:
         settings=settings,
         settings_yaml=OmegaConf.to_yaml(OmegaConf.create(settings)),
         tracker=make_tracker,
+        finetune=settings["finetune"],
         resume=settings["resume"],
         dry_run=settings["dry_run"],
+    )
+
+
+def tuning_line(report: Mapping[str, Any]) -> str:
+    """What tuning did, in a line."""
+    before = report.get("before")
+    known = "" if before is None else f"before: KL {before['kl_mean']:.4f}, perplexity {before['perplexity']:.2f}; "
+    return (
+        f"tuned {report['parameters_tuned']} parameters on {report['tokens']} tokens in {report['seconds']:.0f} s: "
+        f"{known}validation {report['validation_before']:.4f} -> {report['validation_after']:.4f} "
+        f"(step {report['best_step']} of {report['steps']})"
     )
 
 
@@ -124,6 +135,8 @@ def summary(results: Mapping[str, Any]) -> str:
             f"(reference {results['perplexity_reference']:.2f}), "
             f"KL {results['kl_mean']:.4f} [{low:.4f}, {high:.4f}], top-1 agreement {results['top1_agreement']:.3f}"
         ]
+    if "parameters_tuned" in results.get("finetune", {}):
+        lines += [tuning_line(results["finetune"])]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items())
     lines += [
         f"seconds: {seconds}; {results['compiled_programs']} compiled programs; "

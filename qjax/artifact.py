@@ -30,7 +30,7 @@ from qjax.quantized import QuantizedMatrix
 from qjax.run.atomic import write_json, write_text
 from qjax.serialize import from_arrays, to_arrays
 
-__all__ = ["FORMAT", "load", "model_bytes", "save"]
+__all__ = ["FORMAT", "incoherence_spec", "load", "model_bytes", "save"]
 
 FORMAT = "qjax-artifact-1"
 
@@ -54,7 +54,8 @@ def model_bytes(params: Any) -> int:
     for leaf in _dense_leaves(params).values():
         if isinstance(leaf, QuantizedMatrix):
             total += leaf.stored_bits // 8
-            tables[json.dumps(leaf.codebook.spec(), sort_keys=True)] = leaf.table_bits // 8
+            content = [_sha256(np.asarray(table)) for table in jax.tree.leaves(leaf.codebook)]
+            tables[json.dumps([leaf.codebook.spec(), content], sort_keys=True)] = leaf.table_bits // 8
         else:
             total += leaf.size * leaf.dtype.itemsize
     return total + sum(tables.values())
@@ -96,6 +97,12 @@ def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[
     if path.exists():
         shutil.rmtree(path)
     os.replace(scratch, path)
+
+
+def incoherence_spec(path: str | pathlib.Path) -> dict[str, Any]:
+    """The spec of the incoherence object that an artifact was saved with; {} for one without quantised matrices."""
+    manifest = json.loads((pathlib.Path(path) / "model.json").read_text())
+    return next((spec["incoherence"] for spec in manifest["matrices"].values()), {})
 
 
 def load(path: str | pathlib.Path) -> Model:

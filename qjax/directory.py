@@ -27,6 +27,7 @@ _OWNED = (
     "results.json",
     "artifact",
     "layers",
+    "finetune",
     "metrics.jsonl",
     "log.txt",
 )

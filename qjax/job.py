@@ -13,9 +13,11 @@ from typing import Any
 import jax
 
 from qjax import artifact, data, evaluate, models
+from qjax.blockwise import quantize_and_tune
 from qjax.directory import RunDirectory
 from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
+from qjax.finetune import BlockReport, BlockSettings, Settings, lora
 from qjax.hessian.collect import layer_names
 from qjax.hessian.provide import check_settings, provide
 from qjax.hessian.store import HessianStore, identity
@@ -29,6 +31,7 @@ from qjax.run.lock import RunLock
 from qjax.run.monitor import CompileCounter, Stopwatch, device_peak_memory_bytes, peak_memory_bytes
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
+from qjax.tuning import FINETUNE, finetune_model, save_adapters, stored_bits, whole_model_bytes
 
 __all__ = ["Job", "compare", "reference_states", "run"]
 
@@ -42,6 +45,8 @@ class Job:
     Attributes:
       model: {"source", "dtype"}.  data: arguments of `qjax.data.load`.  hessian: {"estimator", "stream", "batch"}.
       evaluate: {"enabled", "batch"}.  memory: {"host_gb", "disk_gb"}.
+      finetune: {"name": "none"}, "block" with the options of `qjax.finetune.BlockSettings`, "e2e" or "lora" with those
+        of `qjax.finetune.Settings`.
       cache: folder shared between runs for Hessians and reference states.
       tracker: makes the tracker, given the run directory.
     """
@@ -58,6 +63,7 @@ class Job:
     settings: Mapping[str, Any]
     settings_yaml: str
     tracker: Callable[[pathlib.Path], Tracker]
+    finetune: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
     resume: bool = True
     dry_run: bool = False
 
@@ -69,6 +75,17 @@ class Job:
             raise InputError(f"hessian.stream is {self.hessian['stream']!r}; allowed are {', '.join(STREAMS)}")
         if not 0 <= self.hessian["correction"] <= 1:
             raise InputError(f"hessian.correction is {self.hessian['correction']}; it is a share, 0 to 1")
+        if self.finetune["name"] not in FINETUNE:
+            raise InputError(f"finetune is {self.finetune['name']!r}; there is: {', '.join(FINETUNE)}")
+        if self.finetune["name"] == "block":
+            BlockSettings.of(self.finetune)
+            if self.hessian["stream"] != "original":
+                raise InputError(
+                    f"finetune=block needs hessian=original (as recipe=quip_sharp and qtip have); found the stream "
+                    f"{self.hessian['stream']!r}"
+                )
+        elif self.finetune["name"] != "none":
+            Settings.of(self.finetune)
         for group, key in (("hessian", "batch"), ("evaluate", "batch")):
             if getattr(self, group)[key] < 1:
                 raise InputError(
@@ -112,13 +129,35 @@ def run(job: Job) -> dict[str, Any] | None:
                 teacher = None
                 if job.evaluate["enabled"]:
                     teacher = reference_states(model, tokens.evaluation, job.evaluate["batch"], job.cache)
-            quantized, peaks = _quantize(job, model, tokens, records, need.matrices, watch, tracker)
-            results = {**_sizes(model, quantized), **_losses(quantized.reports)}
+            quantized, peaks, block_reports = _quantize(job, model, tokens, records, need.matrices, watch, tracker)
+            tuning: dict[str, Any] = {}
+            if job.finetune["name"] == "block":
+                tuning = {"finetune": {"blocks": block_reports}}
+            elif job.finetune["name"] != "none":
+                if teacher is not None:
+                    with watch.stage("evaluate"):
+                        before = compare(model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"])
+                    tuning = {"before": before}
+                with watch.stage("finetune"):
+                    tuned = finetune_model(
+                        model,
+                        quantized.params,
+                        options=job.finetune,
+                        text=job.data,
+                        seed=job.seed,
+                        cache=job.cache,
+                        out=job.out,
+                        tracker=tracker,
+                    )
+                quantized = dataclasses.replace(quantized, params=tuned.params)
+                tuning = {"finetune": {**tuning, **tuned.report}}
+            results = {**_sizes(model, quantized), **_losses(quantized.reports), **tuning}
             if teacher is not None:
                 with watch.stage("evaluate"):
                     results |= compare(model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"])
             with watch.stage("save"):
-                artifact.save(directory.artifact, model, quantized.params, quantized.incoherence)
+                artifact.save(directory.artifact, model, lora.stripped(quantized.params), quantized.incoherence)
+                save_adapters(directory.path, quantized.params)
                 directory.write_layers(quantized.reports, peaks)
             results |= _circumstances(job, model, tokens, watch, compiles)
             results = _finite(results)
@@ -211,7 +250,7 @@ def _quantize(
     matrices: int,
     watch: Stopwatch,
     tracker: Tracker,
-) -> tuple[QuantizedModel, dict[str, int]]:
+) -> tuple[QuantizedModel, dict[str, int], list[dict[str, Any]]]:
     calibration, batch = tokens.calibration, min(job.hessian["batch"], tokens.calibration.sequences)
     with watch.stage("hessians"):
         source = provide(HessianStore(job.cache / "hessians"), model, calibration, job.hessian)
@@ -227,6 +266,29 @@ def _quantize(
                 )
                 _log.info("%s", report)
 
+        block_reports: list[dict[str, Any]] = []
+
+        def on_block(index: int, report: BlockReport) -> None:
+            entry = {"block": index, **dataclasses.asdict(report)}
+            block_reports.append(entry)
+            tracker.log({f"block/{key}": value for key, value in entry.items()}, step=progress.done)
+            _log.info("block %d: %s", index, report)
+
+        if job.finetune["name"] == "block" and source.hessians is not None:
+            quantized = quantize_and_tune(
+                model.config,
+                model.params,
+                calibration.tokens,
+                job.recipe,
+                BlockSettings.of(job.finetune),
+                seed=job.seed,
+                hessians=source.hessians,
+                records=records,
+                batch=batch,
+                on_layer=on_layer,
+                on_block=on_block,
+            )
+            return quantized, peaks, block_reports
         quantized = quantize_model(
             model.config,
             model.params,
@@ -241,16 +303,16 @@ def _quantize(
             batch=batch,
             on_layer=on_layer,
         )
-    return quantized, peaks
+    return quantized, peaks, block_reports
 
 
 def _sizes(model: models.Model, quantized: QuantizedModel) -> dict[str, Any]:
     weights = [math.prod(report.shape) for report in quantized.reports]
-    bits = sum(report.bits_per_weight * count for report, count in zip(quantized.reports, weights, strict=True))
+    bits = stored_bits(quantized.params)
     return {
         "bits_per_weight": bits / sum(weights),
         "quantized_weights": sum(weights),
-        "whole_model_bytes": artifact.model_bytes(quantized.params),
+        "whole_model_bytes": whole_model_bytes(quantized.params),
         "whole_model_bytes_reference": artifact.model_bytes(model.params),
     }
 

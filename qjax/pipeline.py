@@ -20,7 +20,7 @@ from qjax.quantized import QuantizedMatrix
 from qjax.recipe import LayerPlan, Recipe
 from qjax.records import Records
 
-__all__ = ["STREAMS", "QuantizedModel", "quantize_model"]
+__all__ = ["STREAMS", "QuantizedModel", "quantize_layer", "quantize_model", "replace_linears", "root_key"]
 
 STREAMS = ("quantized", "original", "corrected")
 
@@ -68,8 +68,7 @@ def quantize_model(
             f"hessian.stream is {stream!r}; allowed are quantized, corrected, and original with stored Hessians"
         )
     plans = recipe.plan(layer_names(config))
-    # = jax.random.key(seed) without compiling a program
-    key = jax.random.wrap_key_data(jax.device_put(np.array([0, seed], np.uint32)))
+    key = root_key(seed)
     z = embedded(params["embed"], tokens, batch) if hessians is None else None  # inputs in the quantised stream
     x = z if stream == "corrected" else None  # inputs in the original model
     blocks, reports = [], []
@@ -98,7 +97,7 @@ def quantize_model(
         for linear in LINEARS:
             if linear in todo:
                 plan, name = todo[linear], f"layers.{index}.{linear}"
-                matrix, report = _one(parameters, block[linear], plan, linear, name, key, correction)
+                matrix, report = quantize_layer(parameters, block[linear], plan, linear, name, key, correction)
                 if records is not None:
                     records.save(matrix, report, plan.incoherence.spec())
                 done[linear] = matrix, report
@@ -112,9 +111,15 @@ def quantize_model(
     return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
 
 
-def _one(
+def root_key(seed: int) -> jax.Array:
+    """`jax.random.key(seed)` without compiling a program."""
+    return jax.random.wrap_key_data(jax.device_put(np.array([0, seed], np.uint32)))
+
+
+def quantize_layer(
     parameters: Any, hessian: Hessian, plan: LayerPlan, linear: str, name: str, key: jax.Array, correction: float
 ) -> tuple[QuantizedMatrix, MatrixReport]:
+    """One linear of a block by its plan."""
     group, leaf = linear.split(".")
     return quantize_matrix(
         parameters[group][leaf]["weight"],

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
@@ -16,6 +17,11 @@ from qjax.incoherence import Transform
 from qjax.linalg.rotations import Leaf
 
 __all__ = ["QuantizedMatrix"]
+
+
+def _gained(x: Array, gain: Array | np.ndarray | None) -> Array:
+    """x with its last axis multiplied by a gain, in the dtype of x."""
+    return x if gain is None else x * gain.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 @struct.dataclass
@@ -29,6 +35,8 @@ class QuantizedMatrix:
       codebook: decodes the stream; its tables, if any, are shared by the whole model.
       permutation: the column order in which the codes were made (`rotated[:, permutation]` was rounded),
         unsigned `[in]`, or None.
+      output_gain, input_gain: a `[out]` and b `[in]`, of a tuned matrix: `W ≈ diag(a) Uᵀ Q V diag(b)`; None means ones.
+        With a randomised Hadamard transform the products with its signs are the real-valued SU and SV of QuIP#.
     """
 
     packed: Leaf
@@ -36,6 +44,8 @@ class QuantizedMatrix:
     transform: Transform
     codebook: Codebook
     permutation: Leaf = None
+    output_gain: Leaf = None
+    input_gain: Leaf = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,14 +54,14 @@ class QuantizedMatrix:
 
     @property
     def bits_per_weight(self) -> float:
-        """`stored_bits` per weight: codes with their padding, scales, zeros, signs, permutation; no shared tables."""
+        """`stored_bits` per weight: codes and padding, scales, zeros, signs, permutation, gains; no shared tables."""
         out, inner = self.shape
         return self.stored_bits / (out * inner)
 
     @property
     def stored_bits(self) -> int:
         """All stored bits except the codebook's shared tables."""
-        parts = (self.packed, self.scaling, self.transform, self.permutation)
+        parts = (self.packed, self.scaling, self.transform, self.permutation, self.output_gain, self.input_gain)
         return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))
 
     @property
@@ -68,8 +78,10 @@ class QuantizedMatrix:
         return jnp.take(values, jnp.argsort(self.permutation), axis=1)
 
     def dequantize(self) -> Float[Array, "out in"]:
-        """The dense matrix `Uᵀ Q V` in the original basis, float32."""
-        return self.transform.weight_inverse(self.rotated())
+        """The dense matrix `diag(a) Uᵀ Q V diag(b)` in the original basis, float32."""
+        w = self.transform.weight_inverse(self.rotated())
+        w = w if self.output_gain is None else w * self.output_gain.astype(w.dtype).reshape(-1, 1)
+        return _gained(w, self.input_gain)
 
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """`x Wᵀ` in the dtype of x.
@@ -78,9 +90,9 @@ class QuantizedMatrix:
         """
         if math.prod(x.shape[:-1]) > max(self.shape):
             return jnp.einsum("...i,oi->...o", x, self.dequantize().astype(x.dtype))
-        rotated = self.transform.input(x)
+        rotated = self.transform.input(_gained(x, self.input_gain))
         y = jnp.einsum("...i,oi->...o", rotated, self.rotated().astype(rotated.dtype))
-        return self.transform.output(y).astype(x.dtype)
+        return _gained(self.transform.output(y), self.output_gain).astype(x.dtype)
 
     def spec(self) -> dict[str, Any]:
         """The static part as JSON values (for reports and artifacts)."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
+
+import numpy as np
 
 from qjax.errors import ArtifactError, RunError
 from qjax.quantize import MatrixReport
@@ -58,3 +61,20 @@ class Records:
         report = json.loads(metadata["report"])
         report["shape"], report["padded"] = tuple(report["shape"]), tuple(report["padded"])
         return from_arrays(arrays, json.loads(metadata["spec"]), str(file)), MatrixReport(**report)
+
+    def save_dense(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write durably what block `index` holds besides its matrices, last of all: it marks the block finished."""
+        write_safetensors(self.folder / f"block.{index}.safetensors", dict(arrays), {"run": self.run_digest})
+
+    def load_dense(self, index: int) -> dict[str, np.ndarray] | None:
+        """What `save_dense` wrote, or None when it is absent or damaged. Raises RunError for another run's."""
+        file = self.folder / f"block.{index}.safetensors"
+        if not file.exists():
+            return None
+        try:
+            arrays, metadata = read_safetensors(file)
+        except ArtifactError:
+            return None
+        if metadata.get("run") != self.run_digest:
+            raise RunError(f"{file}: belongs to a run with another model, data or configuration; choose another out=")
+        return arrays

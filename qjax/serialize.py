@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -15,13 +17,29 @@ from qjax.quantized import QuantizedMatrix
 __all__ = ["FORMAT_VERSION", "from_arrays", "to_arrays"]
 
 FORMAT_VERSION = 1
+# Of a matrix with gains or tuned tables, which a reader of version 1 would pass over in silence.
+TUNED_VERSION = 2
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {".".join(str(getattr(key, "name", key)) for key in path): leaf for path, leaf in leaves}
 
 
 def _named_leaves(matrix: QuantizedMatrix) -> dict[str, Any]:
-    """Leaves by path, without the codebook's: its tables are rebuilt from its description."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(matrix)
-    named = {".".join(str(getattr(key, "name", key)) for key in path): leaf for path, leaf in leaves}
-    return {name: leaf for name, leaf in named.items() if not name.startswith("codebook")}
+    """Leaves by path; of the codebook's tables those that tuning changed, the rest follow from its description."""
+    named = _by_path(matrix)
+    tables = [name for name in named if name.startswith("codebook.")]
+    if tables:
+        original = _by_path(codebooks.make(**matrix.codebook.spec()))
+        for name in tables:
+            if np.array_equal(np.asarray(named[name]), np.asarray(original[name.removeprefix("codebook.")])):
+                del named[name]
+    return named
+
+
+def _is_tuned(names: Iterable[str]) -> bool:
+    return any(name.startswith("codebook.") or name.endswith("_gain") for name in names)
 
 
 def to_arrays(
@@ -33,7 +51,7 @@ def to_arrays(
     """
     arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(matrix).items()}
     spec = {
-        "format": FORMAT_VERSION,
+        "format": TUNED_VERSION if _is_tuned(arrays) else FORMAT_VERSION,
         "shape": list(matrix.shape),
         "padded": list(matrix.transform.padded),
         "codebook": matrix.codebook.spec(),
@@ -49,9 +67,9 @@ def from_arrays(arrays: dict[str, Any], spec: dict[str, Any], where: str) -> Qua
 
     Raises ArtifactError for another format version, or leaves that are missing, surplus or of another dtype or shape.
     """
-    if spec.get("format") != FORMAT_VERSION:
+    if spec.get("format") not in (FORMAT_VERSION, TUNED_VERSION):
         raise ArtifactError(
-            f"{where}: format version {spec.get('format')!r}; this qjax reads version {FORMAT_VERSION}: "
+            f"{where}: format version {spec.get('format')!r}; this qjax reads {FORMAT_VERSION} and {TUNED_VERSION}: "
             "quantise again or use the matching release"
         )
     expected = spec["leaves"]
@@ -89,4 +107,15 @@ def from_arrays(arrays: dict[str, Any], spec: dict[str, Any], where: str) -> Qua
             f"{where}: was padded to {spec['padded']}, this qjax pads {spec['shape']} to {list(transform.padded)}; "
             "use the matching release"
         )
-    return QuantizedMatrix(arrays["packed"], scaling, transform, codebook, arrays.get("permutation"))
+    tables = {name.removeprefix("codebook."): arrays[name] for name in arrays if name.startswith("codebook.")}
+    if tables:
+        codebook = dataclasses.replace(cast(Any, codebook), **tables)
+    return QuantizedMatrix(
+        arrays["packed"],
+        scaling,
+        transform,
+        codebook,
+        arrays.get("permutation"),
+        arrays.get("output_gain"),
+        arrays.get("input_gain"),
+    )

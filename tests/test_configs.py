@@ -12,9 +12,8 @@ from qjax.codebooks.base import CODEBOOKS
 from qjax.incoherence import INCOHERENCE
 
 CONFIGS = pathlib.Path(entry_point.CONFIGS)
-GROUPS = (
-    "codebook data evaluate experiment debug hessian incoherence memory model recipe rounding scale tracker".split()
-)
+GROUPS = "codebook data evaluate experiment debug finetune hessian incoherence memory model recipe rounding scale"
+GROUPS = [*GROUPS.split(), "tracker"]
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
 # What an option cannot do without: values the user must give, and partners that fit.
 NEEDS = {
@@ -24,6 +23,7 @@ NEEDS = {
     ("scale", "minmax"): ["codebook=grid"],
     ("scale", "group"): ["codebook=grid"],
     ("codebook", "e81b"): ["bits=1"],
+    ("finetune", "block"): ["hessian=original"],
     ("codebook", "e8p_rvq"): ["bits=4"],
 }
 

@@ -22,6 +22,7 @@ from qjax.codebooks.base import CODEBOOKS
 from qjax.codebooks.gaussian import lloyd_max_levels, optimal_rms
 from qjax.codebooks.packing import pack_bits, unpack_bits
 from qjax.errors import InputError
+from qjax.linalg.rotations import Leaf
 
 __all__ = ["LevelCodebook", "ScalarCodebook", "UniformCodebook", "grid", "half_integer", "lloyd_max", "quip_grid"]
 
@@ -82,7 +83,7 @@ class UniformCodebook(ScalarCodebook):
 class LevelCodebook(ScalarCodebook):
     """An arbitrary ascending table of `2^bits` levels (a leaf)."""
 
-    levels: Array | np.ndarray = struct.field(default_factory=lambda: np.zeros(2, np.float32))
+    levels: Leaf = struct.field(default_factory=lambda: np.zeros(2, np.float32))
 
     def quantize(self, x: Float[Array, "m n"]) -> UInt8[Array, "m n"]:
         """The nearest level's index: the number of cell edges at or below x."""

@@ -248,7 +248,8 @@ def collect_sketch(
 
     Sketch A makes two half-steps unless `rounds` says otherwise.
     """
-    sketch = Sketch(estimator, **({"rounds": 2} if estimator == "sketch_a" else {}) | options)
+    options.setdefault("rounds", 2 if estimator == "sketch_a" else 1)
+    sketch = Sketch(estimator, **options)
     count = len(params["blocks"])
     factors: dict[int, dict[str, dict[str, np.ndarray]]] | None = None
     if estimator == "sketch_a":  # its first half-step, H_in = E[x xᵀ], needs no gradients

@@ -54,3 +54,14 @@ def test_a_bad_size_exits_with_two(tmp_path, monkeypatch, capsys):
         capsys.readouterr().err
         == "error: sizes: '8by8' is not a size; write rows x columns of the weight, such as 576x1536\n"
     )
+
+
+def test_finetune_compares_steps_with_the_dense_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["book=half_integer", "batch=1", "length=16", "repeats=1", "rank=2", "out=f.json"]
+    invoke(monkeypatch, "finetune", *options)
+    assert "dense_all" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "f.json").read_text())["results"]
+    assert list(result["steps"]) == ["dense", "dense_all", "e2e", "lora"]
+    held = {name: step["argument_bytes"] for name, step in result["steps"].items()}
+    assert held["lora"] < held["dense"] < held["dense_all"]

@@ -1,0 +1,100 @@
+"""Tune the model of a finished run: `python -m experiments.finetune artifact=runs/a/artifact out=runs/b`."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from typing import Any
+
+from omegaconf import DictConfig
+
+from experiments._entry import cache_folder, compilation_cache, entry, plain
+from experiments.evaluate import run_settings
+from experiments.quantize import tuning_line
+from qjax import artifact, data, job, models
+from qjax.errors import InputError, RunError
+from qjax.finetune import lora
+from qjax.run.atomic import read_json, write_json
+from qjax.run.fingerprint import device, versions
+from qjax.run.lock import RunLock
+from qjax.run.monitor import peak_memory_bytes
+from qjax.run.tracker import make
+from qjax.tuning import finetune_model, save_adapters, stored_bits, whole_model_bytes
+
+
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the run's own model, data and seed where none are given."""
+    folder = pathlib.Path(settings["artifact"])
+    known = run_settings(folder)
+    for group in ("model", "data", "seed"):
+        if settings[group] is None and group not in known:
+            raise InputError(f"{folder} has no config.yaml beside it; say {group}=")
+        settings[group] = known[group] if settings[group] is None else settings[group]
+    return settings
+
+
+def run(settings: dict[str, Any]) -> dict[str, Any]:
+    """Tune, evaluate before and after, store; returns the results.
+
+    Raises RunError for an `out` that holds the source.
+    """
+    settings = completed(settings)
+    source, out = pathlib.Path(settings["artifact"]).resolve(), pathlib.Path(settings["out"])
+    cache = cache_folder(settings["cache"])
+    if source.is_relative_to(out.resolve()):
+        raise RunError(f"out={out} holds the artifact that is tuned; choose another out=")
+    with RunLock(out):
+        if (out / "results.json").exists():
+            print(f"{out}: finished before; nothing to do", flush=True)
+            return read_json(out / "results.json")
+        quantized = artifact.load(source)
+        model = models.load(settings["model"]["source"], settings["model"].get("dtype", "float32"))
+        text = {key: value for key, value in settings["data"].items() if value is not None}
+        tokens = data.load(
+            tokenizer=model.tokenizer, vocab_size=model.config.vocab_size, seed=settings["seed"], **text
+        ).evaluation
+        teacher = job.reference_states(model, tokens, settings["batch"], cache)
+        before = job.compare(model, quantized.params, teacher, tokens, settings["batch"])
+        with contextlib.closing(make("jsonl", out, run_name=out.name, config=settings)) as tracker:
+            tuned = finetune_model(
+                model,
+                quantized.params,
+                options=settings["finetune"],
+                text=text,
+                seed=settings["seed"],
+                cache=cache,
+                out=out,
+                tracker=tracker,
+            )
+        after = job.compare(model, tuned.params, teacher, tokens, settings["batch"])
+        artifact.save(out / "artifact", model, lora.stripped(tuned.params), artifact.incoherence_spec(source))
+        save_adapters(out, tuned.params)
+        results = {
+            **after,
+            "finetune": {"before": before, **tuned.report},
+            "stored_bits": stored_bits(tuned.params),
+            "whole_model_bytes": whole_model_bytes(tuned.params),
+            "settings": settings,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "versions": versions(),
+            "device": device(),
+        }
+        write_json(out / "results.json", results)
+        return results
+
+
+@entry("finetune")
+def main(config: DictConfig) -> None:
+    """Run and print the numbers."""
+    settings = plain(config)
+    compilation_cache(cache_folder(settings["cache"]))
+    results = run(settings)
+    print(tuning_line(results["finetune"]))
+    print(
+        f"after: KL {results['kl_mean']:.4f}, perplexity {results['perplexity']:.2f}, "
+        f"agreement {results['top1_agreement']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""A whole model, block by block, each tuned while it is quantised, with a record of every finished block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax.finetune.blockwise import GROUPS, BlockReport, BlockSettings, tune_block
+from qjax.hessian.collect import embedded, layer_names
+from qjax.hessian.statistics import Hessian
+from qjax.hessian.store import forward_block
+from qjax.models.config import ModelConfig
+from qjax.models.transformer import LINEARS
+from qjax.pipeline import QuantizedModel, quantize_layer, replace_linears, root_key
+from qjax.quantize import MatrixReport
+from qjax.quantized import QuantizedMatrix
+from qjax.recipe import LayerPlan, Recipe
+from qjax.records import Records
+
+__all__ = ["quantize_and_tune"]
+
+
+def quantize_and_tune(
+    config: ModelConfig,
+    params: Any,
+    tokens: np.ndarray,
+    recipe: Recipe,
+    settings: BlockSettings,
+    *,
+    seed: int,
+    hessians: Callable[[int], Mapping[str, Hessian]],
+    records: Records | None = None,
+    batch: int = 8,
+    on_layer: Callable[[MatrixReport, bool], None] = lambda report, found: None,
+    on_block: Callable[[int, BlockReport], None] = lambda index, report: None,
+) -> QuantizedModel:
+    """As `pipeline.quantize_model` with the stream "original", and every block tuned after each group of its matrices.
+
+    Every block reads the original model's activations and aims at its outputs. A killed run repeats the block that it
+    was in. Raises InputError for a recipe or rules that do not fit, NumericsError as `quantize_matrix`.
+    """
+    plans = recipe.plan(layer_names(config))
+    key = root_key(seed)
+    x = embedded(params["embed"], tokens, batch)
+    blocks, reports = [], []
+    for index, parameters in enumerate(params["blocks"]):
+        y = forward_block(parameters, x, config, batch)
+        found = None if records is None else _found_block(parameters, index, plans, records)
+        fresh = found is None
+        if found is None:
+            hessian = hessians(index)
+
+            def quantize(weights: Any, linear: str, index: int = index, hessian: Any = hessian) -> Any:
+                name = f"layers.{index}.{linear}"
+                plan = plans[name]
+                return None if plan is None else quantize_layer(weights, hessian[linear], plan, linear, name, key, 0.0)
+
+            tell = functools.partial(on_block, index)
+            found = _one_block(parameters, x, y, config, settings, seed, quantize, tell)
+            if records is not None:
+                _record_block(*found, index, plans, records)
+        blocks.append(found[0])
+        for report in found[1]:
+            reports.append(report)
+            on_layer(report, not fresh)
+        x = y
+    return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
+
+
+def _one_block(
+    parameters: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    config: ModelConfig,
+    tuning: BlockSettings,
+    seed: int,
+    quantize: Callable[[Any, str], tuple[QuantizedMatrix, MatrixReport] | None],
+    tell: Callable[[BlockReport], None],
+) -> tuple[Any, list[MatrixReport]]:
+    """Quantise the groups of a block in order and tune what is left of it after each."""
+    reports: dict[str, MatrixReport] = {}
+    for group in GROUPS:
+        made = {linear: result for linear in group if (result := quantize(parameters, linear)) is not None}
+        if not made:
+            continue
+        reports |= {linear: report for linear, (_, report) in made.items()}
+        parameters = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in made.items()})
+        parameters, report = tune_block(parameters, x, y, config, tuning, seed=seed)
+        tell(report)
+    return parameters, [reports[linear] for linear in LINEARS if linear in reports]
+
+
+def _record_block(
+    parameters: Any,
+    reports: list[MatrixReport],
+    index: int,
+    plans: Mapping[str, LayerPlan | None],
+    records: Records,
+) -> None:
+    """The matrices with their gains, and then all else of the block, which marks it finished."""
+    for report in reports:
+        plan = plans[report.name]
+        assert plan is not None
+        group, leaf = report.name.split(".", 2)[2].split(".")
+        records.save(parameters[group][leaf]["weight"], report, plan.incoherence.spec())
+    leaves, _ = jax.tree_util.tree_flatten_with_path(parameters, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
+    dense = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if not isinstance(leaf, QuantizedMatrix)}
+    records.save_dense(index, {name: np.asarray(leaf) for name, leaf in dense.items()})
+
+
+def _found_block(
+    parameters: Any, index: int, plans: Mapping[str, LayerPlan | None], records: Records
+) -> tuple[Any, list[MatrixReport]] | None:
+    """A finished block from its records, or None when some of it is missing."""
+    dense = records.load_dense(index)
+    names = {linear: f"layers.{index}.{linear}" for linear in LINEARS if plans[f"layers.{index}.{linear}"] is not None}
+    found = {linear: records.load(name) for linear, name in names.items()}
+    whole = {linear: record for linear, record in found.items() if record is not None}
+    if dense is None or len(whole) < len(found):
+        return None
+    parameters = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in whole.items()})
+
+    def stored(path: Any, leaf: Any) -> Any:
+        return leaf if isinstance(leaf, QuantizedMatrix) else jax.device_put(dense[jax.tree_util.keystr(path)])
+
+    is_matrix = lambda leaf: isinstance(leaf, QuantizedMatrix)  # noqa: E731
+    parameters = jax.tree_util.tree_map_with_path(stored, parameters, is_leaf=is_matrix)
+    return parameters, [report for _, report in whole.values()]

@@ -1,0 +1,206 @@
+"""Low-rank adapters over frozen codes: `y = Ŵ x + (α/r) B A x`, with Ŵ decoded wherever it is used.
+
+The backward pass decodes again instead of keeping dense weights, so at most one matrix is dense at a time, for every
+codebook: nothing but `QuantizedMatrix.dequantize` is asked of it. Source: ModuLoRA (2309.16119).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+
+from qjax.errors import ArtifactError, InputError
+from qjax.finetune.parameters import Layout, layer_value
+from qjax.linalg.rotations import Leaf
+from qjax.models.transformer import LINEARS
+from qjax.prng import named_key
+from qjax.quantized import QuantizedMatrix
+from qjax.run.atomic import read_safetensors, write_safetensors
+
+__all__ = ["LowRank", "adapted", "adapters", "attached", "filled", "load", "merge", "save", "stripped", "unmerge"]
+
+_FORMAT = "qjax-adapters-1"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(scale: float, base: QuantizedMatrix, a: Array, b: Array, x: Array) -> Array:
+    low = jnp.einsum("ti,ri->tr", x, a.astype(x.dtype))
+    return base.matmul(x) + scale * jnp.einsum("tr,or->to", low, b.astype(x.dtype))
+
+
+def _fwd(scale: float, base: QuantizedMatrix, a: Array, b: Array, x: Array) -> tuple[Array, Any]:
+    return _matmul(scale, base, a, b, x), (base, a, b, x)
+
+
+def _bwd(scale: float, saved: Any, g: Array) -> tuple[None, Array, Array, Array]:
+    """`∂x = Ŵᵀ g + s Aᵀ Bᵀ g`, `∂A = s (Bᵀ g) xᵀ`, `∂B = s g (A x)ᵀ`; the codes get no gradient."""
+    base, a, b, x = saved
+    # Without the barrier the compiler would see that the forward pass decodes the same matrix, and keep it till here.
+    packed, g = jax.lax.optimization_barrier((base.packed, g))
+    dense = base.replace(packed=packed).dequantize().astype(g.dtype)
+    back = scale * jnp.einsum("to,or->tr", g, b.astype(g.dtype))
+    d_x = jnp.einsum("to,oi->ti", g, dense) + jnp.einsum("tr,ri->ti", back, a.astype(g.dtype))
+    d_a = jnp.einsum("tr,ti->ri", back, x).astype(a.dtype)
+    d_b = scale * jnp.einsum("to,tr->or", g, jnp.einsum("ti,ri->tr", x, a.astype(x.dtype)))
+    return None, d_a, d_b.astype(b.dtype), d_x.astype(x.dtype)
+
+
+_matmul.defvjp(_fwd, _bwd)
+
+
+@struct.dataclass
+class LowRank:
+    """`Ŵ + scale · B A` with a frozen quantised Ŵ `[out, in]`, A `[r, in]` and B `[out, r]`."""
+
+    base: QuantizedMatrix
+    lora_a: Leaf
+    lora_b: Leaf
+    scale: float = struct.field(pytree_node=False)
+
+    def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """`x (Ŵ + scale B A)ᵀ` in the dtype of x."""
+        flat = x.reshape(-1, x.shape[-1])
+        y: Array = _matmul(self.scale, self.base, self.lora_a, self.lora_b, flat)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def _mapped(params: Any, change: Callable[[str, Any], Any]) -> Any:
+    """`params` with `change(layer name, weight)` in place of every linear's weight."""
+    blocks = []
+    for index, block in enumerate(params["blocks"]):
+        new = {key: dict(value) if isinstance(value, Mapping) else value for key, value in block.items()}
+        for linear in LINEARS:
+            group, leaf = linear.split(".")
+            weight = new[group][leaf]["weight"]
+            new[group][leaf] = {**new[group][leaf], "weight": change(f"layers.{index}.{linear}", weight)}
+        blocks.append(new)
+    return {**params, "blocks": blocks}
+
+
+def adapted(params: Any, key: Array, rank: int = 8, alpha: float = 16.0, pattern: str = ".") -> Any:
+    """`params` with adapters on the quantised layers whose name matches: A of deviation `in^-½`, B zero, scale α/r.
+
+    Raises InputError for a rank below 1, or a pattern that matches no quantised layer.
+    """
+    if rank < 1:
+        raise InputError(f"finetune.lora.rank is {rank}; it must be at least 1")
+    found = []
+
+    def change(name: str, weight: Any) -> Any:
+        if not isinstance(weight, QuantizedMatrix) or not re.search(pattern, name):
+            return weight
+        found.append(name)
+        out, inner = weight.shape
+        a = jax.random.normal(named_key(key, name), (rank, inner)) * inner**-0.5
+        return LowRank(weight, a, jnp.zeros((out, rank)), alpha / rank)
+
+    result = _mapped(params, change)
+    if not found:
+        raise InputError(
+            f"finetune.lora.pattern {pattern!r} matches no quantised layer; names look like layers.0.mlp.up_proj"
+        )
+    return result
+
+
+def filled(params: Any, layout: Layout, tuned: Mapping[str, Any]) -> Any:
+    """Adapted `params` with the tuned values of their adapters."""
+    host = {name: np.asarray(value) for name, value in tuned.items()}
+
+    def change(name: str, weight: Any) -> Any:
+        if not isinstance(weight, LowRank):
+            return weight
+        values = {part: layer_value(host, layout, f"{name}.{part}") for part in ("lora_a", "lora_b")}
+        whole: Any = weight
+        return whole.replace(**{part: jax.device_put(value) for part, value in values.items() if value is not None})
+
+    return _mapped(params, change)
+
+
+def stripped(params: Any) -> Any:
+    """The quantised model without its adapters."""
+    return _mapped(params, lambda name, weight: weight.base if isinstance(weight, LowRank) else weight)
+
+
+def adapters(params: Any) -> dict[str, LowRank]:
+    """The adapted layers by name."""
+    found: dict[str, LowRank] = {}
+
+    def look(name: str, weight: Any) -> Any:
+        if isinstance(weight, LowRank):
+            found[name] = weight
+        return weight
+
+    _mapped(params, look)
+    return found
+
+
+def attached(params: Any, parts: Mapping[str, tuple[Any, Any, float]]) -> Any:
+    """Quantised `params` with adapters (A, B, scale) by layer name, as `load` gives them.
+
+    Raises InputError for a layer that is missing, not quantised or of another shape.
+    """
+    rest = dict(parts)
+
+    def change(name: str, weight: Any) -> Any:
+        if name not in rest:
+            return weight
+        a, b, scale = rest.pop(name)
+        if not isinstance(weight, QuantizedMatrix) or (b.shape[0], a.shape[1]) != weight.shape:
+            raise InputError(
+                f"{name}: an adapter of a {b.shape[0]}×{a.shape[1]} matrix does not fit "
+                f"{getattr(weight, 'shape', '?')}; use the adapters of this model"
+            )
+        return LowRank(weight, jax.device_put(a), jax.device_put(b), scale)
+
+    result = _mapped(params, change)
+    if rest:
+        raise InputError(f"adapters of layers that the model does not have: {', '.join(list(rest)[:4])}")
+    return result
+
+
+@jax.jit
+def merge(matrix: LowRank) -> Float[Array, "out in"]:
+    """The dense `Ŵ + scale B A`, float32: what an adapted layer computes, without codes."""
+    return matrix.base.dequantize() + matrix.scale * jnp.matmul(matrix.lora_b, matrix.lora_a, precision="highest")
+
+
+@jax.jit
+def unmerge(dense: Float[Array, "out in"], matrix: LowRank) -> Float[Array, "out in"]:
+    """`dense − scale B A`: the dense Ŵ again, up to rounding."""
+    return dense - matrix.scale * jnp.matmul(matrix.lora_b, matrix.lora_a, precision="highest")
+
+
+def save(path: str | pathlib.Path, params: Any, artifact_sha256: str) -> None:
+    """Write the adapters alone, with the identity of the model they belong to."""
+    found = adapters(params)
+    arrays = {
+        f"{name}.{part}": np.asarray(getattr(m, part)) for name, m in found.items() for part in ("lora_a", "lora_b")
+    }
+    scales = json.dumps({name: matrix.scale for name, matrix in found.items()}, sort_keys=True)
+    write_safetensors(path, arrays, {"format": _FORMAT, "scales": scales, "artifact": artifact_sha256})
+
+
+def load(
+    path: str | pathlib.Path, artifact_sha256: str | None = None
+) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
+    """(A, B, scale) by layer name. Raises ArtifactError for a damaged file, or one of another model."""
+    arrays, metadata = read_safetensors(path)
+    if metadata.get("format") != _FORMAT:
+        raise ArtifactError(f"{path}: format {metadata.get('format')!r}; this qjax reads adapters of {_FORMAT}")
+    if artifact_sha256 is not None and metadata["artifact"] != artifact_sha256:
+        raise ArtifactError(
+            f"{path}: adapters of the artifact {metadata['artifact'][:12]}, this one is {artifact_sha256[:12]}; "
+            "use the artifact they were tuned on"
+        )
+    scales = json.loads(metadata["scales"])
+    return {name: (arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"], scale) for name, scale in scales.items()}

@@ -1,0 +1,107 @@
+"""Fine-tuning inside a run: text, progress, tracker and files around `qjax.finetune`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from qjax import artifact, data
+from qjax.finetune import Settings, Step, Tuned, end_to_end, lora
+from qjax.hessian.store import identity
+from qjax.models import Model
+from qjax.quantized import QuantizedMatrix
+from qjax.run.progress import Progress
+from qjax.run.tracker import Tracker
+
+__all__ = ["FINETUNE", "finetune_model", "save_adapters", "stored_bits", "whole_model_bytes"]
+
+FINETUNE = ("none", "block", "e2e", "lora")
+_log = logging.getLogger("qjax")
+
+
+def finetune_model(
+    model: Model,
+    params: Any,
+    *,
+    options: Mapping[str, Any],
+    text: Mapping[str, Any],
+    seed: int,
+    cache: pathlib.Path,
+    out: pathlib.Path,
+    tracker: Tracker,
+) -> Tuned:
+    """Tune the quantised `params` of the reference `model`.
+
+    Args:
+      options: of the `finetune` group.  text: of `qjax.data.load`; its calibration side is tuned on.
+      cache: its folder `teachers` keeps the reference's states.  out: its folder `finetune` keeps checkpoints.
+    """
+    settings = Settings.of(options)
+    tokens = data.load(
+        tokenizer=model.tokenizer,
+        vocab_size=model.config.vocab_size,
+        seed=seed,
+        **{**text, "calibration_sequences": settings.windows()},
+    )
+    with contextlib.ExitStack() as stack:
+        shown: list[Progress] = []
+
+        def on_teacher(done: int, total: int) -> None:
+            if done == 1:
+                shown.append(stack.enter_context(Progress("teacher", total)))
+            shown[-1].update(done)
+
+        def on_plan(steps: int) -> None:
+            stack.close()
+            shown.append(stack.enter_context(Progress(f"tune {out.name}", steps)))
+
+        def on_step(step: Step) -> None:
+            progress = shown[-1]
+            if progress.done == 0 and step.step > 1:  # resumed: the steps before do not count for the time left
+                stack.close()
+                shown.append(stack.enter_context(Progress(f"tune {out.name}", step.steps, done=step.step - 1)))
+            known = "" if step.validation is None else f", validation {step.validation:.4f}"
+            shown[-1].update(step.step, note=f"loss {step.loss:.4f}{known}")
+            tracker.log({"finetune/loss": step.loss, "finetune/validation": step.validation}, step=step.step)
+            _log.info("%s", step)
+
+        tuned = end_to_end(
+            model,
+            params,
+            tokens.calibration,
+            settings,
+            seed=seed,
+            identity=identity(model.fingerprint["sha256"]),
+            cache=cache / "teachers",
+            folder=out / "finetune",
+            on_plan=on_plan,
+            on_teacher=on_teacher,
+            on_step=on_step,
+        )
+    if tuned.report["stopped"] is not None:
+        print(f"fine-tuning stopped early at {tuned.report['stopped']}", flush=True)
+        _log.warning("fine-tuning stopped early at %s", tuned.report["stopped"])
+    return tuned
+
+
+def save_adapters(folder: pathlib.Path, params: Any) -> None:
+    """`adapters.safetensors` beside `artifact/`, when the model has adapters."""
+    if lora.adapters(params):
+        lora.save(folder / "adapters.safetensors", params, artifact.load(folder / "artifact").fingerprint["sha256"])
+
+
+def stored_bits(params: Any) -> int:
+    """Bits of all quantised matrices, without shared tables."""
+    leaves = jax.tree.leaves(params["blocks"], is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
+    return sum(leaf.stored_bits for leaf in leaves if isinstance(leaf, QuantizedMatrix))
+
+
+def whole_model_bytes(params: Any) -> int:
+    """Bytes of all parameters as stored, adapters included."""
+    low = sum(leaf.nbytes for m in lora.adapters(params).values() for leaf in (m.lora_a, m.lora_b))
+    return artifact.model_bytes(lora.stripped(params)) + low
