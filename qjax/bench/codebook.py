@@ -58,7 +58,11 @@ def variants(name: str, bits: int) -> list[dict[str, Any]]:
     if bits > 4:
         return []
     codes = ("1mad", "3inst", "mul1", "hyb") if bits == 2 else ("1mad",)
-    return [{"L": L, "code": code} for L in (12, 16) for code in codes]
+    found: list[dict[str, Any]] = [{"L": L, "code": code} for L in (12, 16) for code in codes]
+    if bits == 2:
+        cheaper = {"code": "1mad", "search": "one_pass"}
+        found += [{"L": L, "overlap": overlap, **cheaper} for L in (12, 16) for overlap in (64, 32)]
+    return found
 
 
 def sized(codebook: Codebook, shape: tuple[int, int]) -> tuple[int, int]:
@@ -75,7 +79,8 @@ def search_rates(codebook: Trellis, weights: int, seconds: float, repeats: int) 
     The limit's step is `cost' = min_d cost + (value − x)²` over the same arrays, without a choice that is kept.
     """
     batch, steps = codebook.batch, codebook.steps
-    read = steps if codebook.overlap is None else min(2 * codebook.overlap, steps)
+    sides = 1 if codebook.search == "one_pass" else 2  # of the seam; without the rare tails that are searched again
+    read = steps if codebook.overlap is None else min(sides * codebook.overlap, steps)
     states = weights / WEIGHTS * (steps + read) * 2**codebook.L
     x = np.random.default_rng(1).standard_normal((steps, codebook.V, batch), np.float32)
     lut = np.asarray(codebook.values())
@@ -143,6 +148,7 @@ def lines(results: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tupl
     for result in results:
         temporary, spec, search = result["encode"]["temporary_bytes"], result["codebook"], result.get("search")
         name = f"{spec['name']} {spec['code']} L{spec['L']}" if "L" in spec else str(spec["name"])
+        name += f" {spec['search']} {spec['overlap']}" if spec.get("search", "two_pass") != "two_pass" else ""
         rows.append(
             (
                 name,

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Integer, UInt32
 from qjax.codebooks.base import CODEBOOKS
 from qjax.codebooks.trellis_codes import COMPUTED, RMS, TABLES, gaussian_table, hybrid_table, state_values
 from qjax.codebooks.vector import check_bits, check_rms
-from qjax.codebooks.viterbi import tail_biting
+from qjax.codebooks.viterbi import one_pass_tail_biting, tail_biting
 from qjax.errors import InputError, listed
 from qjax.linalg.rotations import Leaf
 
@@ -22,6 +22,7 @@ __all__ = ["Trellis", "trellis"]
 
 SIDE = 16
 WEIGHTS = SIDE * SIDE
+_SEARCHES = {"two_pass": tail_biting, "one_pass": one_pass_tail_biting}
 _GAIN = {1: 1.05, 2: 1.0, 3: 0.95, 4: 0.9}
 """Input RMS over RMS of the code that gives a Gaussian the least error, by bits; 0.9 from 4 bits on."""
 
@@ -39,6 +40,7 @@ class Trellis:
       Q: log₂ of the entries of HYB's table.  seed: of a table.
       overlap: steps on either side of the seam that the first pass of tail-biting reads; None is all of them.
       budget_mib: memory for the back-pointers of a batch of tiles.
+      search: "two_pass" (QTIP's algorithm 4) or "one_pass" (see `viterbi`).
       table: HYB's or the random code's values, None for a computed code.
     """
 
@@ -52,6 +54,7 @@ class Trellis:
     seed: int = struct.field(pytree_node=False)
     overlap: int | None = struct.field(pytree_node=False)
     budget_mib: int = struct.field(pytree_node=False)
+    search: str = struct.field(pytree_node=False)
     table: Leaf = None
 
     @property
@@ -85,7 +88,7 @@ class Trellis:
         return state_values(self.code, jnp.arange(2**self.L, dtype=jnp.uint32), self.table)
 
     def quantize(self, x: Float[Array, "m n"]) -> Integer[Array, "rows columns steps"]:
-        """Symbols `[m/16, n/16, 256/V]` of the path that two-pass Viterbi finds. Raises InputError for broken tiles."""
+        """Symbols `[m/16, n/16, 256/V]` of the path that `search` finds. Raises InputError for broken tiles."""
         if x.ndim != 2 or x.shape[0] % SIDE or x.shape[1] % SIDE:
             shape = "×".join(map(str, x.shape)) or "a scalar"
             raise InputError(
@@ -99,9 +102,10 @@ class Trellis:
         batch = -(-count // parts // 8) * 8  # equal parts, in whole vectors
         tiles = jnp.pad(tiles, ((0, -count % batch), (0, 0))).reshape(-1, batch, self.steps, self.V)
         lut = self.values().astype(x.dtype)
+        closed = _SEARCHES[self.search]
 
         def search(part: Array) -> Array:
-            states = tail_biting(part.transpose(1, 2, 0), lut, self.step_bits, self.overlap)
+            states = closed(part.transpose(1, 2, 0), lut, self.step_bits, self.overlap)
             return (states >> (self.L - self.step_bits)).astype(self.code_dtype).T
 
         symbols = search(tiles[0])[None] if tiles.shape[0] == 1 else jax.lax.map(search, tiles)
@@ -165,7 +169,7 @@ class Trellis:
 
     def spec(self) -> dict[str, Any]:
         """Arguments of `make` that build this codebook again."""
-        fields = ("name", "bits", "rms", "L", "V", "code", "Q", "seed", "overlap", "budget_mib")
+        fields = ("name", "bits", "rms", "L", "V", "code", "Q", "seed", "overlap", "budget_mib", "search")
         return {name: getattr(self, name) for name in fields}
 
 
@@ -180,6 +184,7 @@ def trellis(
     seed: int = 0,
     overlap: int | None = 64,
     budget_mib: int = 64,
+    search: str = "two_pass",
 ) -> Trellis:
     """Trellis codes of 1 to 8 bits per weight.
 
@@ -194,6 +199,9 @@ def trellis(
       overlap: steps on either side of the seam that the first tail-biting pass reads; None reads all, as published, at
         4/3 of the time and the same error (64 steps are many times the memory of the trellis). Fewer is cheaper.
       budget_mib: memory for back-pointers.
+      search: "two_pass", as published, or "one_pass", which costs
+        256 + overlap steps instead of 256 + 2·overlap and needs half the overlap: at 2 bits, 1MAD, overlap 64 the time
+        falls by a fifth at L=12 and 16 and the error not at all (benchmarks/results/trellis-search-cpu.json).
 
     Raises InputError for other values.
     """
@@ -220,10 +228,13 @@ def trellis(
         )
     if budget_mib < 1:
         raise InputError(f"codebook 'trellis': budget_mib is {budget_mib}; it is at least 1")
+    if search not in _SEARCHES:
+        raise InputError(f"codebook 'trellis': search is {search!r}; allowed are {listed(_SEARCHES)}")
     table = None
     if code == "hyb":
         table = hybrid_table(Q, V, seed)
     elif code == "lut":
         table = gaussian_table(2**L, V, seed)
     default = round(_GAIN.get(K, 0.9) * RMS[code], 5)
-    return Trellis("trellis", K, check_rms("trellis", rms, default), L, V, code, Q, seed, overlap, budget_mib, table)
+    rms = check_rms("trellis", rms, default)
+    return Trellis("trellis", K, rms, L, V, code, Q, seed, overlap, budget_mib, search, table)

@@ -7,6 +7,12 @@ only the low `L − b` bits of the state matter, its *edge* e ∈ [0, P), P = 2^
 
 Costs are `[P, batch]`: the batch is the fastest axis, so every operation is one over contiguous lanes, and the minimum
 over d is a chain of compares that the compiler fuses with the distances.
+
+Searches with fewer survivors do not pay on a CPU: in the same time a smaller L has the lesser error. Measured at K=2,
+1MAD, free ends, on a loaded machine: one survivor for each value of the last 10 bits of the state at L=16 leaves 0.0772
+of a Gaussian's variance, Viterbi at L=10 leaves 0.0760 in a seventh of the time, because the value of a survivor's state
+is its own and not shared by the batch. Sorting the 1024 candidates of a beam of 256 (`jax.lax.top_k`) takes three times
+as long as an exact step at L=16. Costs as 16-bit integers took 1.4 to 2 times the time of float32.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-__all__ = ["exact_tail_biting", "forward", "tail_biting", "trace_back"]
+__all__ = ["exact_tail_biting", "forward", "one_pass_tail_biting", "tail_biting", "trace_back"]
 
 FAR = 1e30
 """The cost of an edge that is not allowed: finite, so that no difference of infinities is ever formed."""
@@ -87,13 +93,13 @@ def trace_back(back: Array, edge: Int[Array, " batch"], b: int) -> tuple[Int[Arr
     return jax.lax.scan(step, edge, jnp.arange(steps, dtype=jnp.int32), reverse=True)
 
 
-def _pinned(x: Array, lut: Array, b: int, edge: Array, edges: int) -> tuple[Array, Array]:
-    """(cost, states) of the best path that begins and ends in `edge`."""
-    there = jnp.arange(edges, dtype=jnp.int32)[:, None] == edge[None, :]
+def _pinned(x: Array, lut: Array, b: int, first: Array, last: Array) -> tuple[Array, Array]:
+    """(cost, states) of the best path from the edge `first` to the edge `last`."""
+    there = jnp.arange(lut.shape[0] >> b, dtype=jnp.int32)[:, None] == first[None, :]
     cost, back = forward(x, lut, b, jnp.where(there, 0.0, FAR).astype(x.dtype), True)
     assert back is not None
-    final = jnp.take_along_axis(cost, edge[None, :], axis=0, mode="clip")[0]
-    return final, trace_back(back, edge, b)[1]
+    final = jnp.take_along_axis(cost, last[None, :], axis=0, mode="clip")[0]
+    return final, trace_back(back, last, b)[1]
 
 
 def tail_biting(
@@ -111,7 +117,33 @@ def tail_biting(
     cost, back = forward(x[:reach] if overlap is not None else x[: steps - reach], lut, b, cost, True)
     assert back is not None
     seam, _ = trace_back(back, jnp.argmin(cost, axis=0).astype(jnp.int32), b)
-    return _pinned(x, lut, b, seam, edges)[1]
+    return _pinned(x, lut, b, seam, seam)[1]
+
+
+def one_pass_tail_biting(
+    x: Float[Array, "steps V batch"], lut: Float[Array, "states V"], b: int, overlap: int | None = None
+) -> Int[Array, "steps batch"]:
+    """As `tail_biting`, from one pass over the last `overlap` steps (None: all) and then the whole sequence.
+
+    At the end of the sequence nearly all survivors share the edge e they had at its beginning, so the survivor that
+    ends in e is a path that begins in it: the best one from e to e. Where one begins elsewhere, in e', the last
+    `overlap` steps are searched once more, with e' as their end.
+    """
+    steps, edges = x.shape[0], lut.shape[0] >> b
+    reach = steps if overlap is None else min(overlap, steps)
+    cost, _ = forward(x[steps - reach :], lut, b, jnp.zeros((edges, x.shape[2]), x.dtype), False)
+    cost, back = forward(x, lut, b, cost, True)
+    assert back is not None
+    seam, _ = trace_back(back, jnp.argmin(cost, axis=0).astype(jnp.int32), b)
+    first, states = trace_back(back, seam, b)
+    tail = min(steps, max(reach, -(-(edges.bit_length() - 1) // b)))  # as many steps as lead from any edge to any other
+
+    def mended(states: Array) -> Array:
+        # A lane that is closed already has its own tail found again: a part of a best path is a best path.
+        entry = states[steps - tail - 1] & (edges - 1) if tail < steps else first
+        return jnp.concatenate([states[: steps - tail], _pinned(x[steps - tail :], lut, b, entry, first)[1]])
+
+    return jax.lax.cond(jnp.all(first == seam), lambda states: states, mended, states)
 
 
 def exact_tail_biting(
@@ -121,7 +153,8 @@ def exact_tail_biting(
     edges, batch = lut.shape[0] >> b, x.shape[2]
 
     def attempt(best: tuple[Array, Array], edge: Array) -> tuple[tuple[Array, Array], None]:
-        cost, states = _pinned(x, lut, b, jnp.full(batch, edge, jnp.int32), edges)
+        seam = jnp.full(batch, edge, jnp.int32)
+        cost, states = _pinned(x, lut, b, seam, seam)
         better = cost < best[0]
         return (jnp.where(better, cost, best[0]), jnp.where(better[None, :], states, best[1])), None
 

@@ -48,6 +48,10 @@ def test_the_search_of_a_trellis_is_rated():
     states = 64 * 128 * 1.5 * 2**8  # 256 steps and 128 about the seam
     assert rates["states_per_second"] == pytest.approx(states / result["encode"]["seconds_median"])
     assert rates["ratio_to_min_plus"] == rates["states_per_second"] / rates["min_plus_states_per_second"]
+    cheaper = measure(make("trellis", 2, L=8, budget_mib=1, search="one_pass", overlap=32), (64, 128), repeats=1)
+    work = cheaper["search"]["states_per_second"] * cheaper["encode"]["seconds_median"]
+    assert work == pytest.approx(64 * 128 * (1 + 32 / 256) * 2**8)
+    assert lines([cheaper])[1][0][0] == "trellis 1mad L8 one_pass 32"
     assert measure(make("trellis", 2, L=16), (4096, 1024), repeats=1)["shape"] == [256, 256]
     assert len(lines([result])[0]) == len(lines([result])[1][0])
 

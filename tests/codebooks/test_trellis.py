@@ -9,7 +9,7 @@ import pytest
 
 from qjax import codebooks
 from qjax.codebooks import trellis_codes
-from qjax.codebooks.viterbi import exact_tail_biting, forward, tail_biting, trace_back
+from qjax.codebooks.viterbi import exact_tail_biting, forward, one_pass_tail_biting, tail_biting, trace_back
 from qjax.errors import InputError
 
 ALL = np.arange(2**16, dtype=np.uint64)
@@ -129,6 +129,52 @@ def test_two_passes_are_close_to_exact_tail_biting():
     assert hasty > 1.002 * exact  # the seam does need some context
 
 
+def is_closed_walk(states, L, b):
+    before = np.roll(np.asarray(states), 1, axis=0)
+    return np.all(np.asarray(states) >> b == before & (2 ** (L - b) - 1), axis=0)
+
+
+@pytest.mark.parametrize(("L", "b", "steps"), [(6, 1, 8), (6, 2, 4), (8, 2, 16), (5, 3, 3), (9, 1, 64)])
+@pytest.mark.parametrize("overlap", [None, 1, 6])
+def test_one_pass_is_a_closed_walk_and_no_better_than_the_best(L, b, steps, overlap):
+    """Sequences this short leave many survivors, so that most lanes are open and get their tails searched again."""
+    rng = np.random.default_rng(L)
+    lut = jnp.asarray(rng.standard_normal((2**L, 1)).astype(np.float32))
+    x = jnp.asarray(rng.standard_normal((steps, 1, 32)).astype(np.float32))
+    states = np.asarray(one_pass_tail_biting(x, lut, b, overlap))
+    assert is_closed_walk(states, L, b).all()
+    best = np.asarray(exact_tail_biting(x, lut, b))
+    found, least = (np.sum(np.square(np.asarray(lut)[s, 0] - np.asarray(x)[:, 0]), axis=0) for s in (states, best))
+    assert np.all(found >= least * (1 - 1e-5)) and np.any(found > least * (1 + 1e-5))
+
+
+def test_one_pass_is_close_to_exact_tail_biting():
+    rng = np.random.default_rng(0)
+    lut = jnp.asarray(rng.standard_normal((2**8, 1)).astype(np.float32))
+    x = jnp.asarray(rng.standard_normal((256, 1, 64)).astype(np.float32))
+
+    def cost(states):
+        assert is_closed_walk(states, 8, 2).all()
+        return float(jnp.mean(jnp.square(jnp.take(lut[:, 0], states) - x[:, 0])))
+
+    exact, two = cost(exact_tail_biting(x, lut, 2)), cost(tail_biting(x, lut, 2, 64))
+    short, hasty = cost(one_pass_tail_biting(x, lut, 2, 32)), cost(one_pass_tail_biting(x, lut, 2, 1))
+    assert exact <= short <= 1.002 * exact and short <= 1.001 * two
+    # The one pass reads all of the sequence after the seam, so that little context before it already does.
+    assert short <= hasty < cost(tail_biting(x, lut, 2, 1))
+
+
+def test_the_search_is_an_option_of_the_codebook():
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((32, 48)).astype(np.float32))
+    book = codebooks.make("trellis", 2, L=8, V=2, code="lut", search="one_pass", overlap=16)
+    codes = jax.jit(book.quantize)(x)
+    states = np.asarray(book.states(codes)).reshape(-1, book.steps).T
+    assert is_closed_walk(states, 8, 4).all()
+    assert book.spec()["search"] == "one_pass" and codebooks.make(**book.spec()).spec() == book.spec()
+    old = {name: value for name, value in book.spec().items() if name != "search"}
+    assert codebooks.make(**old).spec()["search"] == "two_pass"  # what was written before the option existed
+
+
 # MSE on unit Gaussians, tail-biting, T = 256, at 1 to 4 bits (algorithms.md 5.4, the upper end of what was reproduced,
 # and 5.5), with the input RMS over that of the code
 BEST = (1.05, 1.0, 0.95, 0.9)
@@ -219,6 +265,7 @@ def test_the_budget_changes_memory_and_not_the_codes():
         (2, {"code": "hyb", "Q": 10}, "2.6 to 2.9"),
         (2, {"overlap": 0}, "overlap is 0"),
         (2, {"budget_mib": 0}, "budget_mib is 0"),
+        (2, {"search": "beam"}, "search is 'beam'; allowed are.*one_pass"),
         (2, {"rms": -1.0}, "rms is -1.0"),
     ],
 )
