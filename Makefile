@@ -27,7 +27,7 @@ WORKERS := 2
 # Small and quick, yet through every layer of the mathematics: the second column of .ci/run.
 SHORT := linalg codebooks rounding models evaluate hessian run
 
-.PHONY: help demo test test-short lint typecheck format bench clean venv
+.PHONY: help demo test test-short test-tpu-aot lint typecheck format bench clean venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -58,6 +58,11 @@ test: lint typecheck ## lint, format check, type check and all tests
 
 test-short: $(STAMP) ## the tests of the mathematics only, without the slow ones
 	$(PYTEST) -n $(WORKERS) -m 'not slow' $(wildcard $(SHORT:%=tests/%)) $(ARGS)
+
+test-tpu-aot: $(STAMP) ## compile the TPU kernels for v5e and v6e with libtpu, without a TPU
+	@$(BIN)/python -c 'import libtpu' 2>/dev/null || { echo 'make: needs libtpu (a wheel of 0.7 GB):' \
+	  "$(BIN)/python -m pip install -e '.[tpu]' -c $(CONSTRAINTS)" >&2; exit 1; }
+	TPU_SKIP_MDS_QUERY=1 $(PYTEST) -n 0 -m tpu_aot tests/pallas_kernels $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

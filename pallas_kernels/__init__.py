@@ -1,1 +1,10 @@
-"""Kernels, one folder per operation, usable without qjax. None exists yet: qjax runs on XLA everywhere."""
+"""Kernels, one folder per operation, usable without qjax.
+
+Every operation has `reference.py` (XLA: the oracle and the fallback), `pallas_gpu.py` and, where it makes sense,
+`pallas_tpu.py`, `specs.py` (shapes for tests and benchmarks) and `api.py`, whose functions take
+`implementation=None | "xla" | "pallas_gpu" | "pallas_tpu"`. `QJAX_DISABLE_KERNELS=1` turns all kernels off.
+"""
+
+from pallas_kernels.dispatch import KernelError
+
+__all__ = ["KernelError"]

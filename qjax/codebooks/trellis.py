@@ -11,6 +11,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Integer, UInt32
 
+from pallas_kernels.viterbi import chosen
 from qjax.codebooks.base import CODEBOOKS
 from qjax.codebooks.trellis_codes import COMPUTED, RMS, TABLES, gaussian_table, hybrid_table, state_values
 from qjax.codebooks.vector import check_bits, check_rms
@@ -39,7 +40,7 @@ class Trellis:
       L: bits of a state.  V: weights per step.  code: what a state stands for (see `trellis_codes`).
       Q: log₂ of the entries of HYB's table.  seed: of a table.
       overlap: steps on either side of the seam that the first pass of tail-biting reads; None is all of them.
-      budget_mib: memory for the back-pointers of a batch of tiles.
+      budget_mib: memory for the back-pointers of a batch of tiles; a GPU kernel uses 32 times as much.
       search: "two_pass" (QTIP's algorithm 4) or "one_pass" (see `viterbi`).
       table: HYB's or the random code's values, None for a computed code.
     """
@@ -79,9 +80,13 @@ class Trellis:
 
     @property
     def batch(self) -> int:
-        """The most tiles that are searched at once: what `budget_mib` of back-pointers allow, 8 to 64 of them."""
+        """The most tiles that are searched at once: what the back-pointers' memory allows, 8 to 64 of them.
+
+        A GPU kernel searches one tile per multiprocessor, and takes 32 times the memory and up to 1024 tiles.
+        """
         pointers = self.steps * 2 ** (self.L - self.step_bits)  # one byte each
-        return int(np.clip((self.budget_mib << 20) // pointers // 8 * 8, 8, 64))
+        more = 1 if chosen(2**self.L, self.step_bits) == "xla" else 32
+        return int(np.clip(more * (self.budget_mib << 20) // pointers // 8 * 8, 8, 64 if more == 1 else 1024))
 
     def values(self) -> Float[Array, "states V"]:
         """The values of all `2^L` states."""
@@ -198,7 +203,7 @@ def trellis(
       seed: of HYB's k-means or of the random table.
       overlap: steps on either side of the seam that the first tail-biting pass reads; None reads all, as published, at
         4/3 of the time and the same error (64 steps are many times the memory of the trellis). Fewer is cheaper.
-      budget_mib: memory for back-pointers.
+      budget_mib: memory for back-pointers; a GPU kernel uses 32 times as much.
       search: "two_pass", as published, or "one_pass", which costs
         256 + overlap steps instead of 256 + 2·overlap and needs half the overlap: at 2 bits, 1MAD, overlap 64 the time
         falls by a fifth at L=12 and 16 and the error not at all (benchmarks/results/trellis-search-cpu.json).

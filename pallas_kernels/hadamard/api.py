@@ -1,0 +1,59 @@
+"""The Hadamard transform of power-of-two order along the last axis, of whole rows or of consecutive blocks."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.dispatch import KernelError, choose
+from pallas_kernels.hadamard import pallas_gpu, pallas_tpu, reference
+
+__all__ = ["chosen", "hadamard"]
+
+_RUN = {"pallas_gpu": pallas_gpu.hadamard, "pallas_tpu": pallas_tpu.hadamard, "xla": reference.hadamard}
+
+
+def chosen(n: int, block: int, implementation: str | None = None) -> str:
+    """The implementation that runs for rows of n values. Raises KernelError."""
+    kernels = {"pallas_gpu": pallas_gpu.obstacle, "pallas_tpu": pallas_tpu.obstacle}
+    return choose("hadamard", implementation, {k: functools.partial(f, n, block) for k, f in kernels.items()})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _apply(x: Array, block: int, name: str) -> Array:
+    return _RUN[name](x, block)
+
+
+def _forward(x: Array, block: int, name: str) -> tuple[Array, None]:
+    return _apply(x, block, name), None
+
+
+def _backward(block: int, name: str, _: None, y: Array) -> tuple[Array]:
+    return (_apply(y, block, name),)  # the matrix is symmetric
+
+
+_apply.defvjp(_forward, _backward)
+
+
+def hadamard(
+    x: Float[Array, "*batch n"], block: int | None = None, implementation: str | None = None
+) -> Float[Array, "*batch n"]:
+    """`x (I ⊗ H_block) / √block` with Sylvester's H along the last axis; `block=None` is all of it.
+
+    Accumulates in float32 and returns the dtype of x (float32, bfloat16 or float16). Its own inverse and its own
+    derivative. Raises KernelError when the order is no power of two, does not divide n, or a named implementation
+    cannot run.
+
+    Source: the randomised Hadamard transform of QuIP# (2402.04396, section 3) without its signs.
+    """
+    n = x.shape[-1]
+    order = n if block is None else block
+    if order < 1 or order & (order - 1) or n % order:
+        raise KernelError(f"hadamard: order {order} for rows of {n} values; it is a power of two that divides them")
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise KernelError(f"hadamard: dtype {x.dtype}; allowed are float32, bfloat16, float16")
+    name = chosen(n, order, implementation)
+    return _apply(x, order, "xla" if x.size == 0 else name)
