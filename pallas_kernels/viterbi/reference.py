@@ -22,7 +22,7 @@ _UNROLLED = 16
 
 
 def _step(cost: Array, lut: Array, x: Array, b: int, back: bool) -> tuple[Array, Array | None]:
-    """One step: cost [P, B], lut [2^L, V], x [V, B] -> (cost', back-pointers uint8 [P, B] or None)."""
+    """One step: cost [P, B], lut [2^L, V], x [V, B] -> (cost', back-pointers [P, B] or None)."""
     edges, batch = cost.shape
     fan, values = 2**b, lut.shape[1]
     if edges >= fan:  # the predecessors of row d are a block of edges, each used D times
@@ -59,13 +59,14 @@ def _step(cost: Array, lut: Array, x: Array, b: int, back: bool) -> tuple[Array,
             return best, choice
 
         best, choice = jax.lax.fori_loop(1, fan // _UNROLLED, more, (best, choice))
-    return best.reshape(edges, batch), choice.reshape(edges, batch).astype(jnp.uint8) if back else None
+    pointers = choice.reshape(edges, batch).astype(jnp.uint8 if b <= 8 else jnp.uint16) if back else None
+    return best.reshape(edges, batch), pointers
 
 
 def forward(
     x: Float[Array, "steps V batch"], lut: Float[Array, "states V"], b: int, cost: Float[Array, "P batch"], back: bool
 ) -> tuple[Float[Array, "P batch"], Array | None]:
-    """Costs of the best paths into every edge, and with `back` the back-pointers `[steps, P, batch]` (uint8)."""
+    """Costs of the best paths into every edge, and with `back` the back-pointers `[steps, P, batch]`, the digits d."""
     return jax.lax.scan(lambda cost, item: _step(cost, lut, item, b, back), cost, x)
 
 

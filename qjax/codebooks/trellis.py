@@ -84,7 +84,7 @@ class Trellis:
 
         A GPU kernel searches one tile per multiprocessor, and takes 32 times the memory and up to 1024 tiles.
         """
-        pointers = self.steps * 2 ** (self.L - self.step_bits)  # one byte each
+        pointers = self.steps * 2 ** (self.L - self.step_bits) * self.code_dtype.itemsize
         more = 1 if chosen(2**self.L, self.step_bits) == "xla" else 32
         return int(np.clip(more * (self.budget_mib << 20) // pointers // 8 * 8, 8, 64 if more == 1 else 1024))
 
@@ -195,7 +195,7 @@ def trellis(
 
     Args:
       bits: K.
-      L: bits of a state, 6 to 16, at least K·V.
+      L: bits of a state, 6 to 16, more than K·V.
       V: weights per step, 1, 2 or 4; None is 2 for HYB and 1 for all others. Computed codes have one.
       code: "1mad", "2mad", "3inst", "mul1", "mcg" (computed), "hyb" (a table of 2^Q entries), "lut" (random).
       rms: the input RMS; None is what suits a Gaussian best.
@@ -220,10 +220,10 @@ def trellis(
         raise InputError(f"codebook 'trellis': V is {V}; code {code!r} has {allowed} weights per step")
     if not 6 <= L <= 16 or int(L) != L:
         raise InputError(f"codebook 'trellis': L is {L}; a state has 6 to 16 bits")
-    if K * V > 8 or K * V >= L:
+    if K * V >= L:
         raise InputError(
             f"codebook 'trellis': {K} bits × {V} weights are {K * V} new bits per step; "
-            f"allowed are at most 8 and fewer than L={L}; use fewer bits, a smaller V, or a larger L"
+            f"allowed are fewer than L={L}; use fewer bits, a smaller V, or a larger L (at most 16)"
         )
     if not 6 <= Q <= 9 or int(Q) != Q:
         raise InputError(f"codebook 'trellis': Q is {Q}; HYB's table has 2^6 to 2^9 entries")

@@ -114,6 +114,21 @@ def test_search_is_the_best_of_all_walks(L, b, steps, seed):
     assert list(np.asarray(closed)) == brute_force(x, lut, b, closed=True)[1]
 
 
+def test_symbols_of_more_than_a_byte():
+    rng = np.random.default_rng(6)
+    lut = rng.standard_normal(2**10).astype(np.float32)
+    x = rng.standard_normal((2, 1, 4)).astype(np.float32)
+    cost, back = forward(jnp.asarray(x), jnp.asarray(lut)[:, None], 9, jnp.zeros((2, 4)), True)
+    assert back is not None and back.dtype == jnp.uint16
+    states = trace_back(back, jnp.argmin(cost, axis=0).astype(jnp.int32), 9)[1]
+    first, second = np.divmod(np.arange(2**19), 2**9)
+    second += (first << 9) % 2**10
+    for lane in range(4):
+        total = np.square(lut[first] - x[0, 0, lane]) + np.square(lut[second] - x[1, 0, lane])
+        best = np.argmin(total)
+        assert list(np.asarray(states)[:, lane]) == [first[best], second[best]]
+
+
 def test_two_passes_are_close_to_exact_tail_biting():
     rng = np.random.default_rng(0)
     lut = jnp.asarray(rng.standard_normal((2**8, 1)).astype(np.float32))
@@ -214,6 +229,8 @@ CASES = [
     (2, {"L": 10, "code": "hyb", "Q": 6, "V": 1}),
     (2, {"L": 9, "code": "lut", "V": 4}),
     (7, {"L": 9, "code": "mcg"}),
+    (3, {"L": 13, "code": "lut", "V": 4}),  # symbols of 12 bits
+    (5, {"L": 12, "code": "lut", "V": 2, "search": "one_pass"}),
 ]
 
 
@@ -260,7 +277,7 @@ def test_the_budget_changes_memory_and_not_the_codes():
         (2, {"L": 17}, "6 to 16"),
         (2, {"V": 2}, "'1mad' has 1 weights"),
         (2, {"code": "hyb", "V": 4}, "1 or 2"),
-        (4, {"code": "lut", "V": 4}, "16 new bits"),
+        (4, {"code": "lut", "V": 4, "L": 16}, "16 new bits .* fewer than L=16"),
         (6, {"L": 6}, "fewer than L=6"),
         (2, {"code": "hyb", "Q": 10}, "2.6 to 2.9"),
         (2, {"overlap": 0}, "overlap is 0"),
