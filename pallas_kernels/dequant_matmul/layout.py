@@ -1,4 +1,4 @@
-"""Packed weights in the order the kernels read them, and the one function that decodes them.
+"""Packed scalar grids in the order the kernels read them, and the function that decodes them.
 
 A matrix `W[out, in]` of b-bit codes is stored by blocks of 512 inputs, transposed: outputs along the fastest axis, one
 column of words each. A block is 32 *slabs* of 16 consecutive inputs. The b bits of a code lie in planes whose widths
@@ -22,20 +22,31 @@ from jaxtyping import Array, Float, Integer, UInt32
 
 from pallas_kernels.dispatch import KernelError
 
-__all__ = ["BLOCK", "ROWS", "SLABS", "PackedMatrix", "from_codes", "pieces", "repack", "slab_weights"]
+__all__ = [
+    "BLOCK",
+    "LANES",
+    "ROWS",
+    "SLABS",
+    "PackedMatrix",
+    "arranged",
+    "check_scales",
+    "from_codes",
+    "repack",
+    "slab_values",
+]
 
 ROWS = 16
 """Inputs of a slab: the reduction of one tensor-core instruction, and a bfloat16 tile's sublanes."""
 SLABS = 32
 """Slabs of a block: one per bit of a word."""
 BLOCK = ROWS * SLABS
-_LANES = 128
+LANES = 128
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["words", "scale", "offset"],
-    meta_fields=["bits", "shape", "group"],
+    meta_fields=["bits", "shape", "group", "code", "L"],
 )
 @dataclasses.dataclass(frozen=True)
 class PackedMatrix:
@@ -46,6 +57,7 @@ class PackedMatrix:
       scale, offset: `[1, 1, out']` per row; `[blocks, 512 / group, out']` for groups within a block;
         `[in' / group, 1, out']` for groups of whole blocks.
       bits: of a code, 1 to 8.  shape: (out, in).  group: inputs per scale, None is a whole row.
+      code, L: of a trellis, None for a scalar grid.
     """
 
     words: Any
@@ -54,6 +66,8 @@ class PackedMatrix:
     bits: int
     shape: tuple[int, int]
     group: int | None
+    code: str | None = None
+    L: int = 0
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -76,16 +90,8 @@ def _planes(bits: int) -> list[int]:
     return [w for w in (8, 4, 2, 1) if bits & w]
 
 
-def pieces(words: Any, bits: int) -> list[Any]:
-    """The `bits` pieces `[16, lanes]` of a block's words `[16 bits, lanes]`, an array or a reference to be read."""
-    return [words[i * ROWS : (i + 1) * ROWS, :] for i in range(bits)]
-
-
-def slab_weights(parts: Sequence[Array], bits: int, j: int, scale: Array, offset: Array) -> Array:
-    """Rows `16 j … 16 j + 15` of a block of Wᵀ, float32 `[16, lanes]`, from its pieces; scale and offset `[1, lanes]`.
-
-    The one decoder: of the reference, of all kernels and of the tests.
-    """
+def slab_values(parts: Sequence[Array], bits: int, j: int) -> Array:
+    """Codes of inputs `16 j … 16 j + 15` of a block, float32 `[16, lanes]`, from its `bits` pieces `[16, lanes]`."""
     code, first, low = None, 0, 0
     for width in _planes(bits):
         part = parts[first + j % width]
@@ -93,15 +99,21 @@ def slab_weights(parts: Sequence[Array], bits: int, j: int, scale: Array, offset
         code = value if code is None else code | (value << np.uint32(low))
         first, low = first + width, low + width
     assert code is not None
-    return code.astype(jnp.int32).astype(jnp.float32) * scale.astype(jnp.float32) + offset.astype(jnp.float32)
+    return code.astype(jnp.int32).astype(jnp.float32)
 
 
-def _arrange(values: Array, group: int | None, out: int, inner: int) -> Array:
+def check_scales(values: Array, name: str, out: int, groups: int) -> None:
+    """Raises KernelError unless there is one row or one per output."""
+    if values.shape not in ((out, groups), (1, groups)):
+        raise KernelError(f"dequant_matmul: {name} of shape {values.shape}; expected ({out} or 1, {groups})")
+
+
+def arranged(values: Array, group: int | None, out: int, inner: int) -> Array:
     """Scales or offsets `[out or 1, groups]` as a `PackedMatrix` holds them."""
     values = jnp.broadcast_to(values, (out, values.shape[1])).T
     padded_in = -(-inner // BLOCK) * BLOCK
     groups = 1 if group is None else padded_in // group
-    values = jnp.pad(values, ((0, groups - values.shape[0]), (0, -out % _LANES)))
+    values = jnp.pad(values, ((0, groups - values.shape[0]), (0, -out % LANES)))
     return values.reshape(-1, max(1, BLOCK // group) if group else 1, values.shape[1])
 
 
@@ -123,12 +135,11 @@ def from_codes(
     if group is not None and group % BLOCK and (group % ROWS or BLOCK % group):
         raise KernelError(f"dequant_matmul: groups of {group}; allowed are 16, 32, …, 512 and multiples of {BLOCK}")
     groups = 1 if group is None else -(-inner // group)
-    for name, values in (("scale", scale), ("offset", offset)):
-        if values.shape not in ((out, groups), (1, groups)):
-            raise KernelError(f"dequant_matmul: {name} of shape {values.shape}; expected ({out} or 1, {groups})")
+    check_scales(scale, "scale", out, groups)
+    check_scales(offset, "offset", out, groups)
     # groups larger than a block need whole groups of blocks
     unit = BLOCK if group is None else math.lcm(BLOCK, group)
-    rows = jnp.pad(codes.astype(jnp.uint32).T, ((0, -inner % unit), (0, -out % _LANES)))
+    rows = jnp.pad(codes.astype(jnp.uint32).T, ((0, -inner % unit), (0, -out % LANES)))
     slabs = rows.reshape(-1, SLABS, ROWS, rows.shape[1])
     planes, low = [], 0
     for width in _planes(bits):
@@ -140,7 +151,7 @@ def from_codes(
     words = jnp.concatenate(planes, axis=1).reshape(slabs.shape[0], bits * ROWS, rows.shape[1])
     padded = rows.shape[0]
     return PackedMatrix(
-        words, _arrange(scale, group, out, padded), _arrange(offset, group, out, padded), bits, (out, inner), group
+        words, arranged(scale, group, out, padded), arranged(offset, group, out, padded), bits, (out, inner), group
     )
 
 

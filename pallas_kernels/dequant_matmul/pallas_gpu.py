@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS, SLABS, PackedMatrix, slab_weights
+from pallas_kernels.dequant_matmul.decode import by_slabs, scale_line, slab_weights, static
+from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS, SLABS, PackedMatrix
 from pallas_kernels.triton import parameters, unavailable
 
 __all__ = ["matmul", "obstacle"]
@@ -40,21 +41,26 @@ def _splits(rows: int, weight: PackedMatrix) -> int:
     return max([s for s in range(1, blocks + 1) if blocks % s == 0 and s <= most], default=1)
 
 
-def _kernel(x_ref: Any, words_ref: Any, scale_ref: Any, offset_ref: Any, y_ref: Any, *, bits: int, per: int) -> None:
+def _kernel(x_ref: Any, words_ref: Any, scale_ref: Any, offset_ref: Any, y_ref: Any, *, weight: PackedMatrix) -> None:
     rows = x_ref.shape[1]
     blocks = words_ref.shape[0] // pl.num_programs(1)
     first = pl.program_id(1) * blocks
-    span = BLOCK // scale_ref.shape[1]
+    lane = jax.lax.broadcasted_iota(jnp.int32, (ROWS, _TILE), 1)
+    row = jax.lax.broadcasted_iota(jnp.int32, (ROWS, _TILE), 0)
 
     def step(i: Array, total: Array) -> Array:
         block = first + i
-        parts = [words_ref[block, i * ROWS : (i + 1) * ROWS, :] for i in range(bits)]
-        line = jax.lax.div(block, jnp.int32(per))
+        parts = [words_ref[block, i * ROWS : (i + 1) * ROWS, :] for i in range(weight.bits)]
+        following = None
+        if weight.code is not None:  # the next row of every tile: in the first cache by now
+            following = words_ref[block, row, (lane & -16) | ((lane + 1) & 15)]
+        line = jax.lax.div(block, jnp.int32(weight.blocks_per_scale))
+        scales: dict[int, tuple[Array, Array]] = {}
         for j in range(SLABS):
-            if j == 0 or j * ROWS % span == 0:
-                own = slice(j * ROWS // span, j * ROWS // span + 1)
-                scale, offset = scale_ref[line, own, :], offset_ref[line, own, :]
-            weights = slab_weights(parts, bits, j, scale, offset).astype(x_ref.dtype)
+            own = scale_line(weight, j)
+            if own not in scales:
+                scales[own] = scale_ref[line, own : own + 1, :], offset_ref[line, own : own + 1, :]
+            weights = slab_weights(parts, following, weight, j, *scales[own]).astype(x_ref.dtype)
             if rows == 1:
                 x = x_ref[block, 0, j * ROWS : (j + 1) * ROWS]
                 total = total + x.astype(jnp.float32)[:, None] * weights.astype(jnp.float32)
@@ -71,15 +77,15 @@ def _kernel(x_ref: Any, words_ref: Any, scale_ref: Any, offset_ref: Any, y_ref: 
 
 def matmul(x: Float[Array, "batch in"], weight: PackedMatrix, interpret: Any = False) -> Float[Array, "batch out"]:
     """`x Wᵀ`, W decoded in float32 and rounded to the dtype of x, summed in float32; see `obstacle`."""
-    batch, inner = x.shape
+    batch = x.shape[0]
     out, padded = weight.padded
     blocks = padded // BLOCK
     rows = 1 if batch == 1 else 16
     splits = _splits(rows, weight)
-    x = jnp.pad(x, ((0, rows - batch), (0, padded - inner))).reshape(rows, blocks, BLOCK).transpose(1, 0, 2)
+    x = by_slabs(x, weight, rows)
     scales = pl.BlockSpec((*weight.scale.shape[:2], _TILE), lambda n, s: (0, 0, n))
     y = pl.pallas_call(
-        functools.partial(_kernel, bits=weight.bits, per=weight.blocks_per_scale),
+        functools.partial(_kernel, weight=static(weight)),
         grid=(out // _TILE, splits),
         in_specs=[
             pl.BlockSpec((blocks, rows, BLOCK), lambda n, s: (0, 0, 0)),

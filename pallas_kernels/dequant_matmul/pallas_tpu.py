@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS, SLABS, PackedMatrix, pieces, slab_weights
+from pallas_kernels.dequant_matmul.decode import by_slabs, scale_line, slab_weights, static
+from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS, SLABS, PackedMatrix
 
 __all__ = ["matmul", "obstacle"]
 
@@ -35,8 +36,15 @@ def obstacle(batch: int, dtype: Any, weight: PackedMatrix) -> str | None:
     return None
 
 
+def _following(piece: Array) -> Array:
+    """The value 16-lane-circularly one lane to the right: the next row of the tile."""
+    lanes = piece.shape[1]
+    lane = jax.lax.broadcasted_iota(jnp.int32, piece.shape, 1)
+    return jnp.where(lane % 16 == 15, pltpu.roll(piece, 15, 1), pltpu.roll(piece, lanes - 1, 1))
+
+
 def _kernel(
-    x_ref: Any, words_ref: Any, scale_ref: Any, offset_ref: Any, y_ref: Any, sum_ref: Any, *, bits: int
+    x_ref: Any, words_ref: Any, scale_ref: Any, offset_ref: Any, y_ref: Any, sum_ref: Any, *, weight: PackedMatrix
 ) -> None:
     block = pl.program_id(1)
 
@@ -44,12 +52,13 @@ def _kernel(
     def _() -> None:
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    parts = pieces(words_ref, bits)
-    span = BLOCK // scale_ref.shape[0]
+    parts = [words_ref[i * ROWS : (i + 1) * ROWS, :] for i in range(weight.bits)]
+    following = None if weight.code is None else _following(parts[0])
     slabs = []
     for j in range(SLABS):
-        own = slice(j * ROWS // span, j * ROWS // span + 1)
-        weights = slab_weights(parts, bits, j, scale_ref[own, :], offset_ref[own, :])
+        line = scale_line(weight, j)
+        own = slice(line, line + 1)
+        weights = slab_weights(parts, following, weight, j, scale_ref[own, :], offset_ref[own, :])
         slabs.append(weights.astype(x_ref.dtype))
     sum_ref[...] += jnp.dot(
         x_ref[block],
@@ -65,16 +74,16 @@ def _kernel(
 
 def matmul(x: Float[Array, "batch in"], weight: PackedMatrix, interpret: Any = False) -> Float[Array, "batch out"]:
     """`x Wᵀ`, W decoded in float32 and rounded to the dtype of x, summed in float32; see `obstacle`."""
-    batch, inner = x.shape
+    batch = x.shape[0]
     out, padded = weight.padded
     blocks = padded // BLOCK
     rows = -(-batch // 16) * 16
     tile = next(t for t in _TILES if out % t == 0)
     per = weight.blocks_per_scale
-    x = jnp.pad(x, ((0, rows - batch), (0, padded - inner))).reshape(rows, blocks, BLOCK).transpose(1, 0, 2)
+    x = by_slabs(x, weight, rows)
     scales = pl.BlockSpec((None, weight.scale.shape[1], tile), lambda n, k: (k // per, 0, n))
     y = pl.pallas_call(
-        functools.partial(_kernel, bits=weight.bits),
+        functools.partial(_kernel, weight=static(weight)),
         grid=(out // tile, blocks),
         in_specs=[
             pl.BlockSpec((blocks, rows, BLOCK), lambda n, k: (0, 0, 0)),

@@ -5,22 +5,24 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS, SLABS, PackedMatrix, slab_weights
+from pallas_kernels.dequant_matmul.decode import scale_line, slab_weights
+from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS, SLABS, PackedMatrix
 
 __all__ = ["dequantize", "matmul"]
 
 
 def dequantize(weight: PackedMatrix) -> Float[Array, "in out"]:
     """Wᵀ in float32, without its padding."""
-    blocks = weight.words.shape[0]
+    blocks, _, lanes = weight.words.shape
     parts = [weight.words[:, i * ROWS : (i + 1) * ROWS, :] for i in range(weight.bits)]
+    following = jnp.roll(parts[0].reshape(blocks, ROWS, -1, 16), -1, axis=3).reshape(parts[0].shape)
     scale, offset = (jnp.repeat(x, weight.blocks_per_scale, axis=0)[:blocks] for x in (weight.scale, weight.offset))
-    span = BLOCK // scale.shape[1]  # inputs per scale within a block
     slabs = []
     for j in range(SLABS):
-        own = slice(j * ROWS // span, j * ROWS // span + 1)
-        slabs.append(slab_weights(parts, weight.bits, j, scale[:, own], offset[:, own]))
-    rows = jnp.stack(slabs, axis=1).reshape(blocks * BLOCK, -1)
+        line = scale_line(weight, j)
+        own = slice(line, line + 1)
+        slabs.append(slab_weights(parts, following, weight, j, scale[:, own], offset[:, own]))
+    rows = jnp.stack(slabs, axis=1 if weight.code is None else 2).reshape(blocks * BLOCK, lanes)
     return rows[: weight.shape[1], : weight.shape[0]]
 
 

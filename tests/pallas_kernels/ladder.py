@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType
 
@@ -50,6 +51,19 @@ def tpu_interpreter(detect_races: bool = False) -> pltpu.InterpretParams:
     return pltpu.InterpretParams(uninitialized_memory="nan", detect_races=detect_races)
 
 
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """No persistent compilation cache: a program for a device that is absent can be stored and not be read."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        reset_cache()
+
+
 def compiled_for_tpu(topology: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """`function` compiled by libtpu for the first device of a topology such as "v5e:2x2"; no TPU is needed."""
     from jax.experimental import topologies
@@ -58,7 +72,7 @@ def compiled_for_tpu(topology: str, function: Callable[..., Any], *arguments: An
     device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
     specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments)
-    with _device("v6e" if topology.startswith("v6e") else "tpu"):
+    with _device("v6e" if topology.startswith("v6e") else "tpu"), _without_cache():
         return jax.jit(function).trace(*specs).lower().compile()
 
 

@@ -34,7 +34,8 @@ def dense(spec, codes, scale, offset):
 
 def packed(spec, seed=0):
     x, codes, scale, offset = parts(spec, seed)
-    return x, from_codes(jnp.asarray(codes), spec.bits, jnp.asarray(scale), jnp.asarray(offset), spec.group)
+    make = jax.jit(lambda c, s, o: from_codes(c, spec.bits, s, o, spec.group))  # one compilation, not one per operation
+    return x, make(codes, scale, offset)
 
 
 def abstract(spec, dtype):
@@ -52,7 +53,8 @@ def abstract(spec, dtype):
 def check(found, x, weight, dtype):
     """Against the sum in float64 of the same rounded operands."""
     operands = (
-        np.asarray(jnp.asarray(v).astype(dtype).astype(jnp.float32), np.float64) for v in (x, dequantize(weight))
+        np.asarray(jnp.asarray(v).astype(dtype).astype(jnp.float32), np.float64)
+        for v in (x, jax.jit(dequantize)(weight))
     )
     expected = np.matmul(*operands)
     assert found.dtype == dtype and found.shape == expected.shape
@@ -67,7 +69,7 @@ def test_layout_decodes_to_the_dense_matrix(bits):
     spec = Spec(bits, 1, 40, 600, 64)
     _, codes, scale, offset = parts(spec)
     weight = from_codes(jnp.asarray(codes), bits, jnp.asarray(scale), jnp.asarray(offset), 64)
-    np.testing.assert_allclose(dequantize(weight).T, dense(spec, codes, scale, offset), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(dequantize)(weight).T, dense(spec, codes, scale, offset), rtol=1e-6, atol=1e-6)
     assert weight.words.nbytes == bits * 128 * 1024 // 8
 
 
@@ -75,7 +77,7 @@ def test_layout_decodes_to_the_dense_matrix(bits):
 def test_reference(spec):
     x, codes, scale, offset = parts(spec)
     weight = packed(spec)[1]
-    np.testing.assert_allclose(dequantize(weight).T, dense(spec, codes, scale, offset), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(dequantize)(weight).T, dense(spec, codes, scale, offset), rtol=1e-6, atol=1e-6)
     check(matmul(jnp.asarray(x), weight, "xla"), x, weight, jnp.float32)
 
 
