@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,10 @@ __all__ = ["chosen", "hadamard"]
 _RUN = {"pallas_gpu": pallas_gpu.hadamard, "pallas_tpu": pallas_tpu.hadamard, "xla": reference.hadamard}
 
 
-def chosen(n: int, block: int, implementation: str | None = None) -> str:
-    """The implementation that runs for rows of n values. Raises KernelError."""
+def chosen(block: int, dtype: Any, implementation: str | None = None) -> str:
+    """The implementation that runs for the order `block`. Raises KernelError."""
     kernels = {"pallas_gpu": pallas_gpu.obstacle, "pallas_tpu": pallas_tpu.obstacle}
-    return choose("hadamard", implementation, {k: functools.partial(f, n, block) for k, f in kernels.items()})
+    return choose("hadamard", implementation, {k: functools.partial(f, block, dtype) for k, f in kernels.items()})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -55,5 +56,5 @@ def hadamard(
         raise KernelError(f"hadamard: order {order} for rows of {n} values; it is a power of two that divides them")
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise KernelError(f"hadamard: dtype {x.dtype}; allowed are float32, bfloat16, float16")
-    name = chosen(n, order, implementation)
+    name = chosen(order, x.dtype, implementation)
     return _apply(x, order, "xla" if x.size == 0 else name)

@@ -25,8 +25,10 @@ _VALUES = 2**17
 """Values of a block: half a mebibyte of float32 in, as much out, both twice for the pipeline."""
 
 
-def obstacle(n: int, block: int) -> str | None:
-    """Why the transform of order `block` of rows of n values cannot run, None when it can."""
+def obstacle(block: int, dtype: Any) -> str | None:
+    """Why the transform of order `block` cannot run, None when it can."""
+    if dtype == jnp.float16:
+        return "a TPU has no float16; use float32 or bfloat16"
     if not _LANES <= block <= 2**15:
         return f"it combines whole tiles of {_LANES} lanes in VMEM, orders {_LANES} to {2**15}, found {block}"
     return None

@@ -85,7 +85,9 @@ def test_clear_errors():
     if jax.default_backend() == "cpu":
         with pytest.raises(ValueError, match="pallas_tpu cannot run: it runs on tpu and the backend is cpu"):
             hadamard(x, 128, "pallas_tpu")
-    assert "orders 128 to" in pallas_tpu.obstacle(64, 64) and "orders 16 to" in pallas_gpu.obstacle(8, 8)
+    assert "orders 128 to" in pallas_tpu.obstacle(64, jnp.float32)
+    assert "no float16" in pallas_tpu.obstacle(128, jnp.float16)
+    assert "orders 16 to" in pallas_gpu.obstacle(8, jnp.float32)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,8 @@
+"""Products with packed weights: scalar grids of 1 to 8 bits, computed trellis codes of 1 to 4."""
+
+from pallas_kernels.dequant_matmul.api import chosen, matmul
+from pallas_kernels.dequant_matmul.layout import PackedMatrix, from_codes, repack
+from pallas_kernels.dequant_matmul.reference import dequantize
+from pallas_kernels.dequant_matmul.trellis import repack_trellis
+
+__all__ = ["PackedMatrix", "chosen", "dequantize", "from_codes", "matmul", "repack", "repack_trellis"]

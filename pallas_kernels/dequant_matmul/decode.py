@@ -1,0 +1,53 @@
+"""The one decoder of packed weights: of the reference, of all kernels and of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.dequant_matmul import trellis
+from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS, SLABS, PackedMatrix, slab_values
+
+__all__ = ["by_slabs", "scale_line", "slab_weights", "static"]
+
+
+def slab_weights(
+    parts: Sequence[Array], following: Array | None, weight: PackedMatrix, j: int, scale: Array, offset: Array
+) -> Array:
+    """16 rows of a block of Wᵀ, float32 `[16, lanes]`.
+
+    Args:
+      parts: the block's `bits` pieces `[16, lanes]`.
+      following: for a trellis, the first piece of the next row of every tile.
+      weight: for its static fields only.
+      j: the slab.
+      scale, offset: `[1, lanes]`, those of the slab.
+    """
+    if weight.code is None:
+        values = slab_values(parts, weight.bits, j)
+    else:
+        assert following is not None
+        values = trellis.slab_values(parts, following, weight.bits, j, weight.code, weight.L)
+    return values * scale.astype(jnp.float32) + offset.astype(jnp.float32)
+
+
+def static(weight: PackedMatrix) -> PackedMatrix:
+    """The same with shapes for arrays: what a kernel closes over."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), weight)
+
+
+def scale_line(weight: PackedMatrix, j: int) -> int:
+    """Which of the block's rows of scales is slab j's."""
+    return j * ROWS * weight.scale.shape[1] // BLOCK
+
+
+def by_slabs(x: Array, weight: PackedMatrix, rows: int) -> Array:
+    """x `[batch, in]`, padded, as `[blocks, rows, 512]` with a block's inputs in the order of its slabs."""
+    blocks = weight.words.shape[0]
+    x = jnp.pad(x, ((0, rows - x.shape[0]), (0, blocks * BLOCK - x.shape[1]))).reshape(rows, blocks, BLOCK)
+    if weight.code is not None:
+        x = x.reshape(rows, blocks, ROWS, SLABS).swapaxes(2, 3).reshape(rows, blocks, BLOCK)
+    return x.transpose(1, 0, 2)

@@ -1,0 +1,53 @@
+"""Shapes of the packed product for tests and benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["BENCHES", "TESTS", "TRELLIS_BENCHES", "TRELLIS_TESTS", "Spec"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """`batch` rows of x, W[out, inner] of `bits` bits; inputs per scale (None: a row); a trellis' code and L."""
+
+    bits: int
+    batch: int
+    out: int
+    inner: int
+    group: int | None = None
+    code: str | None = None
+    L: int = 16
+
+
+TESTS = (
+    Spec(2, 1, 128, 512),
+    Spec(3, 5, 256, 1024, 64),
+    Spec(4, 16, 200, 700, 128),
+    Spec(8, 1, 128, 1536, 512),
+    Spec(2, 3, 130, 1024, 1024),
+    Spec(3, 1, 128, 600, 16),
+)
+"""Every width, one row and several, padding of both sides, groups within and beyond a block."""
+
+BENCHES = tuple(
+    Spec(bits, batch, out, inner, group)
+    for bits, group in ((2, None), (3, None), (4, None), (4, 128), (8, None))
+    for batch in (1, 8, 16)
+    for out, inner in ((8192, 8192), (14336, 4096), (4096, 14336))
+)
+"""A square matrix, and Llama-3-8B's up and down projections."""
+
+TRELLIS_TESTS = (
+    Spec(1, 1, 128, 512, None, "mul1"),
+    Spec(2, 5, 48, 592, None, "1mad"),
+    Spec(3, 1, 144, 1024, None, "3inst"),
+    Spec(4, 16, 128, 512, None, "1mad", 12),
+)
+"""Every K, every code, windows that span units and rows, padding."""
+
+TRELLIS_BENCHES = tuple(
+    Spec(bits, batch, 8192, 8192, None, code)
+    for bits, code in ((2, "1mad"), (2, "3inst"), (2, "mul1"), (3, "mul1"), (4, "mul1"))
+    for batch in (1, 16)
+)

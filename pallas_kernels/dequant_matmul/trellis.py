@@ -1,0 +1,112 @@
+"""Computed trellis codes (1MAD, 3INST, mul1) in the slabs of the kernels: one shift and a hash per weight.
+
+A tile of 16 × 16 weights is a circular string of 256 K bits, row by row; weight t is a function of the L-bit window
+that begins at bit t K, most significant bit first. A row of a tile, 16 inputs of one output, is K units of 16 bits and
+the first unit of the next row. Two tiles, 32 inputs, share K words: unit i of the first in the low half of word i, of
+the second in the high half. The 16 pairs of a block are the rows of a piece, so slab j of a block has inputs
+j, 32 + j, 64 + j, …: x is permuted, not the weights.
+
+Only 32-bit integers and float32 are used, so that TPUs have the same bits: float16 sums are formed in float32, where
+they are exact, and rounded once on the bits. All sums are multiples of 2⁻¹⁸, so no subnormal is ever rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt32
+
+from pallas_kernels.dequant_matmul.layout import BLOCK, LANES, ROWS, SLABS, PackedMatrix, arranged, check_scales
+from pallas_kernels.dispatch import KernelError
+
+__all__ = ["CODES", "repack_trellis", "slab_values", "state_values"]
+
+CODES = ("1mad", "3inst", "mul1")
+_BYTE_SCALE = np.float32(1 / 147.800537109375)
+_MUL1_SCALE, _MUL1_SHIFT = (float(x) for x in np.array([0x1EEE, 0xC931], np.uint16).view(np.float16))
+
+
+def _byte_sum(x: Array) -> Array:
+    """The sum of the four bytes, float32: two at a time, so that nothing carries over."""
+    pairs = (x & np.uint32(0x00FF00FF)) + ((x >> np.uint32(8)) & np.uint32(0x00FF00FF))
+    return ((pairs & np.uint32(0xFFFF)) + (pairs >> np.uint32(16))).astype(jnp.int32).astype(jnp.float32)
+
+
+def _to_half(x: Array) -> Array:
+    """float32 rounded to 11 significant bits, ties to even."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = (bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _widened(half: Array) -> Array:
+    """The normal float16 number in the low 16 bits, as float32."""
+    sign, magnitude = half & np.uint32(0x8000), half & np.uint32(0x7FFF)
+    bits = (sign << np.uint32(16)) | ((magnitude << np.uint32(13)) + np.uint32(112 << 23))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def state_values(code: str, states: UInt32[Array, "..."]) -> Float[Array, "..."]:
+    """The value of every state, float32. Source: QTIP (2406.11235), section 3.1; EXL3's format for mul1."""
+    if code == "1mad":
+        return (_byte_sum(states * np.uint32(34038481) + np.uint32(76625530)) - np.float32(510)) * _BYTE_SCALE
+    if code == "mul1":
+        total = _byte_sum(states * np.uint32(0x83DCD12D)) + np.float32(1024)
+        return _to_half(total * np.float32(_MUL1_SCALE) + np.float32(_MUL1_SHIFT))
+    x = states * np.uint32(89226354) + np.uint32(64248484)
+    x = (x & np.uint32(0x8FFF8FFF)) ^ np.uint32(0x3B603B60)
+    return _to_half(_widened(x >> np.uint32(16)) + _widened(x & np.uint32(0xFFFF)))
+
+
+def slab_values(parts: Sequence[Array], following: Array, bits: int, j: int, code: str, L: int) -> Array:
+    """Slab j of a block, float32 `[16, lanes]`: `parts` are its pieces, `following` the next row's first piece."""
+    half, t = divmod(j, ROWS)
+    unit, start = divmod(t * bits, 16)
+
+    def of_half(piece: Array) -> Array:
+        return piece >> np.uint32(16) if half else piece & np.uint32(0xFFFF)
+
+    window = of_half(parts[unit]) << np.uint32(16)
+    if start + L > 16:  # the window reaches into the next unit
+        window = window | of_half(parts[unit + 1] if unit + 1 < bits else following)
+    return state_values(code, (window >> np.uint32(32 - start - L)) & np.uint32(2**L - 1))
+
+
+def repack_trellis(
+    words: UInt32[Array, " words"],
+    bits: int,
+    shape: tuple[int, int],
+    scale: Float[Array, "rows one"],
+    code: str = "1mad",
+    L: int = 16,
+) -> PackedMatrix:
+    """Arrange the stream of a trellis (L, K = bits, V = 1) as qjax stores it: 16-bit units, two to a word, by tiles.
+
+    `W[o, i] = scale[o] · value(state)`. Raises KernelError for other codes, bits (1 … 4), L (bits … 16), shapes that
+    are not whole tiles, streams of another length, or scales that are not one or one per output.
+    """
+    out, inner = shape
+    if code not in CODES or not 1 <= bits <= 4 or not bits <= L <= 16:
+        raise KernelError(
+            f"dequant_matmul: trellis code {code!r}, {bits} bits, L = {L}; "
+            f"allowed are {', '.join(CODES)}, 1 to 4 bits, L from the bits to 16"
+        )
+    needed = out * inner * bits // 32
+    if out % 16 or inner % 16 or words.shape[0] != needed:
+        raise KernelError(
+            f"dequant_matmul: {words.shape[0]} words for a trellis of {out}×{inner}; tiles are 16×16, {needed} words"
+        )
+    check_scales(scale, "scale", out, 1)
+    units = jnp.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], axis=1)
+    units = units.reshape(out // 16, inner // 16, 16, bits).transpose(1, 3, 0, 2).reshape(inner // 16, bits, out)
+    units = jnp.pad(units, ((0, -(inner // 16) % SLABS), (0, 0), (0, -out % LANES)))
+    pairs = units.reshape(-1, SLABS // 2, 2, bits, units.shape[2])
+    joined = pairs[:, :, 0] | (pairs[:, :, 1] << np.uint32(16))  # [blocks, pairs, units, lanes]
+    packed = joined.transpose(0, 2, 1, 3).reshape(-1, bits * ROWS, units.shape[2])
+    padded = packed.shape[0] * BLOCK
+    zero = jnp.zeros((1, 1), scale.dtype)
+    scales, offsets = (arranged(v, None, out, padded) for v in (scale, zero))
+    return PackedMatrix(packed, scales, offsets, bits, (out, inner), None, code, L)
