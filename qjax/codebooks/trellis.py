@@ -206,7 +206,7 @@ def trellis(
       budget_mib: memory for back-pointers; a GPU kernel uses 32 times as much.
       search: "two_pass", as published, or "one_pass", which costs
         256 + overlap steps instead of 256 + 2·overlap and needs half the overlap: at 2 bits, 1MAD, overlap 64 the time
-        falls by a fifth at L=12 and 16 and the error not at all (benchmarks/results/trellis-search-cpu.json).
+        falls by a fifth at L=12 and 16 and the error not at all (benchmarks/results/trellis-cpu.json).
 
     Raises InputError for other values.
     """
