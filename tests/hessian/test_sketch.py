@@ -302,6 +302,7 @@ def test_errors_say_what_is_allowed(model, tokens):
         "input": "sketch",
         "budget_gb": 8,
         "checkpoint_s": 600,
+        "fit_sequences": 0,
     }
     check_settings(settings)
     for change, message in [
