@@ -165,6 +165,7 @@ def error_bound(fit: Fit, squared_error: float, kronecker_loss: float) -> float:
 def predicted_cost(fit: Fit, kronecker_loss: float) -> float:
     """What a matrix' error costs in nats per token, 𝓗 replaced by its projection on the factors.
 
-    That is `½ ‖𝓗‖ c tr(H_out E H_in Eᵀ) / (‖H_out‖ ‖H_in‖ length)`, 𝓗 and its norm of sequences of `length` tokens. The bound above is far larger: it takes E to lie where the factors fit worst.
+    That is `½ ‖𝓗‖ c tr(H_out E H_in Eᵀ) / (‖H_out‖ ‖H_in‖ length)`, 𝓗 and its norm of sequences of `length` tokens.
+    The bound above is far larger: it takes E to lie where the factors fit worst.
     """
     return float(0.5 * fit.norm * fit.cosine * kronecker_loss / fit.length)
