@@ -33,8 +33,8 @@ class YAQA:
       rows: rows between which H_out feeds nothing back (the block of its LDL); None means the codebook's tile height,
         or for codebooks of single rows at most 16.
       output_damping: damping of H_out, None for that of H_in.
-      chunk: most tiles rounded in one call of the codebook, None: what is fastest on a CPU, 16 tiles of a codebook whose
-        tiles have several rows, else 8 (as many rows and columns are read and written as blocks of chunk² tiles).
+      chunk: most tiles rounded in one call of the codebook, None: what is fastest on a CPU, 16 tiles of a codebook
+        with tiles of several rows, else 8 (as many rows and columns are read and written as blocks of chunk² tiles).
     """
 
     block: int | None = None
