@@ -100,35 +100,36 @@ def _offsets(x: Float[Array, "batch in"], weight: PackedMatrix) -> Float[Array, 
 
 def _trellis_sums(x: Float[Array, "blocks slabs batch 16 1"], weight: PackedMatrix) -> Float[Array, "batch 16 lanes"]:
     """`Σ value · x` by rows of a piece."""
-    batch, lanes, bits, L = x.shape[2], weight.words.shape[2], weight.bits, weight.L
-    code = weight.code
+    blocks, _, batch = x.shape[:3]
+    lanes, bits, L, code = weight.words.shape[2], weight.bits, weight.L, weight.code
     assert code is not None
     whole, rest = divmod(weight.shape[1], BLOCK)
+    pieces = weight.words.reshape(blocks, bits, ROWS, lanes)
+    following = jnp.roll(pieces[:, 0].reshape(blocks, ROWS, -1, 16), -1, axis=3).reshape(blocks, 1, ROWS, lanes)
+    by_half = x.reshape(blocks, 2, ROWS, batch, ROWS, 1)
 
-    def add(acc: Array, words: Array, x: Array, rows: int) -> Array:
-        """Adds the first `rows` rows of a block, 32 inputs each."""
-        parts = [words[i * ROWS : i * ROWS + rows] for i in range(bits)]
-        parts.append(jnp.roll(parts[0].reshape(rows, -1, 16), -1, axis=2).reshape(parts[0].shape))
-        low, high = np.uint32(0xFFFF), np.uint32(0xFFFF0000)
-        windows = []  # every unit before the one that follows it, in the low and the high half of the words
-        for unit, following in itertools.pairwise(parts):
-            windows.append((unit << np.uint32(16)) | (following & low))
-            windows.append((unit & high) | (following >> np.uint32(16)))
-        windows = jax.lax.optimization_barrier(windows)  # made once, not for every slab
-        for j in range(SLABS):
-            half, t = divmod(j, ROWS)
-            unit, start = divmod(t * bits, 16)
-            state = (windows[2 * unit + half] >> np.uint32(32 - start - L)) & np.uint32(2**L - 1)
-            acc = acc + trellis.state_values(code, state)[None] * x[j][:, :rows]
+    def add(k: Array, acc: Array, start: int, rows: int) -> Array:
+        """Adds the first `rows` rows of one half of a block, 16 inputs each."""
+        block, half = start + k // 2, k % 2
+        at = (block, 0, 0, 0)
+        own = jax.lax.dynamic_slice(pieces, at, (1, bits, rows, lanes))[0]
+        after = jax.lax.dynamic_slice(following, at, (1, 1, rows, lanes))[0]
+        inputs = jax.lax.dynamic_slice(by_half, (block, half, 0, 0, 0, 0), (1, 1, ROWS, batch, rows, 1))[0, 0]
+        shift = (16 * half).astype(jnp.uint32)
+        units = [(unit >> shift) & np.uint32(0xFFFF) for unit in (*own, after[0])]
+        windows = [(unit << np.uint32(16)) | after for unit, after in itertools.pairwise(units)]
+        for t in range(ROWS):
+            unit, first = divmod(t * bits, 16)
+            state = (windows[unit] >> np.uint32(32 - first - L)) & np.uint32(2**L - 1)
+            acc = acc + trellis.state_values(code, state)[None] * inputs[t]
         return acc
 
-    def body(block: Any, acc: Array) -> Array:
-        words = jax.lax.dynamic_index_in_dim(weight.words, block, 0, keepdims=False)
-        return add(acc, words, jax.lax.dynamic_index_in_dim(x, block, 0, keepdims=False), ROWS)
-
-    acc = jax.lax.fori_loop(0, whole, body, jnp.zeros((batch, ROWS, lanes), jnp.float32))
+    # Always two turns or more: XLA would write out a loop of one and join it with what surrounds it.
+    acc = jnp.zeros((batch, ROWS, lanes), jnp.float32)
+    acc = jax.lax.fori_loop(0, 2 * whole, functools.partial(add, start=0, rows=ROWS), acc)
     if rest:
         rows = -(-rest // SLABS)
-        last = add(jnp.zeros((batch, rows, lanes), jnp.float32), weight.words[whole], x[whole], rows)
+        last = jnp.zeros((batch, rows, lanes), jnp.float32)
+        last = jax.lax.fori_loop(0, 2, functools.partial(add, start=whole, rows=rows), last)
         acc = acc + jnp.pad(last, ((0, 0), (0, ROWS - rows), (0, 0)))
     return acc
