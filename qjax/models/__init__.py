@@ -1,7 +1,7 @@
 """Decoder-only transformers as pure functions on pytrees, their files, their tokenizers."""
 
 from qjax.models.config import ModelConfig, RopeScaling
-from qjax.models.generate import generate
+from qjax.models.generate import Generated, generate, generate_batch
 from qjax.models.loading import Model, ModelFiles, load, open_model
 from qjax.models.tokenizer import Tokenizer
 from qjax.models.transformer import LINEARS, SITES, block, block_inputs, embed, forward, head, logits
@@ -10,6 +10,7 @@ from qjax.models.weights import WeightSource, read_block, read_edges
 __all__ = [
     "LINEARS",
     "SITES",
+    "Generated",
     "Model",
     "ModelConfig",
     "ModelFiles",
@@ -21,6 +22,7 @@ __all__ = [
     "embed",
     "forward",
     "generate",
+    "generate_batch",
     "head",
     "load",
     "logits",
