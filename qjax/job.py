@@ -14,6 +14,7 @@ import jax
 
 from qjax import artifact, data, evaluate, models
 from qjax.blockwise import quantize_and_tune
+from qjax.checks import check_reference, doubts
 from qjax.directory import RunDirectory
 from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
@@ -28,6 +29,7 @@ from qjax.recipe import Recipe
 from qjax.records import Records
 from qjax.run.fingerprint import device, versions
 from qjax.run.lock import RunLock
+from qjax.run.memory import shrinking
 from qjax.run.monitor import CompileCounter, Stopwatch, device_peak_memory_bytes, peak_memory_bytes
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
@@ -108,6 +110,9 @@ def run(job: Job) -> dict[str, Any] | None:
             _fits(tokens, files.config)
             need = _estimate(job, files.config, plans, tokens)
         _announce(job, files, tokens, need)
+        notes = doubts(files.config, tokens.calibration, files.tokenizer, job.data.get("bos", "none"))
+        for note in notes:
+            print(f"warning: {note}", flush=True)
         check(need, job.out, host_gb=job.memory["host_gb"], disk_gb=job.memory["disk_gb"])
         if job.dry_run:
             print("dry run: nothing was computed")
@@ -123,12 +128,16 @@ def run(job: Job) -> dict[str, Any] | None:
         tracker = job.tracker(job.out)
         try:
             _log.info("started: %s", job.settings)
+            for note in notes:
+                _log.warning("%s", note)
             with watch.stage("load"):
                 model = models.load(job.model["source"], job.model["dtype"])
             with watch.stage("reference"):
                 teacher = None
                 if job.evaluate["enabled"]:
                     teacher = reference_states(model, tokens.evaluation, job.evaluate["batch"], job.cache)
+                    limit = job.evaluate.get("sanity_perplexity")
+                    check_reference(model, teacher, tokens.evaluation, job.evaluate["batch"], limit)
             quantized, peaks, block_reports = _quantize(job, model, tokens, records, need.matrices, watch, tracker)
             tuning: dict[str, Any] = {}
             if job.finetune["name"] == "block":
@@ -251,20 +260,48 @@ def _quantize(
     watch: Stopwatch,
     tracker: Tracker,
 ) -> tuple[QuantizedModel, dict[str, int], list[dict[str, Any]]]:
-    calibration, batch = tokens.calibration, min(job.hessian["batch"], tokens.calibration.sequences)
+    """Collect and round; with fewer sequences per step where memory runs out."""
+    place = ["the Hessians"]
+
+    def tell(text: str) -> None:
+        print(f"warning: {text}", flush=True)
+        _log.warning("%s", text)
+
+    def step(batch: int) -> tuple[QuantizedModel, dict[str, int], list[dict[str, Any]]]:
+        return _quantize_by(job, model, tokens, records, matrices, watch, tracker, batch, place)
+
+    return shrinking(step, min(job.hessian["batch"], tokens.calibration.sequences), lambda: place[0], tell)
+
+
+def _quantize_by(
+    job: Job,
+    model: models.Model,
+    tokens: data.TokenSplit,
+    records: Records,
+    matrices: int,
+    watch: Stopwatch,
+    tracker: Tracker,
+    batch: int,
+    place: list[str],
+) -> tuple[QuantizedModel, dict[str, int], list[dict[str, Any]]]:
+    calibration = tokens.calibration
+    place[0] = "the Hessians"
     with watch.stage("hessians"):
-        source = provide(HessianStore(job.cache / "hessians"), model, calibration, job.hessian)
+        source = provide(HessianStore(job.cache / "hessians"), model, calibration, {**job.hessian, "batch": batch})
     peaks: dict[str, int] = {}
+    place[0] = "the first matrix"
     with watch.stage("quantize"), Progress(f"quantise {job.out.name}", matrices) as progress:
 
         def on_layer(report: MatrixReport, found: bool) -> None:
             peaks[report.name] = peak_memory_bytes()
+            place[0] = f"what follows {report.name}"
             progress.advance(note=f"{report.name} proxy loss {report.proxy_loss:.4f}")
             if not found:
                 tracker.log(
                     {f"layer/{key}": value for key, value in dataclasses.asdict(report).items()}, step=progress.done
                 )
                 _log.info("%s", report)
+                _remark(report, job.recipe.damping)
 
         block_reports: list[dict[str, Any]] = []
 
@@ -306,6 +343,14 @@ def _quantize(
     return quantized, peaks, block_reports
 
 
+def _remark(report: MatrixReport, damping: float) -> None:
+    """What a reader of the log should not have to look for."""
+    if report.damping > 1.01 * damping:
+        _log.warning("%s: the damping was raised to %.3g of the mean diagonal", report.name, report.damping)
+    if report.fallback is not None:
+        _log.warning("%s: the rounding lost more than plain rounding, which was kept", report.name)
+
+
 def _sizes(model: models.Model, quantized: QuantizedModel) -> dict[str, Any]:
     weights = [math.prod(report.shape) for report in quantized.reports]
     bits = stored_bits(quantized.params)
@@ -332,6 +377,7 @@ def _losses(reports: list[MatrixReport]) -> dict[str, Any]:
         "weight_mse_mean": mean("weight_mse"),
         "damping_max": max(report.damping for report in reports),
         "dead_columns": sum(report.dead_columns for report in reports),
+        "fallbacks": [report.name for report in reports if report.fallback is not None],
     }
 
 

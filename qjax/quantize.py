@@ -19,10 +19,11 @@ from qjax.correction import corrected_weight
 from qjax.errors import InputError, NumericsError
 from qjax.hessian.statistics import Hessian
 from qjax.incoherence import Incoherence
+from qjax.linalg.damping import check_hessian
 from qjax.prng import name_id
 from qjax.quantized import QuantizedMatrix
 from qjax.rounding.base import Rounded, Rounding
-from qjax.rounding.losses import proxy_loss, weight_mse
+from qjax.rounding.losses import proxy_loss, quadratic, weight_mse
 
 __all__ = ["MatrixReport", "default_scale_rule", "quantize_matrix"]
 
@@ -42,6 +43,9 @@ class MatrixReport:
       correction: `tr(Δ H Δᵀ) / tr(W H Wᵀ)` of the change Δ of the target that makes up for earlier errors; 0 without.
       proxy_loss_before_passes: `proxy_loss` before the coordinate-descent passes, None without passes.
       output_damping: multiple of H_out's mean diagonal that was added, None where H_out was not used.
+      alignment: `proxy_loss` over that of an error of the same size without direction; 1 for plain rounding after a
+        rotation, below it where feedback works.
+      fallback: "nearest" where plain rounding was kept because the chosen rounding lost more, else None.
     """
 
     name: str
@@ -57,6 +61,8 @@ class MatrixReport:
     correction: float = 0.0
     proxy_loss_before_passes: float | None = None
     output_damping: float | None = None
+    alignment: float | None = None
+    fallback: str | None = None
 
 
 @struct.dataclass
@@ -71,6 +77,7 @@ class _Outcome:
     correction: Array
     proxy_loss_before_passes: Array | None
     output_damping: Array | None
+    alignment: Array
 
 
 def default_scale_rule(codebook: Codebook, scale: float | ScaleRule | None) -> ScaleRule:
@@ -117,7 +124,8 @@ def _round_at(
         return proxy_loss(weight, at(factor, trial).values, hessian)
 
     factors = jnp.asarray(rule.candidates, weight.dtype)
-    return at(factors[jnp.argmin(jax.lax.map(loss, factors))])
+    losses = jax.lax.map(loss, factors)
+    return at(factors[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))])  # NaN would be the least
 
 
 @functools.partial(jax.jit, static_argnames=("rounding", "incoherence", "rule"))
@@ -155,7 +163,16 @@ def _quantize(
         before = proxy_loss(weight, transform.weight_inverse(rounded.start), hessian)
     shift = proxy_loss(original, weight, hessian)
     mse = weight_mse(weight, dense)
-    return _Outcome(matrix, loss, mse, rounded.damping, rms, dead, ok, shift, before, rounded.output_damping)
+    aligned = loss / jnp.maximum(mse * _undirected(weight, hessian), jnp.finfo(jnp.float32).tiny)
+    return _Outcome(matrix, loss, mse, rounded.damping, rms, dead, ok, shift, before, rounded.output_damping, aligned)
+
+
+def _undirected(weight: Array, hessian: Hessian) -> Array:
+    """The expected proxy loss of a white error as large as the weight: `‖W‖² tr(H_in)/n · tr(H_out)/m / tr(W H Wᵀ)`."""
+    mean = jnp.trace(hessian.input) / weight.shape[1]
+    if hessian.output is not None:
+        mean = mean * jnp.trace(hessian.output) / weight.shape[0]
+    return jnp.sum(jnp.square(weight)) * mean / jnp.maximum(quadratic(weight, hessian), jnp.finfo(jnp.float32).tiny)
 
 
 def _validate(weight: Any, hessian: Hessian, name: str) -> None:
@@ -188,6 +205,9 @@ def _validate(weight: Any, hessian: Hessian, name: str) -> None:
                 f"layer {name}: the {what} holds {host[where]} at {where}; "
                 "check the checkpoint, or the calibration data and its dtype"
             )
+    for what, factor in (("input", hessian.input), ("output", hessian.output)):
+        if factor is not None:
+            check_hessian(np.asarray(factor), f"layer {name} ({what} factor)")
 
 
 def quantize_matrix(
@@ -236,7 +256,7 @@ def quantize_matrix(
         incoherence=incoherence,
         rule=rule,
     )
-    loss, mse, used, rms, dead, ok, shift, before, used_out = jax.device_get(
+    loss, mse, used, rms, dead, ok, shift, before, used_out, aligned = jax.device_get(
         (
             outcome.proxy_loss,
             outcome.weight_mse,
@@ -247,6 +267,7 @@ def quantize_matrix(
             outcome.correction,
             outcome.proxy_loss_before_passes,
             outcome.output_damping,
+            outcome.alignment,
         )
     )
     if not ok:
@@ -271,5 +292,6 @@ def quantize_matrix(
         correction=float(shift),
         proxy_loss_before_passes=None if before is None else float(before),
         output_damping=None if used_out is None else float(used_out),
+        alignment=float(aligned),
     )
     return matrix, report
