@@ -270,6 +270,12 @@ def quantize_matrix(
             outcome.alignment,
         )
     )
+    if not ok and not np.isfinite(loss):
+        largest = float(np.max(np.abs(np.asarray(weight, np.float32))))
+        raise NumericsError(
+            f"layer {name}: the losses are not finite: weights reach {largest:.3g} and their squared sums overflow "
+            "float32; check the checkpoint, or scale the layer down"
+        )
     if not ok:
         also = "" if used_out is None else f" and {float(used_out):.3g} for its output factor"
         raise NumericsError(
