@@ -8,7 +8,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
@@ -20,7 +20,8 @@ from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
 from qjax.finetune import BlockReport, BlockSettings, Settings, lora
 from qjax.hessian.collect import layer_names
-from qjax.hessian.provide import check_settings, provide
+from qjax.hessian.fit import Fit, error_bound, predicted_cost
+from qjax.hessian.provide import check_settings, fits, provide
 from qjax.hessian.store import HessianStore, identity
 from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
 from qjax.preflight import Estimate, check, estimate
@@ -138,7 +139,9 @@ def run(job: Job) -> dict[str, Any] | None:
                     teacher = reference_states(model, tokens.evaluation, job.evaluate["batch"], job.cache)
                     limit = job.evaluate.get("sanity_perplexity")
                     check_reference(model, teacher, tokens.evaluation, job.evaluate["batch"], limit)
-            quantized, peaks, block_reports = _quantize(job, model, tokens, records, need.matrices, watch, tracker)
+            quantized, peaks, block_reports, measured = _quantize(
+                job, model, tokens, records, need.matrices, watch, tracker
+            )
             tuning: dict[str, Any] = {}
             if job.finetune["name"] == "block":
                 tuning = {"finetune": {"blocks": block_reports}}
@@ -161,6 +164,8 @@ def run(job: Job) -> dict[str, Any] | None:
                 quantized = dataclasses.replace(quantized, params=tuned.params)
                 tuning = {"finetune": {**tuning, **tuned.report}}
             results = {**_sizes(model, quantized), **_losses(quantized.reports), **tuning}
+            if measured is not None:
+                results["error_bound"] = _bound(quantized.reports, measured)
             if teacher is not None:
                 with watch.stage("evaluate"):
                     results |= compare(model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"])
@@ -251,6 +256,9 @@ def reference_states(model: models.Model, tokens: data.TokenStream, batch: int, 
     return TeacherCache(cache / "teachers").get(key, tokens.sha256, compute)
 
 
+_Quantized: TypeAlias = tuple[QuantizedModel, dict[str, int], list[dict[str, Any]], Mapping[str, Fit] | None]
+
+
 def _quantize(
     job: Job,
     model: models.Model,
@@ -259,7 +267,7 @@ def _quantize(
     matrices: int,
     watch: Stopwatch,
     tracker: Tracker,
-) -> tuple[QuantizedModel, dict[str, int], list[dict[str, Any]]]:
+) -> _Quantized:
     """Collect and round; with fewer sequences per step where memory runs out."""
     place = ["the Hessians"]
 
@@ -267,7 +275,7 @@ def _quantize(
         print(f"warning: {text}", flush=True)
         _log.warning("%s", text)
 
-    def step(batch: int) -> tuple[QuantizedModel, dict[str, int], list[dict[str, Any]]]:
+    def step(batch: int) -> _Quantized:
         return _quantize_by(job, model, tokens, records, matrices, watch, tracker, batch, place)
 
     return shrinking(step, min(job.hessian["batch"], tokens.calibration.sequences), lambda: place[0], tell)
@@ -283,11 +291,13 @@ def _quantize_by(
     tracker: Tracker,
     batch: int,
     place: list[str],
-) -> tuple[QuantizedModel, dict[str, int], list[dict[str, Any]]]:
+) -> _Quantized:
     calibration = tokens.calibration
     place[0] = "the Hessians"
     with watch.stage("hessians"):
-        source = provide(HessianStore(job.cache / "hessians"), model, calibration, {**job.hessian, "batch": batch})
+        store, settings = HessianStore(job.cache / "hessians"), {**job.hessian, "batch": batch}
+        source = provide(store, model, calibration, settings)
+        measured = fits(store, model, tokens.evaluation, settings, source)
     peaks: dict[str, int] = {}
     place[0] = "the first matrix"
     with watch.stage("quantize"), Progress(f"quantise {job.out.name}", matrices) as progress:
@@ -325,7 +335,7 @@ def _quantize_by(
                 on_layer=on_layer,
                 on_block=on_block,
             )
-            return quantized, peaks, block_reports
+            return quantized, peaks, block_reports, measured
         quantized = quantize_model(
             model.config,
             model.params,
@@ -340,7 +350,7 @@ def _quantize_by(
             batch=batch,
             on_layer=on_layer,
         )
-    return quantized, peaks, block_reports
+    return quantized, peaks, block_reports, measured
 
 
 def _remark(report: MatrixReport, damping: float) -> None:
@@ -378,6 +388,23 @@ def _losses(reports: list[MatrixReport]) -> dict[str, Any]:
         "damping_max": max(report.damping for report in reports),
         "dead_columns": sum(report.dead_columns for report in reports),
         "fallbacks": [report.name for report in reports if report.fallback is not None],
+    }
+
+
+def _bound(reports: list[MatrixReport], measured: Mapping[str, Fit]) -> dict[str, Any]:
+    """The end-to-end error bound of every matrix as it was quantised, before any tuning (see `error_bound`)."""
+    layers = {}
+    for report in reports:
+        fit = measured[report.name]
+        bound = error_bound(fit, report.squared_error, report.kronecker_loss)
+        cost = predicted_cost(fit, report.kronecker_loss)
+        layers[report.name] = {**dataclasses.asdict(fit), "nats_per_token": bound, "predicted_nats_per_token": cost}
+    total = lambda name: sum(layer[name] for layer in layers.values())  # noqa: E731
+    return {
+        "nats_per_token": total("nats_per_token"),
+        "predicted_nats_per_token": total("predicted_nats_per_token"),
+        "cosine_mean": sum(layer["cosine"] for layer in layers.values()) / len(layers),
+        "layers": layers,
     }
 
 

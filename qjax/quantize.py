@@ -23,7 +23,7 @@ from qjax.linalg.damping import check_hessian
 from qjax.prng import name_id
 from qjax.quantized import QuantizedMatrix
 from qjax.rounding.base import Rounded, Rounding
-from qjax.rounding.losses import proxy_loss, quadratic, weight_mse
+from qjax.rounding.losses import factor_norms, proxy_loss, quadratic, weight_mse
 
 __all__ = ["MatrixReport", "default_scale_rule", "quantize_matrix"]
 
@@ -46,6 +46,8 @@ class MatrixReport:
       alignment: `proxy_loss` over that of an error of the same size without direction; 1 for plain rounding after a
         rotation, below it where feedback works.
       fallback: "nearest" where plain rounding was kept because the chosen rounding lost more, else None.
+      squared_error: `‖E‖²`, in squared units of the weight.
+      kronecker_loss: `tr(H_out E H_in Eᵀ) / (‖H_out‖ ‖H_in‖)`, H_out = I when absent; likewise.
     """
 
     name: str
@@ -63,6 +65,8 @@ class MatrixReport:
     output_damping: float | None = None
     alignment: float | None = None
     fallback: str | None = None
+    squared_error: float = 0.0
+    kronecker_loss: float = 0.0
 
 
 @struct.dataclass
@@ -78,6 +82,8 @@ class _Outcome:
     proxy_loss_before_passes: Array | None
     output_damping: Array | None
     alignment: Array
+    squared_error: Array
+    kronecker_loss: Array
 
 
 def default_scale_rule(codebook: Codebook, scale: float | ScaleRule | None) -> ScaleRule:
@@ -163,8 +169,11 @@ def _quantize(
         before = proxy_loss(weight, transform.weight_inverse(rounded.start), hessian)
     shift = proxy_loss(original, weight, hessian)
     mse = weight_mse(weight, dense)
+    squared = jnp.sum(jnp.square(weight - dense))
+    kronecker = quadratic(weight - dense, hessian) / factor_norms(hessian, weight.shape[0])
     aligned = loss / jnp.maximum(mse * _undirected(weight, hessian), jnp.finfo(jnp.float32).tiny)
-    return _Outcome(matrix, loss, mse, rounded.damping, rms, dead, ok, shift, before, rounded.output_damping, aligned)
+    used = rounded.output_damping
+    return _Outcome(matrix, loss, mse, rounded.damping, rms, dead, ok, shift, before, used, aligned, squared, kronecker)
 
 
 def _undirected(weight: Array, hessian: Hessian) -> Array:
@@ -256,7 +265,7 @@ def quantize_matrix(
         incoherence=incoherence,
         rule=rule,
     )
-    loss, mse, used, rms, dead, ok, shift, before, used_out, aligned = jax.device_get(
+    loss, mse, used, rms, dead, ok, shift, before, used_out, aligned, squared, kronecker = jax.device_get(
         (
             outcome.proxy_loss,
             outcome.weight_mse,
@@ -268,6 +277,8 @@ def quantize_matrix(
             outcome.proxy_loss_before_passes,
             outcome.output_damping,
             outcome.alignment,
+            outcome.squared_error,
+            outcome.kronecker_loss,
         )
     )
     if not ok and not np.isfinite(loss):
@@ -299,5 +310,7 @@ def quantize_matrix(
         proxy_loss_before_passes=None if before is None else float(before),
         output_damping=None if used_out is None else float(used_out),
         alignment=float(aligned),
+        squared_error=float(squared),
+        kronecker_loss=float(kronecker),
     )
     return matrix, report
