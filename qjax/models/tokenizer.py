@@ -58,7 +58,13 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(f"the text has an unpaired surrogate at character {error.start}; clean it first") from error
-        return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
+        backend = self.backend
+        try:
+            return np.asarray(backend.encode(text, add_special_tokens=False).ids, np.int32)
+        except Exception as error:  # the package raises plain Exception
+            raise DataError(
+                f"the tokenizer cannot encode the text ({error}); take a whole tokenizer.json of the model's revision"
+            ) from error
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " tokens"], *, skip_special: bool = True) -> str:
         """The text of token ids. Raises InputError for an id outside the vocabulary."""
@@ -87,5 +93,8 @@ def read_tokenizer_json(path: Path, special: Mapping[str, int | None]) -> Tokeni
     backend.no_truncation()
     backend.no_padding()
     bos_id = special.get("bos_id")
-    adds_bos = bos_id is not None and backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
+    try:
+        adds_bos = bos_id is not None and backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
+    except Exception as error:
+        raise ModelFileError(f"the tokenizer {path} cannot encode a letter: {error}; fetch the file again") from error
     return Tokenizer(backend, bos_id=bos_id, eos_id=special.get("eos_id"), adds_bos=adds_bos)
