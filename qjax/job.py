@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import logging
 import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import jax
 
@@ -126,6 +127,7 @@ def run(job: Job) -> dict[str, Any] | None:
             print(f"{job.out}: finished before; nothing to do (resume=false starts anew)")
             return known
         handler = _log_to(job.out / "log.txt")
+        crashes = _crashes_to(job.out / "log.txt")
         tracker = job.tracker(job.out)
         try:
             _log.info("started: %s", job.settings)
@@ -174,8 +176,7 @@ def run(job: Job) -> dict[str, Any] | None:
                 save_adapters(directory.path, quantized.params)
                 directory.write_layers(quantized.reports, peaks)
             results |= _circumstances(job, model, tokens, watch, compiles)
-            results = _finite(results)
-            directory.write_results(results)
+            results = directory.write_results(_finite(results))
             tracker.summary(results)
             _log.info("finished")
             return results
@@ -186,6 +187,9 @@ def run(job: Job) -> dict[str, Any] | None:
             tracker.close()
             _log.removeHandler(handler)
             handler.close()
+            if crashes is not None:
+                faulthandler.disable()
+                crashes.close()
 
 
 def _fits(tokens: data.TokenSplit, config: models.ModelConfig) -> None:
@@ -241,6 +245,15 @@ def _log_to(path: pathlib.Path) -> logging.Handler:
     _log.setLevel(logging.INFO)
     _log.propagate = False  # the file is the log; the terminal has the progress display
     return handler
+
+
+def _crashes_to(path: pathlib.Path) -> IO[str] | None:
+    """Where Python's stacks go when native code crashes; None when someone else (a test runner) takes them already."""
+    if faulthandler.is_enabled():
+        return None
+    file = path.open("a")
+    faulthandler.enable(file)
+    return file
 
 
 def reference_states(model: models.Model, tokens: data.TokenStream, batch: int, cache: pathlib.Path) -> Any:
@@ -438,6 +451,7 @@ def _circumstances(
         "calibration": tokens.calibration.description,
         "evaluation": tokens.evaluation.description,
         "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
+        "stages": watch.stages,
         "compiled_programs": compiles.count,
         "compiled_program_names": compiles.programs,
         "peak_memory_bytes": peak_memory_bytes(),

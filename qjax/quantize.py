@@ -25,6 +25,9 @@ from qjax.quantized import QuantizedMatrix
 from qjax.rounding.base import Rounded, Rounding
 from qjax.rounding.losses import factor_norms, proxy_loss, quadratic, weight_mse
 
+# Sums over rows and columns of squares of larger weights may overflow float32.
+_LARGE = 1e14
+
 __all__ = ["MatrixReport", "default_scale_rule", "quantize_matrix"]
 
 
@@ -281,8 +284,8 @@ def quantize_matrix(
             outcome.kronecker_loss,
         )
     )
-    if not ok and not np.isfinite(loss):
-        largest = float(np.max(np.abs(np.asarray(weight, np.float32))))
+    largest = 0.0 if ok else float(np.max(np.abs(np.asarray(weight, np.float32))))
+    if not ok and not np.isfinite(loss) and largest > _LARGE:
         raise NumericsError(
             f"layer {name}: the losses are not finite: weights reach {largest:.3g} and their squared sums overflow "
             "float32; check the checkpoint, or scale the layer down"
