@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ArtifactError(f"{path}: holds a JSON {type(value).__name__}, an object is expected; make it again")
+        raise ArtifactError(f"{path}: {pathlib.Path(path).name} holds {type(value).__name__}, not an object; make it again")
     if SEAL in value and digest({key: entry for key, entry in value.items() if key != SEAL}) != value[SEAL]:
         raise ArtifactError(f"{path}: damaged: it does not match its own SHA-256; remove it and make it again")
     return value

@@ -131,5 +131,5 @@ def test_sealed_objects(tmp_path):
     with pytest.raises(ArtifactError, match=r"x.json: damaged: it does not match its own SHA-256"):
         read_sealed(path)
     path.write_text("[]")
-    with pytest.raises(QjaxError, match="holds a JSON list"):
+    with pytest.raises(QjaxError, match="x.json holds list, not an object"):
         read_sealed(path)
