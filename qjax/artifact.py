@@ -21,13 +21,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 
 from qjax.errors import ArtifactError
 from qjax.models.config import ModelConfig, RopeScaling
 from qjax.models.files import sha256_file
 from qjax.models.loading import Model
-from qjax.models.tokenizer import Tokenizer
+from qjax.models.tokenizer import Tokenizer, parsed
 from qjax.quantized import QuantizedMatrix
 from qjax.run.atomic import read_bytes, read_json, write_json, write_text
 from qjax.run.fingerprint import digest
@@ -241,7 +240,7 @@ def _tokenizer(path: pathlib.Path, manifest: dict[str, Any]) -> Tokenizer:
         return Tokenizer(None, missing=f"{path}: the quantised model came without a tokenizer")
     definition = read_bytes(file)
     try:
-        backend = tokenizers.Tokenizer.from_buffer(definition)
-    except Exception as error:  # the package raises plain Exception for any damage
+        backend = parsed(definition)
+    except ValueError as error:
         raise ArtifactError(f"{file}: is not a tokenizer ({error}); run the quantisation again") from error
     return Tokenizer(backend, **manifest["tokenizer"])

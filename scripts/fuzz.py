@@ -306,7 +306,7 @@ def fuzz(reader: Reader, inputs: int, seed: int, watch: Watch, seconds: float = 
 
     rng = random.Random(f"{reader.name} {seed}")
     reader.read()  # imports and compilations are not the input's
-    system = [sys.prefix, sys.base_prefix, str(REPOSITORY / "qjax"), "/proc", "/sys", "/dev"]
+    system = [sys.prefix, sys.base_prefix, str(REPOSITORY), "/proc", "/sys", "/dev"]
     watch.allowed = (os.path.realpath(reader.folder), *map(os.path.realpath, system))
     kept = pickle.load, pickle.loads
     pickle.load = pickle.loads = _poisoned  # type: ignore[assignment]

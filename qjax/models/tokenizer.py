@@ -13,7 +13,7 @@ from jaxtyping import Int32, Integer
 from qjax.errors import DataError, InputError, ModelFileError
 from qjax.models.files import refuse_pointer, sha256_text
 
-__all__ = ["Tokenizer", "read_tokenizer_json"]
+__all__ = ["Tokenizer", "parsed", "read_tokenizer_json"]
 
 
 class Tokenizer:
@@ -77,6 +77,16 @@ class Tokenizer:
         return self.backend.decode(array.tolist(), skip_special_tokens=skip_special)
 
 
+def parsed(definition: bytes) -> tokenizers.Tokenizer:
+    """The tokenizer of a definition. Raises ValueError for any damage, also where the package's own code panics."""
+    try:
+        return tokenizers.Tokenizer.from_buffer(definition)
+    except BaseException as error:  # a panic of Rust code arrives as an exception outside Exception
+        if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
+            raise
+        raise ValueError(str(error)) from error
+
+
 def read_tokenizer_json(path: Path, special: Mapping[str, int | None]) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, with `special` = {"bos_id": ..., "eos_id": ...}.
 
@@ -85,7 +95,7 @@ def read_tokenizer_json(path: Path, special: Mapping[str, int | None]) -> Tokeni
     try:
         definition = path.read_bytes()
         refuse_pointer(path, definition[:64])
-        backend = tokenizers.Tokenizer.from_buffer(definition)
+        backend = parsed(definition)
     except ModelFileError:
         raise
     except Exception as error:  # the package raises plain Exception for any damage

@@ -31,7 +31,8 @@ def read_sealed(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ArtifactError(f"{path}: {pathlib.Path(path).name} holds {type(value).__name__}, not an object; make it again")
+        found = type(value).__name__
+        raise ArtifactError(f"{path}: {pathlib.Path(path).name} holds {found}, not an object; make it again")
     if SEAL in value and digest({key: entry for key, entry in value.items() if key != SEAL}) != value[SEAL]:
         raise ArtifactError(f"{path}: damaged: it does not match its own SHA-256; remove it and make it again")
     return value

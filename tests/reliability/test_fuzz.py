@@ -1,6 +1,7 @@
 """The time-boxed part of `scripts/fuzz.py`, and no pickle anywhere."""
 
 import importlib.util
+import json
 import pathlib
 import pickle
 import random
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qjax.errors import QjaxError
+from qjax.errors import ModelFileError, QjaxError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -57,6 +58,26 @@ def test_any_bytes_are_no_index(readers, data):
             reader.read()
     finally:
         (reader.folder / name).write_bytes(reader.valid[name])
+
+
+def test_what_long_fuzzing_found_by_name(readers, capfd):
+    """A shard's name with a zero byte; merges that are shorter than the prefix of subwords, where Rust code panics."""
+    index, tokenizer = readers["index"], readers["tokenizer"]
+    name = "model.safetensors.index.json"
+    text = index.valid[name].decode().replace("model-00001", "model\\u0000-00001", 1)
+    definition = json.loads(tokenizer.valid["tokenizer.json"])
+    definition["model"]["continuing_subword_prefix"] = "a long prefix"
+    for reader, file, content, message in (
+        (index, name, text.encode(), "which is no file name"),
+        (tokenizer, "tokenizer.json", json.dumps(definition).encode(), "cannot read the tokenizer .*out of range"),
+    ):
+        (reader.folder / file).write_bytes(content)
+        try:
+            with pytest.raises(ModelFileError, match=message):
+                reader.read()
+        finally:
+            (reader.folder / file).write_bytes(reader.valid[file])
+    capfd.readouterr()  # the panic's own message
 
 
 def test_the_harness_sees_what_is_wrong(readers, watch, tmp_path):
