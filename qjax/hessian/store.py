@@ -77,6 +77,8 @@ class HessianStore:
             arrays, metadata = read_safetensors(file)
         except ArtifactError:
             return None
+        if metadata.get("block", str(index)) != str(index) or metadata.get("key", key) != key:
+            return None  # another block's or collection's file under this name: a copy gone wrong
         tokens = int(metadata["tokens"])
         if metadata.get("kind") == "sketch":
             factor = lambda linear, name: unpack_triangle(arrays[f"{linear}:{name}"])  # noqa: E731
@@ -93,11 +95,12 @@ class HessianStore:
                 for name in ("input", "output")
             }
             metadata = {"tokens": str(hessians[next(iter(LINEARS))].tokens), "kind": "sketch"}
-            write_safetensors(self._file(key, index), factors, metadata)
+            write_safetensors(self._file(key, index), factors, {**metadata, "key": key, "block": str(index)})
             return
         shared = {site: hessians[linear] for linear, site in reversed(LINEARS.items())}
         arrays = {site: pack_triangle(np.asarray(shared[site].input)) for site in SITES}
-        write_safetensors(self._file(key, index), arrays, {"tokens": str(shared[SITES[0]].tokens)})
+        metadata = {"tokens": str(shared[SITES[0]].tokens), "key": key, "block": str(index)}
+        write_safetensors(self._file(key, index), arrays, metadata)
 
     def collect(
         self,

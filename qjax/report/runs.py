@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qjax.errors import ArtifactError, InputError
-from qjax.run.atomic import read_json
+from qjax.run.sealed import read_sealed
 
 __all__ = ["METRICS", "Run", "Skipped", "collect", "find", "read"]
 
@@ -163,7 +163,7 @@ def read(path: pathlib.Path, name: str | None = None) -> Run:
     if not file.exists():
         raise ArtifactError("unfinished: there is no results.json; the command that started the run continues it")
     try:
-        results = read_json(file)
+        results = read_sealed(file)
     except ArtifactError as error:
         raise ArtifactError(f"damaged: {str(error).removeprefix(f'{file}: ')}") from error
     if (fault := _fault(results)) is not None:
