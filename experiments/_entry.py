@@ -13,6 +13,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments._sweep import Sweep
 from qjax.errors import QjaxError
 
 __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "plain"]
@@ -20,8 +21,11 @@ __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "plain"]
 CONFIGS = str(pathlib.Path(__file__).resolve().parent.parent / "configs")
 
 
-def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Decorator: a Hydra program on `configs/<config_name>.yaml` that prints qjax's errors plainly and exits with 2."""
+def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Decorator: a Hydra program on `configs/<config_name>.yaml` that prints qjax's errors plainly and exits with 2.
+
+    `sweeps`: list the failures of a sweep at its end.
+    """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(function)
@@ -35,7 +39,16 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                 print("interrupted: what was finished is kept; the same command continues", file=sys.stderr, flush=True)
                 raise SystemExit(130) from None
 
-        return hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(guarded)
+        program = hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(guarded)
+        if not sweeps:
+            return program
+
+        @functools.wraps(function)
+        def started() -> None:
+            with Sweep():
+                program()
+
+        return started
 
     return decorate
 

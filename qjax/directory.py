@@ -30,6 +30,7 @@ _OWNED = (
     "finetune",
     "metrics.jsonl",
     "log.txt",
+    "failure.json",
 )
 
 
