@@ -1,4 +1,4 @@
-"""Jobs of a sweep: directories by the hash of the settings, failures beside the other jobs, a table of them at the end."""
+"""Jobs of a sweep: directories by the hash of the settings, failures beside the others and listed at the end."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_failures_are_kept_and_listed(tmp_path, monkeypatch, capsys):
 
         return job
 
-    with pytest.raises(SystemExit) as exit_info, _sweep.Sweep():
+    with pytest.raises(SystemExit) as exit_info, _sweep.Sweep():  # noqa: PT012
         assert _sweep.attempt(lambda: 0.5, folder / "a", folder, ["bits=2"]) == 0.5
         assert _sweep.attempt(fails(RunError("disk full")), folder / "b", folder, ["bits=3"]) is None
         assert _sweep.attempt(fails(InputError("no such width")), folder / "c", folder, ["bits=9"]) is None
