@@ -9,8 +9,9 @@ from omegaconf import DictConfig
 from experiments._entry import cache_folder, compilation_cache, entry, plain
 from qjax import data, models
 from qjax.errors import InputError
-from qjax.hessian.provide import check_settings, provide
+from qjax.hessian.provide import check_settings, fits, provide
 from qjax.hessian.store import HessianStore
+from qjax.models.transformer import LINEARS
 from qjax.run.monitor import peak_memory_bytes
 
 
@@ -23,9 +24,8 @@ def main(config: DictConfig) -> None:
     started = time.perf_counter()
     model = models.load(settings["model"]["source"], settings["model"]["dtype"])
     options = {key: value for key, value in settings["data"].items() if value is not None}
-    tokens = data.load(
-        tokenizer=model.tokenizer, vocab_size=model.config.vocab_size, seed=settings["seed"], **options
-    ).calibration
+    split = data.load(tokenizer=model.tokenizer, vocab_size=model.config.vocab_size, seed=settings["seed"], **options)
+    tokens = split.calibration
     if settings["hessian"]["stream"] != "original":
         raise InputError(
             f"hessian.stream is {settings['hessian']['stream']!r}; only Hessians of the original model can be kept for "
@@ -41,6 +41,15 @@ def main(config: DictConfig) -> None:
             f"{store.path / key}: {model.config.num_layers} blocks, {counted} tokens or sequences, "
             f"{size / 2**20:.1f} MiB, {time.perf_counter() - started:.0f} s, peak {peak_memory_bytes() / 2**30:.2f} GiB"
         )
+    found = fits(store, model, split.evaluation, settings["hessian"], source)
+    if found is not None:
+        print(
+            f"cosine with the true Fisher on {settings['hessian']['fit_sequences']} evaluation sequences, mean ± error"
+        )
+        for linear in LINEARS:
+            own = [fit for name, fit in found.items() if name.endswith(linear)]
+            error = sum(fit.cosine_error**2 for fit in own) ** 0.5 / len(own)
+            print(f"  {linear:<18} {sum(fit.cosine for fit in own) / len(own):.3f} ± {error:.3f}")
 
 
 if __name__ == "__main__":

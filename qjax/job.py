@@ -19,7 +19,8 @@ from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
 from qjax.finetune import BlockReport, BlockSettings, Settings, lora
 from qjax.hessian.collect import layer_names
-from qjax.hessian.provide import check_settings, provide
+from qjax.hessian.fit import Fit, error_bound, predicted_cost
+from qjax.hessian.provide import Provided, check_settings, fits, provide
 from qjax.hessian.store import HessianStore, identity
 from qjax.inputs import Inputs
 from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
@@ -137,7 +138,13 @@ def run(job: Job) -> dict[str, Any] | None:
                 teacher = None
                 if job.evaluate["enabled"]:
                     teacher = reference_states(model, tokens.evaluation, job.evaluate["batch"], job.cache)
-            quantized, peaks, block_reports = _quantize(job, model, tokens, records, need.matrices, watch, tracker)
+            with watch.stage("hessians"):
+                store = HessianStore(job.cache / "hessians")
+                source = provide(store, model, tokens.calibration, job.hessian)
+                measured = fits(store, model, tokens.evaluation, job.hessian, source)
+            quantized, peaks, block_reports = _quantize(
+                job, model, tokens, source, records, need.matrices, watch, tracker
+            )
             tuning: dict[str, Any] = {}
             if job.finetune["name"] == "block":
                 tuning = {"finetune": {"blocks": block_reports}}
@@ -160,6 +167,8 @@ def run(job: Job) -> dict[str, Any] | None:
                 quantized = dataclasses.replace(quantized, params=tuned.params)
                 tuning = {"finetune": {**tuning, **tuned.report}}
             results = {**_sizes(model, quantized), **_losses(quantized.reports), **tuning}
+            if measured is not None:
+                results["error_bound"] = _bound(quantized.reports, measured)
             if teacher is not None:
                 with watch.stage("evaluate"):
                     results |= compare(model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"])
@@ -253,14 +262,13 @@ def _quantize(
     job: Job,
     model: models.Model,
     tokens: data.TokenSplit,
+    source: Provided,
     records: Records,
     matrices: int,
     watch: Stopwatch,
     tracker: Tracker,
 ) -> tuple[QuantizedModel, dict[str, int], list[dict[str, Any]]]:
     calibration, batch = tokens.calibration, min(job.hessian["batch"], tokens.calibration.sequences)
-    with watch.stage("hessians"):
-        source = provide(HessianStore(job.cache / "hessians"), model, calibration, job.hessian)
     peaks: dict[str, int] = {}
     with watch.stage("quantize"), Progress(f"quantise {job.out.name}", matrices) as progress:
 
@@ -339,6 +347,23 @@ def _losses(reports: list[MatrixReport]) -> dict[str, Any]:
         "weight_mse_mean": mean("weight_mse"),
         "damping_max": max(report.damping for report in reports),
         "dead_columns": sum(report.dead_columns for report in reports),
+    }
+
+
+def _bound(reports: list[MatrixReport], measured: Mapping[str, Fit]) -> dict[str, Any]:
+    """The end-to-end error bound of every matrix as it was quantised, before any tuning (see `error_bound`)."""
+    layers = {}
+    for report in reports:
+        fit = measured[report.name]
+        bound = error_bound(fit, report.squared_error, report.kronecker_loss)
+        cost = predicted_cost(fit, report.kronecker_loss)
+        layers[report.name] = {**dataclasses.asdict(fit), "nats_per_token": bound, "predicted_nats_per_token": cost}
+    total = lambda name: sum(layer[name] for layer in layers.values())  # noqa: E731
+    return {
+        "nats_per_token": total("nats_per_token"),
+        "predicted_nats_per_token": total("predicted_nats_per_token"),
+        "cosine_mean": sum(layer["cosine"] for layer in layers.values()) / len(layers),
+        "layers": layers,
     }
 
 

@@ -22,7 +22,7 @@ from qjax.incoherence import Incoherence
 from qjax.prng import name_id
 from qjax.quantized import QuantizedMatrix
 from qjax.rounding.base import Rounded, Rounding
-from qjax.rounding.losses import proxy_loss, weight_mse
+from qjax.rounding.losses import factor_norms, proxy_loss, quadratic, weight_mse
 
 __all__ = ["MatrixReport", "default_scale_rule", "quantize_matrix"]
 
@@ -42,6 +42,8 @@ class MatrixReport:
       correction: `tr(Δ H Δᵀ) / tr(W H Wᵀ)` of the change Δ of the target that makes up for earlier errors; 0 without.
       proxy_loss_before_passes: `proxy_loss` before the coordinate-descent passes, None without passes.
       output_damping: multiple of H_out's mean diagonal that was added, None where H_out was not used.
+      squared_error: `‖E‖²`, in squared units of the weight.
+      kronecker_loss: `tr(H_out E H_in Eᵀ) / (‖H_out‖ ‖H_in‖)`, H_out = I when absent; likewise.
     """
 
     name: str
@@ -57,6 +59,8 @@ class MatrixReport:
     correction: float = 0.0
     proxy_loss_before_passes: float | None = None
     output_damping: float | None = None
+    squared_error: float = 0.0
+    kronecker_loss: float = 0.0
 
 
 @struct.dataclass
@@ -71,6 +75,8 @@ class _Outcome:
     correction: Array
     proxy_loss_before_passes: Array | None
     output_damping: Array | None
+    squared_error: Array
+    kronecker_loss: Array
 
 
 def default_scale_rule(codebook: Codebook, scale: float | ScaleRule | None) -> ScaleRule:
@@ -155,7 +161,11 @@ def _quantize(
         before = proxy_loss(weight, transform.weight_inverse(rounded.start), hessian)
     shift = proxy_loss(original, weight, hessian)
     mse = weight_mse(weight, dense)
-    return _Outcome(matrix, loss, mse, rounded.damping, rms, dead, ok, shift, before, rounded.output_damping)
+    squared = jnp.sum(jnp.square(weight - dense))
+    kronecker = quadratic(weight - dense, hessian) / factor_norms(hessian, weight.shape[0])
+    return _Outcome(
+        matrix, loss, mse, rounded.damping, rms, dead, ok, shift, before, rounded.output_damping, squared, kronecker
+    )
 
 
 def _validate(weight: Any, hessian: Hessian, name: str) -> None:
@@ -236,7 +246,7 @@ def quantize_matrix(
         incoherence=incoherence,
         rule=rule,
     )
-    loss, mse, used, rms, dead, ok, shift, before, used_out = jax.device_get(
+    loss, mse, used, rms, dead, ok, shift, before, used_out, squared, kronecker = jax.device_get(
         (
             outcome.proxy_loss,
             outcome.weight_mse,
@@ -247,6 +257,8 @@ def quantize_matrix(
             outcome.correction,
             outcome.proxy_loss_before_passes,
             outcome.output_damping,
+            outcome.squared_error,
+            outcome.kronecker_loss,
         )
     )
     if not ok:
@@ -271,5 +283,7 @@ def quantize_matrix(
         correction=float(shift),
         proxy_loss_before_passes=None if before is None else float(before),
         output_damping=None if used_out is None else float(used_out),
+        squared_error=float(squared),
+        kronecker_loss=float(kronecker),
     )
     return matrix, report

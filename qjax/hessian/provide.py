@@ -6,16 +6,19 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qjax.errors import InputError
+from qjax.errors import ArtifactError, InputError
 from qjax.hessian.collect import ESTIMATORS
+from qjax.hessian.fit import Fit, measure_fit
 from qjax.hessian.sketch import Sketch
 from qjax.hessian.sketch_collect import ranges
 from qjax.hessian.sketch_store import collect_into
 from qjax.hessian.statistics import Hessian
 from qjax.hessian.store import HessianStore, identity
+from qjax.run.atomic import read_json, write_json
+from qjax.run.fingerprint import digest
 from qjax.run.progress import Progress
 
-__all__ = ["Provided", "check_settings", "provide"]
+__all__ = ["Provided", "check_settings", "fits", "provide"]
 
 Loader = Callable[[int], dict[str, Hessian]]
 
@@ -27,7 +30,7 @@ class Provided:
     Attributes:
       hessians: everything from the store, or None when the input factors are made block by block.
       outputs: the output factors in that case, or None.
-      keys: the addresses in the store.
+      keys: the addresses in the store; the last one's collection has the factors that are used.
     """
 
     hessians: Loader | None
@@ -45,6 +48,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Raises InputError for a `hessian` group that says something impossible."""
     if settings["estimator"] not in ESTIMATORS:
         raise InputError(f"hessian.estimator is {settings['estimator']!r}; there are: {', '.join(ESTIMATORS)}")
+    if settings["fit_sequences"] and settings["stream"] != "original":
+        raise InputError(
+            f"hessian.fit_sequences is {settings['fit_sequences']} and hessian.stream {settings['stream']!r}; a fit is "
+            "measured for Hessians of the original model: hessian=original, sketch_a or sketch_b, or fit_sequences=0"
+        )
     if _sketch(settings) is None:
         return
     if settings["input"] not in ("sketch", "moment"):
@@ -112,3 +120,41 @@ def provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str,
         return {name: dataclasses.replace(h, output=outputs[name].output) for name, h in needed(index).items()}
 
     return Provided(mixed, None, tuple(keys))
+
+
+def fits(
+    store: HessianStore, model: Any, tokens: Any, settings: Mapping[str, Any], source: Provided
+) -> dict[str, Fit] | None:
+    """How well the factors fit the Fisher matrices on the first `fit_sequences` of `tokens`; kept in the store.
+
+    None when no fit is asked for. `tokens` must not be what the factors were collected from.
+    Raises InputError for more sequences than there are, and the errors of `qjax.hessian.fit.measure_fit`.
+    """
+    count = settings["fit_sequences"]
+    if not count:
+        return None
+    if count > tokens.sequences:
+        raise InputError(
+            f"hessian.fit_sequences is {count} and there are {tokens.sequences} evaluation sequences; "
+            f"use at most that, or a larger data.evaluation_sequences"
+        )
+    assert source.hessians is not None
+    batch = min(settings["batch"], count // 2)
+    what = {"keys": source.keys, "tokens": tokens.sha256, "sequences": count, "batch": batch}
+    file = store.path / source.keys[-1] / f"fit_{digest(what)[:16]}.json"
+    try:
+        found = read_json(file)
+        return {name: Fit(**entry) for name, entry in found.items()}
+    except (ArtifactError, FileNotFoundError):
+        pass
+    with Progress("fit", count) as progress:
+        measured = measure_fit(
+            model.config,
+            model.params,
+            tokens.tokens[:count],
+            source.hessians,
+            batch=batch,
+            progress=lambda done, total: progress.update(done),
+        )
+    write_json(file, {name: dataclasses.asdict(fit) for name, fit in measured.items()})
+    return measured

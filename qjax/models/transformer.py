@@ -13,6 +13,7 @@ A block is one compiled program for all layers: weights are arguments, never con
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ __all__ = [
     "forward",
     "head",
     "logits",
-    "output_gradients",
+    "probed",
     "rope_frequencies",
 ]
 
@@ -57,7 +58,7 @@ def _apply(parameters: Params, x: Array) -> Array:
     y = linear(x, parameters["weight"])
     if "bias" in parameters:
         y = y + parameters["bias"].astype(y.dtype)[None, None, :]
-    return y + parameters["probe"] if "probe" in parameters else y  # see `output_gradients`
+    return y + parameters["probe"] if "probe" in parameters else y  # see `probed`
 
 
 def _rms_norm(x: HostOrDevice, gain: HostOrDevice, eps: float) -> Array:
@@ -153,30 +154,28 @@ def block_inputs(parameters: Params, x: HiddenInput, config: ModelConfig) -> tup
     return _sites(parameters, x, config)
 
 
-def output_gradients(
-    parameters: Params, x: HiddenInput, gradient: HiddenInput, config: ModelConfig
-) -> tuple[Hidden, dict[str, Array], dict[str, Array]]:
-    """One block, backwards, without gradients of weights: from `∂ℓ/∂(block output)` to what a Fisher sketch needs.
+def probed(
+    parameters: Params, x: HiddenInput, config: ModelConfig
+) -> tuple[Hidden, Callable[[HiddenInput], tuple[Hidden, dict[str, Array]]], dict[str, Array]]:
+    """One block whose linears' outputs can be differentiated by: (its output, pull, the linears' inputs by site).
 
-    Returns `∂ℓ/∂x`, the inputs x of the linears by site and the gradients `g = ∂ℓ/∂y` of their outputs by linear, all
-    `[batch, length, ...]`: those of zeros that are added to the outputs. The forward pass is computed again.
+    `pull(∂ℓ/∂output)` gives `∂ℓ/∂x` and the gradients `g = ∂ℓ/∂y` of the linears' outputs y by linear, all
+    `[batch, length, ...]`: those of zeros that are added to them. No gradients of weights are computed.
     """
     batch, length, _ = x.shape
 
     def run(x: Array, probes: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        probed = {name: dict(value) if isinstance(value, dict) else value for name, value in parameters.items()}
+        copy = {name: dict(value) if isinstance(value, dict) else value for name, value in parameters.items()}
         for name, probe in probes.items():
             group, leaf = name.split(".")
-            probed[group][leaf] = {**probed[group][leaf], "probe": probe}
-        return _sites(probed, x, config)
+            copy[group][leaf] = {**copy[group][leaf], "probe": probe}
+        return _sites(copy, x, config)
 
     zeros = {}
     for name in LINEARS:
         group, leaf = name.split(".")
         zeros[name] = jnp.zeros((batch, length, parameters[group][leaf]["weight"].shape[0]), x.dtype)
-    _, pull, inputs = jax.vjp(run, jnp.asarray(x), zeros, has_aux=True)
-    back, probes = pull(jnp.asarray(gradient))
-    return back, inputs, probes
+    return jax.vjp(run, jnp.asarray(x), zeros, has_aux=True)
 
 
 @jax.jit

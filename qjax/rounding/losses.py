@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from qjax.hessian.statistics import Hessian
 from qjax.rounding.base import precise
 
-__all__ = ["proxy_loss", "quadratic", "weight_mse"]
+__all__ = ["factor_norms", "proxy_loss", "quadratic", "weight_mse"]
 
 
 def quadratic(error: Float[Array, "out in"], hessian: Hessian) -> Float[Array, ""]:
@@ -16,6 +16,16 @@ def quadratic(error: Float[Array, "out in"], hessian: Hessian) -> Float[Array, "
     right = jnp.matmul(error, hessian.input.astype(error.dtype), precision=precise)
     left = error if hessian.output is None else jnp.matmul(hessian.output.astype(error.dtype), error, precision=precise)
     return jnp.sum(left * right)
+
+
+def factor_norms(hessian: Hessian, rows: int) -> Float[Array, ""]:
+    """`‖H_out‖ ‖H_in‖` (Frobenius; `‖I‖ = √rows` for an absent H_out), 1 for 0."""
+    norm = jnp.linalg.norm(hessian.input.astype(jnp.float32))
+    if hessian.output is not None:
+        norm = norm * jnp.linalg.norm(hessian.output.astype(jnp.float32))
+    else:
+        norm = norm * jnp.float32(rows**0.5)
+    return jnp.where(norm > 0, norm, 1)
 
 
 def proxy_loss(weight: Float[Array, "out in"], rounded: Float[Array, "out in"], hessian: Hessian) -> Float[Array, ""]:
