@@ -14,6 +14,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments._sweep import Sweep
 from qjax.errors import QjaxError
 
 __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "plain"]
@@ -29,8 +30,11 @@ def _terminated(number: int, frame: object) -> None:
     raise Terminated(f"signal {number}")
 
 
-def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Decorator: a Hydra program on `configs/<config_name>.yaml` that prints qjax's errors plainly and exits with 2."""
+def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Decorator: a Hydra program on `configs/<config_name>.yaml` that prints qjax's errors plainly and exits with 2.
+
+    `sweeps`: list the failures of a sweep at its end.
+    """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(function)
@@ -50,7 +54,16 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
             finally:
                 signal.signal(signal.SIGTERM, previous)
 
-        return hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(guarded)
+        program = hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(guarded)
+        if not sweeps:
+            return program
+
+        @functools.wraps(function)
+        def started() -> None:
+            with Sweep():
+                program()
+
+        return started
 
     return decorate
 

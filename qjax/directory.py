@@ -31,6 +31,7 @@ _OWNED = (
     "finetune",
     "metrics.jsonl",
     "log.txt",
+    "failure.json",
 )
 
 

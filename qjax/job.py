@@ -24,6 +24,7 @@ from qjax.hessian.collect import layer_names
 from qjax.hessian.fit import Fit, error_bound, predicted_cost
 from qjax.hessian.provide import check_settings, fits, provide
 from qjax.hessian.store import HessianStore, identity
+from qjax.inputs import Inputs
 from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
 from qjax.preflight import Estimate, check, estimate
 from qjax.quantize import MatrixReport
@@ -37,9 +38,12 @@ from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
 from qjax.tuning import FINETUNE, finetune_model, save_adapters, stored_bits, whole_model_bytes
 
-__all__ = ["Job", "compare", "reference_states", "run"]
+__all__ = ["IRRELEVANT", "Job", "compare", "reference_states", "run"]
 
 _log = logging.getLogger("qjax")
+
+# Settings that change where or how a run is carried out, not its bytes.
+IRRELEVANT = frozenset({"out", "cache", "dry_run", "resume", "tracker", "memory", "sweep"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Job:
         of `qjax.finetune.Settings`.
       cache: folder shared between runs for Hessians and reference states.
       tracker: makes the tracker, given the run directory.
+      inputs: the model and the tokens that jobs of one process share.
     """
 
     model: Mapping[str, Any]
@@ -70,6 +75,7 @@ class Job:
     finetune: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
     resume: bool = True
     dry_run: bool = False
+    inputs: Inputs = dataclasses.field(default_factory=Inputs)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -106,8 +112,8 @@ def run(job: Job) -> dict[str, Any] | None:
     with CompileCounter() as compiles, RunLock(job.out):
         watch = Stopwatch(compiles)
         with watch.stage("load"):
-            files = models.open_model(job.model["source"])
-            tokens = data.load(tokenizer=files.tokenizer, vocab_size=files.config.vocab_size, seed=job.seed, **job.data)
+            files = job.inputs.files(job.model["source"])
+            tokens = job.inputs.tokens(job.model["source"], job.seed, job.data)
             plans = job.recipe.plan(layer_names(files.config))
             _fits(tokens, files.config)
             need = _estimate(job, files.config, plans, tokens)
@@ -120,7 +126,9 @@ def run(job: Job) -> dict[str, Any] | None:
             print("dry run: nothing was computed")
             return None
         with watch.stage("load"):
-            fingerprint = _fingerprint(job, files.fingerprint(job.model["dtype"])["sha256"], tokens)
+            fingerprint = _fingerprint(
+                job, job.inputs.fingerprint(job.model["source"], job.model["dtype"])["sha256"], tokens
+            )
             directory = RunDirectory(job.out)
             records = directory.claim(fingerprint, job.settings_yaml, resume=job.resume)
         if (known := directory.results()) is not None:
@@ -134,7 +142,7 @@ def run(job: Job) -> dict[str, Any] | None:
             for note in notes:
                 _log.warning("%s", note)
             with watch.stage("load"):
-                model = models.load(job.model["source"], job.model["dtype"])
+                model = job.inputs.model(job.model["source"], job.model["dtype"])
             with watch.stage("reference"):
                 teacher = None
                 if job.evaluate["enabled"]:
@@ -224,9 +232,8 @@ def _announce(job: Job, files: models.ModelFiles, tokens: data.TokenSplit, need:
 
 def _fingerprint(job: Job, model_sha256: str, tokens: data.TokenSplit) -> dict[str, Any]:
     """What decides the run's bytes: settings without places and conveniences, model, tokens, versions."""
-    irrelevant = {"out", "cache", "dry_run", "resume", "tracker", "memory"}
     return {
-        "settings": {key: value for key, value in job.settings.items() if key not in irrelevant},
+        "settings": {key: value for key, value in job.settings.items() if key not in IRRELEVANT},
         "model": model_sha256,
         "calibration": tokens.calibration.sha256,
         "evaluation": tokens.evaluation.sha256,
