@@ -3,6 +3,7 @@
 from qjax.models.config import ModelConfig, RopeScaling
 from qjax.models.generate import generate
 from qjax.models.loading import Model, ModelFiles, load, open_model
+from qjax.models.streaming import StreamedBlocks, stream
 from qjax.models.tokenizer import Tokenizer
 from qjax.models.transformer import LINEARS, SITES, block, block_inputs, embed, forward, head, logits
 from qjax.models.weights import WeightSource, read_block, read_edges
@@ -14,6 +15,7 @@ __all__ = [
     "ModelConfig",
     "ModelFiles",
     "RopeScaling",
+    "StreamedBlocks",
     "Tokenizer",
     "WeightSource",
     "block",
@@ -27,4 +29,5 @@ __all__ = [
     "open_model",
     "read_block",
     "read_edges",
+    "stream",
 ]
