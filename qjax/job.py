@@ -25,6 +25,7 @@ from qjax.hessian.fit import Fit, error_bound, predicted_cost
 from qjax.hessian.provide import check_settings, fits, provide
 from qjax.hessian.store import HessianStore, identity
 from qjax.inputs import Inputs
+from qjax.models.weights import tensor_shapes
 from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
 from qjax.preflight import Estimate, check, estimate
 from qjax.quantize import MatrixReport
@@ -142,7 +143,8 @@ def run(job: Job) -> dict[str, Any] | None:
             for note in notes:
                 _log.warning("%s", note)
             with watch.stage("load"):
-                model = job.inputs.model(job.model["source"], job.model["dtype"])
+                read = models.stream if _streams(job) else job.inputs.model
+                model = read(job.model["source"], job.model["dtype"])
             with watch.stage("reference"):
                 teacher = None
                 if job.evaluate["enabled"]:
@@ -200,6 +202,12 @@ def run(job: Job) -> dict[str, Any] | None:
                 crashes.close()
 
 
+def _streams(job: Job) -> bool:
+    """Whether one pass over the blocks at a time is all that the run makes; sketches and tuning go back and forth."""
+    sketched = job.hessian["estimator"] != "input" or bool(job.hessian["fit_sequences"])
+    return not sketched and job.finetune["name"] in ("none", "block")
+
+
 def _fits(tokens: data.TokenSplit, config: models.ModelConfig) -> None:
     if tokens.calibration.length > config.max_positions:
         raise InputError(
@@ -217,6 +225,7 @@ def _estimate(job: Job, config: models.ModelConfig, plans: Mapping[str, Any], to
         evaluation=tokens.evaluation.tokens.shape,
         batch=min(job.hessian["batch"], tokens.calibration.sequences),
         stored_hessians=job.hessian["stream"] == "original",
+        streamed=_streams(job),
     )
 
 
@@ -388,7 +397,8 @@ def _sizes(model: models.Model, quantized: QuantizedModel) -> dict[str, Any]:
         "bits_per_weight": bits / sum(weights),
         "quantized_weights": sum(weights),
         "whole_model_bytes": whole_model_bytes(quantized.params),
-        "whole_model_bytes_reference": artifact.model_bytes(model.params),
+        "whole_model_bytes_reference": sum(map(math.prod, tensor_shapes(model.config).values()))
+        * model.params["embed"].dtype.itemsize,
     }
 
 

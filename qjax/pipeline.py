@@ -109,7 +109,7 @@ def quantize_model(
                     on_layer(done[linear][1], linear not in todo)
         blocks.append(replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()}))
         if z is not None and index + 1 < config.num_layers:
-            z = forward_block(blocks[-1], z, config, batch)
+            z = forward_block(blocks[-1], z, config, batch, None if z is x else z)
     return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
 
 

@@ -144,8 +144,12 @@ class HessianStore:
         return load
 
 
-def forward_block(parameters: Any, x: np.ndarray, config: ModelConfig, batch: int) -> np.ndarray:
-    """The outputs of one block for all sequences, on the host."""
-    return np.concatenate(
-        [np.asarray(block(parameters, part, config))[: int(mask.sum())] for part, mask in batches(x, batch)]
-    )
+def forward_block(
+    parameters: Any, x: np.ndarray, config: ModelConfig, batch: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """The outputs of one block for all sequences, on the host; in `out` when given, which may be x itself."""
+    out = np.empty_like(x) if out is None else out
+    for start, (part, mask) in zip(range(0, len(x), batch), batches(x, batch), strict=True):
+        count = int(mask.sum())
+        out[start : start + count] = np.asarray(block(parameters, part, config))[:count]
+    return out

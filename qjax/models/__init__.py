@@ -3,6 +3,7 @@
 from qjax.models.config import ModelConfig, RopeScaling
 from qjax.models.generate import Generated, generate, generate_batch
 from qjax.models.loading import Model, ModelFiles, load, open_model
+from qjax.models.streaming import StreamedBlocks, stream
 from qjax.models.tokenizer import Tokenizer
 from qjax.models.transformer import LINEARS, SITES, block, block_inputs, embed, forward, head, logits
 from qjax.models.weights import WeightSource, read_block, read_edges
@@ -15,6 +16,7 @@ __all__ = [
     "ModelConfig",
     "ModelFiles",
     "RopeScaling",
+    "StreamedBlocks",
     "Tokenizer",
     "WeightSource",
     "block",
@@ -29,4 +31,5 @@ __all__ = [
     "open_model",
     "read_block",
     "read_edges",
+    "stream",
 ]
