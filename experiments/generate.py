@@ -11,7 +11,7 @@ from experiments._entry import cache_folder, compilation_cache, entry, plain
 from qjax import artifact, models
 from qjax.errors import InputError
 from qjax.finetune import lora
-from qjax.models.chat import chat_prompt
+from qjax.models.chat import chat_prompt, stop_ids
 from qjax.models.next_token import Sampling
 from qjax.models.text_stream import TextStream
 from qjax.packed import pack_model
@@ -27,10 +27,20 @@ def _texts(settings: dict[str, Any], tokenizer: models.Tokenizer) -> list[str]:
     return [chat_prompt([*system, {"role": "user", "content": text}], tokenizer) for text in texts]
 
 
+def _check_numbers(settings: dict[str, Any]) -> None:
+    whole, real = (int,), (int, float)
+    allowed = {"temperature": real, "top_p": real, "top_k": (int, type(None)), "seed": whole, "max_new_tokens": whole}
+    for key, kinds in allowed.items():
+        if not isinstance(settings[key], kinds) or isinstance(settings[key], bool):
+            kind = "number" if float in kinds else "whole number"
+            raise InputError(f"{key} is {settings[key]}; a {kind} is expected{', or null' if key == 'top_k' else ''}")
+
+
 @entry("generate")
 def main(config: DictConfig) -> None:
     """Print the prompts and their continuations, and how fast they came."""
     settings = plain(config)
+    _check_numbers(settings)
     compilation_cache(cache_folder(settings["cache"]))
     sampling = Sampling(*(settings[key] for key in ("temperature", "top_k", "top_p", "seed")))
     if settings["artifact"] is not None:
@@ -62,7 +72,7 @@ def main(config: DictConfig) -> None:
         prompts,
         settings["max_new_tokens"],
         sampling=sampling,
-        eos_id=model.tokenizer.eos_id,
+        eos_id=stop_ids(model.tokenizer) if settings["chat"] else model.tokenizer.eos_id,
         on_tokens=show if streaming else None,
     )
     if streaming:

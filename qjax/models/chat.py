@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from qjax.errors import InputError
 from qjax.models.tokenizer import Tokenizer
 
-__all__ = ["chat_prompt"]
+__all__ = ["chat_prompt", "stop_ids"]
 
 # (a token that only this format has, before a message, after it)
 _FORMATS = {
@@ -38,3 +38,9 @@ def chat_prompt(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> 
         f"chat=true: the vocabulary has the marks of no chat format that is known ({', '.join(_FORMATS)}); "
         "write the model's own format into prompt="
     )
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end an assistant's message: the end of text, and the ends of turns that the vocabulary has."""
+    ends = [tokenizer.eos_id, *(tokenizer.backend.token_to_id(after.strip()) for *_, after in _FORMATS.values())]
+    return tuple(dict.fromkeys(end for end in ends if end is not None))

@@ -48,8 +48,8 @@ class Generated:
 def _checked(prompts: Sequence[Any], config: ModelConfig, count: int) -> list[np.ndarray]:
     if not prompts:
         raise InputError("there are no prompts; give at least one")
-    if count < 0:
-        raise InputError(f"max_new_tokens is {count}; at least 0 is expected")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise InputError(f"max_new_tokens is {count}; a whole number of at least 0 is expected")
     checked = []
     for ids in prompts:
         prompt = np.asarray(ids, np.int64)
@@ -75,11 +75,11 @@ def generate_batch(
     max_new_tokens: int,
     *,
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
     whole: bool | None = None,
 ) -> Generated:
-    """Continue several prompts at once, each by at most `max_new_tokens` or up to `eos_id`.
+    """Continue several prompts at once, each by at most `max_new_tokens` or up to `eos_id`, one id or several.
 
     A sequence's continuation does not depend on the others (but for the rounding of sums in another order).
 
@@ -102,6 +102,7 @@ def generate_batch(
     if max_new_tokens == 0:
         return Generated([np.zeros(0, np.int32) for _ in texts], int(lengths.sum()), 0.0, 0.0, 0)
     whole = jax.default_backend() != "cpu" if whole is None else whole
+    ends = np.atleast_1d(np.asarray([] if eos_id is None else eos_id, np.int64))
     top, going, new = head(params), np.ones(batch, bool), []
     started = time.perf_counter()
     x = embed(params["embed"], tokens)
@@ -120,15 +121,14 @@ def generate_batch(
         new.append(chosen)
         if on_tokens is not None:
             on_tokens(chosen, going.copy())
-        if eos_id is not None:
-            going &= chosen != eos_id
-            if not going.any():
-                break
+        going &= ~np.isin(chosen, ends)
+        if not going.any():
+            break
     ended = time.perf_counter()
     found = []
     for row in np.stack(new, axis=1):
-        ends = np.flatnonzero(row == eos_id) if eos_id is not None else np.zeros(0, np.int64)
-        found.append(row[: ends[0] + 1 if ends.size else row.size].astype(np.int32))
+        at = np.flatnonzero(np.isin(row, ends))
+        found.append(row[: at[0] + 1 if at.size else row.size].astype(np.int32))
     return Generated(found, int(lengths.sum()), first_done - started, ended - first_done, len(new) - 1)
 
 
@@ -138,7 +138,7 @@ def generate(
     prompt_ids: Sequence[int] | np.ndarray,
     max_new_tokens: int,
     *,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008
 ) -> Int32[np.ndarray, " new"]:
     """The continuation of one prompt, greedy unless `sampling` says otherwise; see `generate_batch`."""

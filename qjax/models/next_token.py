@@ -34,14 +34,22 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}; at least 0 is expected (0 is greedy)")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k is {self.top_k}; at least 1 is expected, or null")
-        if not 0 < self.top_p <= 1:
+        if not _number(self.temperature) or not (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6):
+            raise InputError(f"temperature is {self.temperature}; 0 (greedy) or 1e-6 to 1e6 is expected")
+        if self.top_k is not None and not (_whole(self.top_k) and self.top_k >= 1):
+            raise InputError(f"top_k is {self.top_k}; a whole number of at least 1 is expected, or null")
+        if not _number(self.top_p) or not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; a probability above 0 and at most 1 is expected")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed is {self.seed}; it lies in 0 … 2^32 − 1")
+        if not _whole(self.seed) or not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; a whole number in 0 … 2^32 − 1 is expected")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return _whole(value) or isinstance(value, float)
 
 
 def choose(scores: Float[Array, " vocab"], key: Array, sampling: Sampling) -> Int[Array, ""]:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tokenizers
 
+from experiments import generate as generate_entry
 from qjax.errors import InputError
 from qjax.models import Tokenizer, forward, generate_batch, load
 from qjax.models.cached import empty_cache, step
-from qjax.models.chat import chat_prompt
+from qjax.models.chat import chat_prompt, stop_ids
 from qjax.models.next_token import Sampling, choose
 from qjax.models.text_stream import TextStream
 from qjax.models.transformer import embed, head, logits
@@ -114,11 +115,40 @@ def test_frequencies_are_the_distribution(options, expected):
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"seed": -1}, "seed is -1"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": 1e-45}, "temperature is 1e-45"),
     ],
 )
 def test_sampling_refusals(options, message):
     with pytest.raises(InputError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("temperature", "hot"), ("top_p", "a"), ("top_k", 2.5), ("seed", True), ("max_new_tokens", "x")]
+)
+def test_the_program_refuses_other_types(key, value, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["generate", f"{key}={value}"])
+    with pytest.raises(SystemExit) as ended:
+        generate_entry.main()
+    assert ended.value.code == 2
+    assert f"error: {key} is {value}" in capsys.readouterr().err
+
+
+def test_the_program_prints_the_text_as_the_library_makes_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    tiny = load("tiny")
+    prompt = "The function returns"
+    ids = tiny.tokenizer.encode(prompt)
+    expected = prompt + tiny.tokenizer.decode(
+        generate_batch(tiny.params, tiny.config, [ids], 6, eos_id=tiny.tokenizer.eos_id).tokens[0]
+    )
+    for stream in ("true", "false"):
+        monkeypatch.setattr("sys.argv", ["generate", "max_new_tokens=6", f"stream={stream}", f"prompt={prompt!r}"])
+        generate_entry.main()
+        printed = capsys.readouterr().out
+        assert printed.startswith(expected + "\n") and "new tokens/s]" in printed
 
 
 def byte_tokenizer(special=()):
@@ -146,7 +176,9 @@ def test_no_half_character_is_given_out():
 def test_chat_formats():
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert chat_prompt(messages, byte_tokenizer(["<|im_start|>", "<|im_end|>"])) == expected
+    chatml = byte_tokenizer(["<|im_start|>", "<|im_end|>"])
+    assert chat_prompt(messages, chatml) == expected
+    assert stop_ids(chatml) == (chatml.backend.token_to_id("<|im_end|>"),)
     llama = chat_prompt(messages[1:], byte_tokenizer(["<|start_header_id|>"]))
     assert llama == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
