@@ -13,6 +13,9 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from hydra.experimental.callback import Callback
+from hydra.utils import to_absolute_path
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from qjax.errors import InputError, QjaxError
@@ -20,10 +23,11 @@ from qjax.job import IRRELEVANT
 from qjax.run.atomic import write_json
 from qjax.run.fingerprint import digest
 
-__all__ = ["FAILURE", "Sweep", "attempt", "directory"]
+__all__ = ["FAILURE", "Listener", "Sweep", "attempt", "directory"]
 
 FAILURE = "failure.json"
 _SWEEP = "QJAX_SWEEP"  # identifies one start; processes of the launchers inherit it
+_FOLDER = "QJAX_SWEEP_FOLDER"  # where its jobs are listed, as the process that started it sees it
 _JOBS = "jobs.jsonl"
 _CONSTANT = ("experiment", "model", "data", "debug", "tracker", "memory", "mesh", "cache", "sweep", "out", "resume")
 
@@ -56,14 +60,30 @@ def directory(settings: Mapping[str, Any], overrides: Sequence[str]) -> pathlib.
     return known[0] if known else folder / f"{_readable(overrides)}-{mark}"
 
 
-def _record(folder: pathlib.Path, line: Mapping[str, Any]) -> None:
+_ended: list[dict[str, Any]] = []  # jobs of this process: they are listed even where no file can be written
+
+
+def _record(folder: pathlib.Path, line: dict[str, Any]) -> None:
     """Append a line in one write, which processes that append at the same time do not interleave."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / _JOBS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(descriptor, (json.dumps(line) + "\n").encode())
-    finally:
-        os.close(descriptor)
+    _ended.append(line)
+    for place in {folder.absolute(), pathlib.Path(os.environ.get(_FOLDER) or folder).absolute()}:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(place / _JOBS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                os.write(descriptor, (json.dumps(line) + "\n").encode())
+            finally:
+                os.close(descriptor)
+        except OSError as problem:
+            print(f"{place / _JOBS}: cannot be written ({problem.strerror})", file=sys.stderr, flush=True)
+
+
+class Listener(Callback):
+    """Hydra's callback in the process that starts a sweep: says where `hydra.sweep.dir` is, wherever that may be."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember the folder for `Sweep`, and for the processes that the launcher starts."""
+        os.environ[_FOLDER] = to_absolute_path(str(config.hydra.sweep.dir))
 
 
 def attempt(
@@ -104,13 +124,15 @@ class Sweep:
     """
 
     def __enter__(self) -> Sweep:
-        self._begun = time.time()
         self._mark = os.environ[_SWEEP] = secrets.token_hex(8)
+        os.environ.pop(_FOLDER, None)
+        _ended.clear()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        os.environ.pop(_SWEEP, None)
         jobs = self.jobs()
+        os.environ.pop(_SWEEP, None)
+        os.environ.pop(_FOLDER, None)
         if not jobs:
             return
         bad = [job for job in jobs if job["status"] != "finished"]
@@ -124,16 +146,15 @@ class Sweep:
             raise SystemExit(1 if failed else 2)
 
     def jobs(self) -> list[dict[str, Any]]:
-        """The jobs of this start that ended, of all processes."""
+        """The jobs of this start that ended, of all processes, in the order in which they ended."""
         found = []
-        for file in pathlib.Path("runs").glob(f"*/{_JOBS}"):
-            if file.stat().st_mtime < self._begun - 1:
-                continue
-            for line in file.read_text().splitlines():
+        folder = os.environ.get(_FOLDER)
+        file = pathlib.Path(folder) / _JOBS if folder else None
+        if file is not None and file.is_file():
+            for line in file.read_text(errors="replace").splitlines():
                 try:
-                    job = json.loads(line)
+                    found.append(json.loads(line))
                 except ValueError:  # cut off by a kill
                     continue
-                if job.get("sweep") == self._mark:
-                    found.append(job)
-        return found
+        own = [job for job in found if isinstance(job, dict) and job.get("sweep") == self._mark]
+        return own + [job for job in _ended if job["sweep"] == self._mark and job not in own]

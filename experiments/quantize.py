@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import _sweep
@@ -171,7 +172,7 @@ def main(config: DictConfig) -> float | None:
     overrides = list(HydraConfig.get().overrides.task)
     settings = plain(config)
     out = pathlib.Path(settings["out"] or _sweep.directory(settings, overrides))
-    folder = pathlib.Path(HydraConfig.get().sweep.dir)
+    folder = pathlib.Path(to_absolute_path(HydraConfig.get().sweep.dir))
     return _sweep.attempt(lambda: carry_out(job_of(config, out, _INPUTS)), out, folder, overrides)
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from experiments import _sweep
+from experiments import _sweep, quantize
 from experiments.quantize import main
 from qjax.errors import InputError, RunError
 
@@ -60,3 +60,30 @@ def test_a_sweep_goes_on_and_repeats_nothing(tmp_path, monkeypatch, capsys):
     main()
     assert capsys.readouterr().out.count("finished before") == 2
     assert [file.stat().st_mtime_ns for file in results][1:] == times[1:] and results[0].exists()
+
+
+@pytest.mark.parametrize("place", ["sweep=deep/er", "hydra.sweep.dir={}/elsewhere", "out={}/jobs/${{rounding.name}}"])
+def test_failures_are_listed_wherever_the_sweep_lies(tmp_path, monkeypatch, capsys, place):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quantize, "carry_out", lambda task: 1 / 0)
+    monkeypatch.setattr(
+        sys, "argv", ["quantize", "-m", "debug=fast", "bits=2,3", f"cache={tmp_path}/c", place.format(tmp_path)]
+    )
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    printed = capsys.readouterr().out
+    assert exit_info.value.code == 1 and "2 jobs: 0 finished, 2 failed, 0 not possible" in printed
+    assert printed.count("ZeroDivisionError: division by zero") == 2 and "bits=3" in printed
+    assert len(list(tmp_path.rglob("jobs.jsonl"))) == 1  # one list, which later readers find
+
+
+def test_failures_are_listed_though_the_list_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+
+    def fails():
+        raise RunError("disk full")
+
+    with pytest.raises(SystemExit) as exit_info, _sweep.Sweep():
+        _sweep.attempt(fails, tmp_path / "a", tmp_path / "file" / "s", ["bits=2"])
+    printed = capsys.readouterr()
+    assert exit_info.value.code == 1 and "1 failed" in printed.out and "cannot be written" in printed.err
