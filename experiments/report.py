@@ -13,6 +13,7 @@ from rich.text import Text
 from experiments._entry import entry, plain
 from qjax import report
 from qjax.report.figure import draw
+from qjax.report.page import page
 from qjax.report.table import ordered
 from qjax.report.text import left_out
 from qjax.run.atomic import write_text
@@ -35,7 +36,7 @@ def show(table: report.Table) -> None:
 
 @entry("report")
 def main(config: DictConfig) -> None:
-    """Print the comparison and, with `out`, save it as Markdown, CSV and figures."""
+    """Print the comparison and, with `out`, save it as Markdown, CSV, a page and figures."""
     settings = plain(config)
     runs, skipped = report.collect(settings["runs"])
     runs = ordered(runs)
@@ -52,7 +53,9 @@ def main(config: DictConfig) -> None:
         figures = draw(runs, out)
     link = figures[0].name if figures else None
     write_text(out / "report.md", report.markdown(table, runs, skipped, link))
-    print("written: " + ", ".join(str(out / name) for name in ("report.md", "report.csv", *(f.name for f in figures))))
+    write_text(out / "report.html", page(runs, skipped))
+    names = ("report.md", "report.csv", "report.html")
+    print("written: " + ", ".join(str(out / name) for name in (*names, *(f.name for f in figures))))
 
 
 if __name__ == "__main__":

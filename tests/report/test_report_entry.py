@@ -46,7 +46,13 @@ def test_it_prints_the_table_and_writes_nothing(runs, monkeypatch, capsys):
 def test_it_saves_the_report(runs, monkeypatch, capsys):
     out = runs / "report"
     invoke(monkeypatch, f"runs={runs}", f"out={out}")
-    assert sorted(path.name for path in out.iterdir()) == ["figure.png", "figure.svg", "report.csv", "report.md"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "figure.png",
+        "figure.svg",
+        "report.csv",
+        "report.html",
+        "report.md",
+    ]
     assert "](figure.png)" in (out / "report.md").read_text()
     assert sorted(path.name for path in runs.parent.iterdir()) == ["runs"]  # Hydra leaves nothing
 
@@ -54,7 +60,7 @@ def test_it_saves_the_report(runs, monkeypatch, capsys):
 def test_a_list_of_runs_without_a_figure(runs, monkeypatch, capsys):
     out = runs / "report"
     invoke(monkeypatch, f"runs=[{runs}/ldlq,{runs}/nearest]", f"out={out}", "figure=false")
-    assert sorted(path.name for path in out.iterdir()) == ["report.csv", "report.md"]
+    assert sorted(path.name for path in out.iterdir()) == ["report.csv", "report.html", "report.md"]
     assert "killed" not in capsys.readouterr().err
 
 
