@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments._sweep import Sweep
 from qjax.errors import QjaxError
 
 __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "plain"]
@@ -20,12 +22,24 @@ __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "plain"]
 CONFIGS = str(pathlib.Path(__file__).resolve().parent.parent / "configs")
 
 
-def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Decorator: a Hydra program on `configs/<config_name>.yaml` that prints qjax's errors plainly and exits with 2."""
+class Terminated(BaseException):
+    """SIGTERM, which a scheduler sends before it kills."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise Terminated(f"signal {number}")
+
+
+def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Decorator: a Hydra program on `configs/<config_name>.yaml` that prints qjax's errors plainly and exits with 2.
+
+    `sweeps`: list the failures of a sweep at its end.
+    """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(function)
         def guarded(config: DictConfig) -> Any:
+            previous = signal.signal(signal.SIGTERM, _terminated)
             try:
                 return function(config)
             except (QjaxError, OmegaConfBaseException) as error:
@@ -34,8 +48,22 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
             except KeyboardInterrupt:
                 print("interrupted: what was finished is kept; the same command continues", file=sys.stderr, flush=True)
                 raise SystemExit(130) from None
+            except Terminated:
+                print("terminated: what was finished is kept; the same command continues", file=sys.stderr, flush=True)
+                raise SystemExit(143) from None
+            finally:
+                signal.signal(signal.SIGTERM, previous)
 
-        return hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(guarded)
+        program = hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(guarded)
+        if not sweeps:
+            return program
+
+        @functools.wraps(function)
+        def started() -> None:
+            with Sweep():
+                program()
+
+        return started
 
     return decorate
 

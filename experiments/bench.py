@@ -1,4 +1,4 @@
-"""Measure single steps: `python -m experiments.bench matrix`, or `codebook`, or `finetune`."""
+"""Measure single steps: `python -m experiments.bench matrix`, `codebook`, `decode`, `two_sided` or `finetune`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from experiments._entry import entry, plain
 from qjax import codebooks
-from qjax.bench import codebook, finetune, matrix, two_sided
+from qjax.bench import codebook, decode, finetune, matrix, two_sided
 from qjax.bench.timing import load_average, surroundings
 from qjax.report import Table, aligned
 from qjax.run.atomic import write_json
@@ -72,6 +72,19 @@ def _finetune(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
+def _decode(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    results = []
+    for text in _as_list(settings["sizes"]) or []:
+        kinds = [(bits, None) for bits in _as_list(settings["bits"]) or []]
+        for bits, code in [*kinds, *((2, code) for code in _as_list(settings["codes"]) or [])]:
+            print(f"measuring {text} {code or 'scalar'} {bits} bits", file=sys.stderr, flush=True)
+            results.append(decode.matvec(matrix.parse_size(text), bits, code, settings["repeats"]))
+    for folder, reference in settings["artifacts"].items():
+        print(f"measuring {folder}", file=sys.stderr, flush=True)
+        results.append(decode.model(folder, reference, settings["tokens"], settings["repeats"]))
+    return results
+
+
 def _verdict(results: Sequence[Mapping[str, Any]]) -> list[str]:
     steps = {result["size"]: result["steps"] for result in results}
     if "4096x4096" not in steps:
@@ -89,6 +102,7 @@ def main(config: DictConfig) -> None:
         "matrix": (_matrix, matrix.lines, _verdict, 2),
         "codebook": (_codebook, codebook.lines, lambda _: [], 1),
         "two_sided": (_two_sided, two_sided.lines, lambda _: [], 2),
+        "decode": (_decode, decode.lines, lambda _: [], 1),
         "finetune": (_finetune, finetune.lines, lambda _: [], 2),
     }
     run, lines, verdict, words = kinds[settings["bench"]]

@@ -7,12 +7,16 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from experiments import _sweep
 from experiments._entry import CONFIGS, cache_folder, compilation_cache, entry, plain
 from qjax import incoherence, job, rounding
 from qjax.codebooks.scaling import ScaleRule
 from qjax.errors import InputError
+from qjax.inputs import Inputs
 from qjax.recipe import LayerRule, Recipe
 from qjax.run import tracker
 
@@ -75,12 +79,12 @@ def default_out(settings: Mapping[str, Any]) -> str:
     return "runs/" + "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in str(part)) for part in parts)
 
 
-def job_of(config: DictConfig) -> job.Job:
-    """A run's settings, checked, as the job they describe."""
+def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs | None = None) -> job.Job:
+    """A run's settings, checked, as the job they describe; `out` and `inputs` are given by a sweep."""
     settings = plain(config)
     only(settings["allocate"], "allocate", {"name": "none"})
     only(settings["mesh"], "mesh", {"data": 1, "model": 1})
-    out = pathlib.Path(settings["out"] or default_out(settings))
+    out = out or pathlib.Path(settings["out"] or default_out(settings))
     settings["out"] = str(out)
     make_tracker = functools.partial(
         tracker.make,
@@ -105,6 +109,7 @@ def job_of(config: DictConfig) -> job.Job:
         finetune=settings["finetune"],
         resume=settings["resume"],
         dry_run=settings["dry_run"],
+        inputs=inputs or Inputs(),
     )
 
 
@@ -145,14 +150,29 @@ def summary(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@entry("quantize")
-def main(config: DictConfig) -> None:
-    """Run the job of a configuration and print its numbers."""
-    task = job_of(config)
+def carry_out(task: job.Job) -> float | None:
+    """Run a job and print its numbers; returns its mean KL, the objective of a sweeper that searches."""
     compilation_cache(task.cache)
     results = job.run(task)
-    if results is not None:
-        print(summary(results), flush=True)
+    if results is None:
+        return None
+    print(summary(results), flush=True)
+    return results.get("kl_mean", results["proxy_loss_mean"])
+
+
+_INPUTS = Inputs()  # shared by the jobs of a sweep that run in this process
+
+
+@entry("quantize", sweeps=True)
+def main(config: DictConfig) -> float | None:
+    """Run the job of a configuration."""
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return carry_out(job_of(config))
+    overrides = list(HydraConfig.get().overrides.task)
+    settings = plain(config)
+    out = pathlib.Path(settings["out"] or _sweep.directory(settings, overrides))
+    folder = pathlib.Path(HydraConfig.get().sweep.dir)
+    return _sweep.attempt(lambda: carry_out(job_of(config, out, _INPUTS)), out, folder, overrides)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
       weights/         orbax checkpoint: {leaf path: array}, packed codes and dense parameters alike
       model.json       architecture, format version, description of every quantised matrix, SHA-256 of every leaf
       tokenizer.json   the model's tokenizer (absent when it has none)
+      checksums.json   SHA-256 of every other file, and of this list itself: verified before anything is parsed
 
-The manifest is written last: a folder without it is not an artifact.
+The list is written last, and the folder takes its name when it is whole.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 
 from qjax.errors import ArtifactError
 from qjax.models.config import ModelConfig, RopeScaling
+from qjax.models.files import sha256_file
 from qjax.models.loading import Model
-from qjax.models.tokenizer import Tokenizer
+from qjax.models.tokenizer import Tokenizer, parsed
 from qjax.quantized import QuantizedMatrix
-from qjax.run.atomic import write_json, write_text
+from qjax.run.atomic import read_bytes, read_json, write_json, write_text
+from qjax.run.fingerprint import digest
 from qjax.serialize import from_arrays, to_arrays
 
-__all__ = ["FORMAT", "incoherence_spec", "load", "model_bytes", "save"]
+__all__ = ["FORMAT", "incoherence_spec", "load", "model_bytes", "save", "seal"]
 
 FORMAT = "qjax-artifact-1"
 
@@ -77,8 +79,9 @@ def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[
             arrays |= {f"{name}#{part}": np.atleast_1d(value) for part, value in parts.items()}
         else:
             arrays[name] = np.asarray(leaf)
-    scratch = path.with_name(path.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    for leftover in (scratch, old):  # of a process that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
     scratch.mkdir(parents=True)
     ocp.save(str(scratch / "weights"), arrays)
     tokenizer = model.tokenizer
@@ -91,18 +94,57 @@ def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[
         "tokenizer": {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "adds_bos": tokenizer.adds_bos},
         "config": dataclasses.asdict(model.config),
         "matrices": matrices,
+        "checksums": True,
         "sha256": {name: _sha256(array) for name, array in arrays.items()},
     }
     write_json(scratch / "model.json", manifest)
+    seal(scratch)
     if path.exists():
-        shutil.rmtree(path)
+        os.replace(path, old)
     os.replace(scratch, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _files(path: pathlib.Path) -> list[str]:
+    found = [file for file in path.rglob("*") if file.is_file() or file.is_symlink()]
+    return sorted(str(file.relative_to(path)) for file in found if file != path / "checksums.json")
+
+
+def seal(path: str | pathlib.Path) -> None:
+    """Write `checksums.json` of an artifact's folder."""
+    path = pathlib.Path(path)
+    table = {name: sha256_file(path / name) for name in _files(path)}
+    write_json(path / "checksums.json", {"files": table, "sha256": digest(table)})
+
+
+def _verify(path: pathlib.Path) -> None:
+    """Compare every file with the list; ArtifactError names the first that is another, missing or surplus."""
+    file = path / "checksums.json"
+    listed = read_json(file)
+    table = listed.get("files") if isinstance(listed, dict) else None
+    if not isinstance(table, dict) or digest(table) != listed.get("sha256"):
+        raise ArtifactError(f"{file}: is damaged, it does not match its own checksum; run the quantisation again")
+    if surplus := sorted(set(table) ^ set(_files(path))):
+        raise ArtifactError(f"{path}: the files {surplus[:4]} are missing or surplus; run the quantisation again")
+    for name, expected in table.items():
+        try:
+            found = sha256_file(path / name)
+        except OSError as error:
+            raise ArtifactError(f"{path / name}: cannot be read ({error.strerror}); check the disk") from error
+        if found != expected:
+            raise ArtifactError(
+                f"{path / name}: damaged: its SHA-256 is {found}, recorded was {expected}; run the quantisation again"
+            )
 
 
 def incoherence_spec(path: str | pathlib.Path) -> dict[str, Any]:
     """The spec of the incoherence object that an artifact was saved with; {} for one without quantised matrices."""
-    manifest = json.loads((pathlib.Path(path) / "model.json").read_text())
-    return next((spec["incoherence"] for spec in manifest["matrices"].values()), {})
+    file = pathlib.Path(path) / "model.json"
+    manifest = read_json(file)
+    try:
+        return next((spec["incoherence"] for spec in manifest["matrices"].values()), {})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{file}: is damaged ({error!r}); run the quantisation again") from error
 
 
 def load(path: str | pathlib.Path) -> Model:
@@ -120,16 +162,14 @@ def load(path: str | pathlib.Path) -> Model:
             f"{path}: no model.json; not an artifact, or a run that has not finished: "
             "give the artifact/ folder of a run"
         )
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise ArtifactError(
-            f"{file}: is not JSON ({error}); the artifact is damaged, run the quantisation again"
-        ) from error
-    if manifest.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{path}: format {manifest.get('format')!r}; this qjax reads {FORMAT}: use the matching release"
-        )
+    if (path / "checksums.json").exists():
+        _verify(path)
+    manifest = read_json(file)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise ArtifactError(f"{path}: format {found!r}; this qjax reads {FORMAT}: use the matching release")
+    if manifest.get("checksums") and not (path / "checksums.json").exists():
+        raise ArtifactError(f"{path}: has no checksums.json; the copy is incomplete: copy the whole folder again")
     try:
         arrays = ocp.load(str(path / "weights"))
     except Exception as error:  # orbax raises many kinds; all mean that the stored arrays cannot be read
@@ -137,7 +177,17 @@ def load(path: str | pathlib.Path) -> Model:
             f"{path}/weights: cannot be read ({type(error).__name__}: {error}); run the quantisation again"
         ) from error
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    expected = manifest["sha256"]
+    try:
+        _check_arrays(path, manifest["sha256"], arrays)
+        return _assemble(path, manifest, arrays)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+        raise ArtifactError(
+            f"{file}: does not describe the arrays that are there ({type(error).__name__}: {error}); "
+            "run the quantisation again"
+        ) from error
+
+
+def _check_arrays(path: pathlib.Path, expected: dict[str, str], arrays: dict[str, np.ndarray]) -> None:
     if set(arrays) != set(expected):
         raise ArtifactError(
             f"{path}: arrays {sorted(set(arrays) ^ set(expected))[:4]} are missing or surplus; "
@@ -148,7 +198,6 @@ def load(path: str | pathlib.Path) -> Model:
             raise ArtifactError(
                 f"{path}: the array {name} does not match its checksum; the file is damaged, run the quantisation again"
             )
-    return _assemble(path, manifest, arrays)
 
 
 def _assemble(path: pathlib.Path, manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Model:
@@ -189,4 +238,9 @@ def _tokenizer(path: pathlib.Path, manifest: dict[str, Any]) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.exists():
         return Tokenizer(None, missing=f"{path}: the quantised model came without a tokenizer")
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), **manifest["tokenizer"])
+    definition = read_bytes(file)
+    try:
+        backend = parsed(definition)
+    except ValueError as error:
+        raise ArtifactError(f"{file}: is not a tokenizer ({error}); run the quantisation again") from error
+    return Tokenizer(backend, **manifest["tokenizer"])

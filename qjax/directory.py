@@ -14,9 +14,10 @@ from typing import Any
 from qjax.errors import ArtifactError, RunError
 from qjax.quantize import MatrixReport
 from qjax.records import Records
-from qjax.run.atomic import read_json, write_json, write_text
+from qjax.run.atomic import write_text
 from qjax.run.durable import remove_leftovers
 from qjax.run.fingerprint import differences, digest
+from qjax.run.sealed import SEAL, read_sealed, write_sealed
 
 __all__ = ["RunDirectory"]
 
@@ -30,6 +31,7 @@ _OWNED = (
     "finetune",
     "metrics.jsonl",
     "log.txt",
+    "failure.json",
 )
 
 
@@ -57,7 +59,7 @@ class RunDirectory:
         known = None
         if identity.exists():
             try:
-                known = read_json(identity)
+                known = {key: value for key, value in read_sealed(identity).items() if key != SEAL}
             except ArtifactError:
                 known = None  # torn by a crash of the first moments: nothing can have been recorded under it
         if known is None and (self.path / "layers").exists() and any((self.path / "layers").iterdir()):
@@ -73,19 +75,19 @@ class RunDirectory:
             )
         remove_leftovers(self.path)
         write_text(self.path / "config.yaml", config_yaml)
-        write_json(identity, dict(fingerprint))
+        write_sealed(identity, fingerprint)
         records = Records(self.path / "layers", digest(dict(fingerprint)))
         records.folder.mkdir(exist_ok=True)
         remove_leftovers(records.folder)
         return records
 
     def results(self) -> dict[str, Any] | None:
-        """The results of a finished run, or None."""
+        """The results of a finished run, or None; damaged ones are made again from what the run left."""
         file = self.path / "results.json"
         if not file.exists():
             return None
         try:
-            return read_json(file)
+            return read_sealed(file)
         except ArtifactError:
             return None
 
@@ -101,6 +103,6 @@ class RunDirectory:
             writer.writerow({**row, "peak_memory_bytes": peak_memory.get(report.name, "")})
         write_text(self.path / "layers.csv", text.getvalue())
 
-    def write_results(self, results: Mapping[str, Any]) -> None:
-        """`results.json`, last of all: a directory that has it is finished."""
-        write_json(self.path / "results.json", json.loads(json.dumps(results, default=str)))
+    def write_results(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """`results.json`, last of all: a directory that has it is finished. Returns what was written."""
+        return write_sealed(self.path / "results.json", json.loads(json.dumps(results, default=str)))

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import logging
 import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import IO, Any, TypeAlias
 
 import jax
 
 from qjax import artifact, data, evaluate, models
 from qjax.blockwise import quantize_and_tune
+from qjax.checks import check_reference, doubts
 from qjax.directory import RunDirectory
 from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
 from qjax.finetune import BlockReport, BlockSettings, Settings, lora
 from qjax.hessian.collect import layer_names
 from qjax.hessian.fit import Fit, error_bound, predicted_cost
-from qjax.hessian.provide import Provided, check_settings, fits, provide
+from qjax.hessian.provide import check_settings, fits, provide
 from qjax.hessian.store import HessianStore, identity
+from qjax.inputs import Inputs
+from qjax.models.weights import tensor_shapes
 from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
 from qjax.preflight import Estimate, check, estimate
 from qjax.quantize import MatrixReport
@@ -29,14 +33,18 @@ from qjax.recipe import Recipe
 from qjax.records import Records
 from qjax.run.fingerprint import device, versions
 from qjax.run.lock import RunLock
+from qjax.run.memory import shrinking
 from qjax.run.monitor import CompileCounter, Stopwatch, device_peak_memory_bytes, peak_memory_bytes
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
 from qjax.tuning import FINETUNE, finetune_model, save_adapters, stored_bits, whole_model_bytes
 
-__all__ = ["Job", "compare", "reference_states", "run"]
+__all__ = ["IRRELEVANT", "Job", "compare", "reference_states", "run"]
 
 _log = logging.getLogger("qjax")
+
+# Settings that change where or how a run is carried out, not its bytes.
+IRRELEVANT = frozenset({"out", "cache", "dry_run", "resume", "tracker", "memory", "sweep"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Job:
         of `qjax.finetune.Settings`.
       cache: folder shared between runs for Hessians and reference states.
       tracker: makes the tracker, given the run directory.
+      inputs: the model and the tokens that jobs of one process share.
     """
 
     model: Mapping[str, Any]
@@ -67,6 +76,7 @@ class Job:
     finetune: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
     resume: bool = True
     dry_run: bool = False
+    inputs: Inputs = dataclasses.field(default_factory=Inputs)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -103,39 +113,46 @@ def run(job: Job) -> dict[str, Any] | None:
     with CompileCounter() as compiles, RunLock(job.out):
         watch = Stopwatch(compiles)
         with watch.stage("load"):
-            files = models.open_model(job.model["source"])
-            tokens = data.load(tokenizer=files.tokenizer, vocab_size=files.config.vocab_size, seed=job.seed, **job.data)
+            files = job.inputs.files(job.model["source"])
+            tokens = job.inputs.tokens(job.model["source"], job.seed, job.data)
             plans = job.recipe.plan(layer_names(files.config))
             _fits(tokens, files.config)
             need = _estimate(job, files.config, plans, tokens)
         _announce(job, files, tokens, need)
+        notes = doubts(files.config, tokens.calibration, files.tokenizer, job.data.get("bos", "none"))
+        for note in notes:
+            print(f"warning: {note}", flush=True)
         check(need, job.out, host_gb=job.memory["host_gb"], disk_gb=job.memory["disk_gb"])
         if job.dry_run:
             print("dry run: nothing was computed")
             return None
         with watch.stage("load"):
-            fingerprint = _fingerprint(job, files.fingerprint(job.model["dtype"])["sha256"], tokens)
+            fingerprint = _fingerprint(
+                job, job.inputs.fingerprint(job.model["source"], job.model["dtype"])["sha256"], tokens
+            )
             directory = RunDirectory(job.out)
             records = directory.claim(fingerprint, job.settings_yaml, resume=job.resume)
         if (known := directory.results()) is not None:
             print(f"{job.out}: finished before; nothing to do (resume=false starts anew)")
             return known
         handler = _log_to(job.out / "log.txt")
+        crashes = _crashes_to(job.out / "log.txt")
         tracker = job.tracker(job.out)
         try:
             _log.info("started: %s", job.settings)
+            for note in notes:
+                _log.warning("%s", note)
             with watch.stage("load"):
-                model = models.load(job.model["source"], job.model["dtype"])
+                read = models.stream if _streams(job) else job.inputs.model
+                model = read(job.model["source"], job.model["dtype"])
             with watch.stage("reference"):
                 teacher = None
                 if job.evaluate["enabled"]:
                     teacher = reference_states(model, tokens.evaluation, job.evaluate["batch"], job.cache)
-            with watch.stage("hessians"):
-                store = HessianStore(job.cache / "hessians")
-                source = provide(store, model, tokens.calibration, job.hessian)
-                measured = fits(store, model, tokens.evaluation, job.hessian, source)
-            quantized, peaks, block_reports = _quantize(
-                job, model, tokens, source, records, need.matrices, watch, tracker
+                    limit = job.evaluate.get("sanity_perplexity")
+                    check_reference(model, teacher, tokens.evaluation, job.evaluate["batch"], limit)
+            quantized, peaks, block_reports, measured = _quantize(
+                job, model, tokens, records, need.matrices, watch, tracker
             )
             tuning: dict[str, Any] = {}
             if job.finetune["name"] == "block":
@@ -169,8 +186,7 @@ def run(job: Job) -> dict[str, Any] | None:
                 save_adapters(directory.path, quantized.params)
                 directory.write_layers(quantized.reports, peaks)
             results |= _circumstances(job, model, tokens, watch, compiles)
-            results = _finite(results)
-            directory.write_results(results)
+            results = directory.write_results(_finite(results))
             tracker.summary(results)
             _log.info("finished")
             return results
@@ -181,6 +197,15 @@ def run(job: Job) -> dict[str, Any] | None:
             tracker.close()
             _log.removeHandler(handler)
             handler.close()
+            if crashes is not None:
+                faulthandler.disable()
+                crashes.close()
+
+
+def _streams(job: Job) -> bool:
+    """Whether one pass over the blocks at a time is all that the run makes; sketches and tuning go back and forth."""
+    sketched = job.hessian["estimator"] != "input" or bool(job.hessian["fit_sequences"])
+    return not sketched and job.finetune["name"] in ("none", "block")
 
 
 def _fits(tokens: data.TokenSplit, config: models.ModelConfig) -> None:
@@ -200,6 +225,7 @@ def _estimate(job: Job, config: models.ModelConfig, plans: Mapping[str, Any], to
         evaluation=tokens.evaluation.tokens.shape,
         batch=min(job.hessian["batch"], tokens.calibration.sequences),
         stored_hessians=job.hessian["stream"] == "original",
+        streamed=_streams(job),
     )
 
 
@@ -215,9 +241,8 @@ def _announce(job: Job, files: models.ModelFiles, tokens: data.TokenSplit, need:
 
 def _fingerprint(job: Job, model_sha256: str, tokens: data.TokenSplit) -> dict[str, Any]:
     """What decides the run's bytes: settings without places and conveniences, model, tokens, versions."""
-    irrelevant = {"out", "cache", "dry_run", "resume", "tracker", "memory"}
     return {
-        "settings": {key: value for key, value in job.settings.items() if key not in irrelevant},
+        "settings": {key: value for key, value in job.settings.items() if key not in IRRELEVANT},
         "model": model_sha256,
         "calibration": tokens.calibration.sha256,
         "evaluation": tokens.evaluation.sha256,
@@ -238,6 +263,15 @@ def _log_to(path: pathlib.Path) -> logging.Handler:
     return handler
 
 
+def _crashes_to(path: pathlib.Path) -> IO[str] | None:
+    """Where Python's stacks go when native code crashes; None when someone else (a test runner) takes them already."""
+    if faulthandler.is_enabled():
+        return None
+    file = path.open("a")
+    faulthandler.enable(file)
+    return file
+
+
 def reference_states(model: models.Model, tokens: data.TokenStream, batch: int, cache: pathlib.Path) -> Any:
     """Final hidden states of the original model on the evaluation windows, cached between runs."""
 
@@ -251,28 +285,62 @@ def reference_states(model: models.Model, tokens: data.TokenStream, batch: int, 
     return TeacherCache(cache / "teachers").get(key, tokens.sha256, compute)
 
 
+_Quantized: TypeAlias = tuple[QuantizedModel, dict[str, int], list[dict[str, Any]], Mapping[str, Fit] | None]
+
+
 def _quantize(
     job: Job,
     model: models.Model,
     tokens: data.TokenSplit,
-    source: Provided,
     records: Records,
     matrices: int,
     watch: Stopwatch,
     tracker: Tracker,
-) -> tuple[QuantizedModel, dict[str, int], list[dict[str, Any]]]:
-    calibration, batch = tokens.calibration, min(job.hessian["batch"], tokens.calibration.sequences)
+) -> _Quantized:
+    """Collect and round; with fewer sequences per step where memory runs out."""
+    place = ["the Hessians"]
+
+    def tell(text: str) -> None:
+        print(f"warning: {text}", flush=True)
+        _log.warning("%s", text)
+
+    def step(batch: int) -> _Quantized:
+        return _quantize_by(job, model, tokens, records, matrices, watch, tracker, batch, place)
+
+    return shrinking(step, min(job.hessian["batch"], tokens.calibration.sequences), lambda: place[0], tell)
+
+
+def _quantize_by(
+    job: Job,
+    model: models.Model,
+    tokens: data.TokenSplit,
+    records: Records,
+    matrices: int,
+    watch: Stopwatch,
+    tracker: Tracker,
+    batch: int,
+    place: list[str],
+) -> _Quantized:
+    calibration = tokens.calibration
+    place[0] = "the Hessians"
+    with watch.stage("hessians"):
+        store, settings = HessianStore(job.cache / "hessians"), {**job.hessian, "batch": batch}
+        source = provide(store, model, calibration, settings)
+        measured = fits(store, model, tokens.evaluation, settings, source)
     peaks: dict[str, int] = {}
+    place[0] = "the first matrix"
     with watch.stage("quantize"), Progress(f"quantise {job.out.name}", matrices) as progress:
 
         def on_layer(report: MatrixReport, found: bool) -> None:
             peaks[report.name] = peak_memory_bytes()
+            place[0] = f"what follows {report.name}"
             progress.advance(note=f"{report.name} proxy loss {report.proxy_loss:.4f}")
             if not found:
                 tracker.log(
                     {f"layer/{key}": value for key, value in dataclasses.asdict(report).items()}, step=progress.done
                 )
                 _log.info("%s", report)
+                _remark(report, job.recipe.damping)
 
         block_reports: list[dict[str, Any]] = []
 
@@ -296,7 +364,7 @@ def _quantize(
                 on_layer=on_layer,
                 on_block=on_block,
             )
-            return quantized, peaks, block_reports
+            return quantized, peaks, block_reports, measured
         quantized = quantize_model(
             model.config,
             model.params,
@@ -311,7 +379,15 @@ def _quantize(
             batch=batch,
             on_layer=on_layer,
         )
-    return quantized, peaks, block_reports
+    return quantized, peaks, block_reports, measured
+
+
+def _remark(report: MatrixReport, damping: float) -> None:
+    """What a reader of the log should not have to look for."""
+    if report.damping > 1.01 * damping:
+        _log.warning("%s: the damping was raised to %.3g of the mean diagonal", report.name, report.damping)
+    if report.fallback is not None:
+        _log.warning("%s: the rounding lost more than plain rounding, which was kept", report.name)
 
 
 def _sizes(model: models.Model, quantized: QuantizedModel) -> dict[str, Any]:
@@ -321,7 +397,8 @@ def _sizes(model: models.Model, quantized: QuantizedModel) -> dict[str, Any]:
         "bits_per_weight": bits / sum(weights),
         "quantized_weights": sum(weights),
         "whole_model_bytes": whole_model_bytes(quantized.params),
-        "whole_model_bytes_reference": artifact.model_bytes(model.params),
+        "whole_model_bytes_reference": sum(map(math.prod, tensor_shapes(model.config).values()))
+        * model.params["embed"].dtype.itemsize,
     }
 
 
@@ -340,6 +417,7 @@ def _losses(reports: list[MatrixReport]) -> dict[str, Any]:
         "weight_mse_mean": mean("weight_mse"),
         "damping_max": max(report.damping for report in reports),
         "dead_columns": sum(report.dead_columns for report in reports),
+        "fallbacks": [report.name for report in reports if report.fallback is not None],
     }
 
 
@@ -390,6 +468,7 @@ def _circumstances(
         "calibration": tokens.calibration.description,
         "evaluation": tokens.evaluation.description,
         "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
+        "stages": watch.stages,
         "compiled_programs": compiles.count,
         "compiled_program_names": compiles.programs,
         "peak_memory_bytes": peak_memory_bytes(),

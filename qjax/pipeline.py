@@ -19,8 +19,10 @@ from qjax.quantize import MatrixReport, quantize_matrix
 from qjax.quantized import QuantizedMatrix
 from qjax.recipe import LayerPlan, Recipe
 from qjax.records import Records
+from qjax.rounding.base import Rounding
+from qjax.rounding.nearest import Nearest, Stochastic
 
-__all__ = ["STREAMS", "QuantizedModel", "quantize_layer", "quantize_model", "replace_linears", "root_key"]
+__all__ = ["STREAMS", "QuantizedModel", "quantize_layer", "quantize_model", "replace_linears", "root_key", "suspicious"]
 
 STREAMS = ("quantized", "original", "corrected")
 
@@ -107,7 +109,7 @@ def quantize_model(
                     on_layer(done[linear][1], linear not in todo)
         blocks.append(replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()}))
         if z is not None and index + 1 < config.num_layers:
-            z = forward_block(blocks[-1], z, config, batch)
+            z = forward_block(blocks[-1], z, config, batch, None if z is x else z)
     return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
 
 
@@ -119,20 +121,38 @@ def root_key(seed: int) -> jax.Array:
 def quantize_layer(
     parameters: Any, hessian: Hessian, plan: LayerPlan, linear: str, name: str, key: jax.Array, correction: float
 ) -> tuple[QuantizedMatrix, MatrixReport]:
-    """One linear of a block by its plan."""
+    """One linear of a block by its plan.
+
+    Where feedback pushed the error into directions that matter, or lost the matrix, plain rounding is tried as well,
+    and kept when it is better; the report says so.
+    """
     group, leaf = linear.split(".")
-    return quantize_matrix(
-        parameters[group][leaf]["weight"],
-        hessian,
-        codebook=plan.codebook,
-        rounding=plan.rounding,
-        incoherence=plan.incoherence,
-        damping=plan.damping,
-        scale=plan.scale,
-        correction=correction,
-        key=key,
-        name=name,
-    )
+
+    def by(rounding: Rounding) -> tuple[QuantizedMatrix, MatrixReport]:
+        return quantize_matrix(
+            parameters[group][leaf]["weight"],
+            hessian,
+            codebook=plan.codebook,
+            rounding=rounding,
+            incoherence=plan.incoherence,
+            damping=plan.damping,
+            scale=plan.scale,
+            correction=correction,
+            key=key,
+            name=name,
+        )
+
+    matrix, report = by(plan.rounding)
+    if not isinstance(plan.rounding, (Nearest, Stochastic)) and suspicious(report):
+        plain, other = by(Nearest())
+        if other.proxy_loss < report.proxy_loss:
+            return plain, dataclasses.replace(other, fallback="nearest")
+    return matrix, report
+
+
+def suspicious(report: MatrixReport) -> bool:
+    """Whether feedback did harm: an error that H sees more than a white one of its size, or one as large as W."""
+    return report.proxy_loss > 0 and (report.proxy_loss >= 1 or (report.alignment or 0) > 1)
 
 
 def replace_linears(parameters: Any, matrices: Mapping[str, Any]) -> Any:

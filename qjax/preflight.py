@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ from qjax.errors import RunError
 from qjax.hessian.accumulate import site_widths
 from qjax.models.config import ModelConfig
 from qjax.models.transformer import LINEARS
+from qjax.models.weights import tensor_shapes
 from qjax.recipe import LayerPlan
 
 __all__ = ["Estimate", "check", "estimate", "linear_shapes"]
@@ -42,16 +44,9 @@ class Estimate:
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear of a block."""
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    out = dict(
-        zip(
-            LINEARS,
-            (heads, kv, kv, config.hidden_size, config.intermediate_size, config.intermediate_size, config.hidden_size),
-            strict=True,
-        )
-    )
-    widths = site_widths(config)
-    return {linear: (out[linear], widths[site]) for linear, site in LINEARS.items()}
+    prefix = "model.layers.0."
+    tensors = tensor_shapes(config)
+    return {linear: tensors[f"{prefix}{linear}.weight"][:2] for linear in LINEARS}  # pyright: ignore[reportReturnType]
 
 
 def estimate(
@@ -63,8 +58,9 @@ def estimate(
     evaluation: tuple[int, int],
     batch: int,
     stored_hessians: bool,
+    streamed: bool = False,
 ) -> Estimate:
-    """Predict from shapes; `calibration` and `evaluation` are (sequences, length).
+    """Predict from shapes; `calibration` and `evaluation` are (sequences, length); `streamed`: the blocks stay on disk.
 
     Raises InputError through the incoherence when a matrix cannot be rotated or padded.
     """
@@ -79,7 +75,10 @@ def estimate(
         weights, matrices = weights + out * inner, matrices + 1
     block = sum(out * inner for out, inner in shapes.values())
     edges = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    model = (edges + config.num_layers * block) * bytes_per_parameter
+    held = min(2, config.num_layers) if streamed else config.num_layers
+    model = (edges + held * block) * bytes_per_parameter
+    skipped = sum(math.prod(shapes[name.split(".", 2)[2]]) for name, plan in plans.items() if plan is None)
+    model += skipped * bytes_per_parameter if streamed else 0  # what stays dense is part of the result
     states = 4 * config.hidden_size * (calibration[0] * calibration[1] + 3 * evaluation[0] * evaluation[1])
     hessian = 4 * sum(n * n for n in site_widths(config).values())
     tokens = batch * calibration[1]

@@ -19,10 +19,14 @@ from qjax.correction import corrected_weight
 from qjax.errors import InputError, NumericsError
 from qjax.hessian.statistics import Hessian
 from qjax.incoherence import Incoherence
+from qjax.linalg.damping import check_hessian
 from qjax.prng import name_id
 from qjax.quantized import QuantizedMatrix
 from qjax.rounding.base import Rounded, Rounding
 from qjax.rounding.losses import factor_norms, proxy_loss, quadratic, weight_mse
+
+# Sums over rows and columns of squares of larger weights may overflow float32.
+_LARGE = 1e14
 
 __all__ = ["MatrixReport", "default_scale_rule", "quantize_matrix"]
 
@@ -42,6 +46,9 @@ class MatrixReport:
       correction: `tr(Δ H Δᵀ) / tr(W H Wᵀ)` of the change Δ of the target that makes up for earlier errors; 0 without.
       proxy_loss_before_passes: `proxy_loss` before the coordinate-descent passes, None without passes.
       output_damping: multiple of H_out's mean diagonal that was added, None where H_out was not used.
+      alignment: `proxy_loss` over that of an error of the same size without direction; 1 for plain rounding after a
+        rotation, below it where feedback works.
+      fallback: "nearest" where plain rounding was kept because the chosen rounding lost more, else None.
       squared_error: `‖E‖²`, in squared units of the weight.
       kronecker_loss: `tr(H_out E H_in Eᵀ) / (‖H_out‖ ‖H_in‖)`, H_out = I when absent; likewise.
     """
@@ -59,6 +66,8 @@ class MatrixReport:
     correction: float = 0.0
     proxy_loss_before_passes: float | None = None
     output_damping: float | None = None
+    alignment: float | None = None
+    fallback: str | None = None
     squared_error: float = 0.0
     kronecker_loss: float = 0.0
 
@@ -75,6 +84,7 @@ class _Outcome:
     correction: Array
     proxy_loss_before_passes: Array | None
     output_damping: Array | None
+    alignment: Array
     squared_error: Array
     kronecker_loss: Array
 
@@ -123,7 +133,8 @@ def _round_at(
         return proxy_loss(weight, at(factor, trial).values, hessian)
 
     factors = jnp.asarray(rule.candidates, weight.dtype)
-    return at(factors[jnp.argmin(jax.lax.map(loss, factors))])
+    losses = jax.lax.map(loss, factors)
+    return at(factors[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))])  # NaN would be the least
 
 
 @functools.partial(jax.jit, static_argnames=("rounding", "incoherence", "rule"))
@@ -163,9 +174,17 @@ def _quantize(
     mse = weight_mse(weight, dense)
     squared = jnp.sum(jnp.square(weight - dense))
     kronecker = quadratic(weight - dense, hessian) / factor_norms(hessian, weight.shape[0])
-    return _Outcome(
-        matrix, loss, mse, rounded.damping, rms, dead, ok, shift, before, rounded.output_damping, squared, kronecker
-    )
+    aligned = loss / jnp.maximum(mse * _undirected(weight, hessian), jnp.finfo(jnp.float32).tiny)
+    used = rounded.output_damping
+    return _Outcome(matrix, loss, mse, rounded.damping, rms, dead, ok, shift, before, used, aligned, squared, kronecker)
+
+
+def _undirected(weight: Array, hessian: Hessian) -> Array:
+    """The expected proxy loss of a white error as large as the weight: `‖W‖² tr(H_in)/n · tr(H_out)/m / tr(W H Wᵀ)`."""
+    mean = jnp.trace(hessian.input) / weight.shape[1]
+    if hessian.output is not None:
+        mean = mean * jnp.trace(hessian.output) / weight.shape[0]
+    return jnp.sum(jnp.square(weight)) * mean / jnp.maximum(quadratic(weight, hessian), jnp.finfo(jnp.float32).tiny)
 
 
 def _validate(weight: Any, hessian: Hessian, name: str) -> None:
@@ -198,6 +217,9 @@ def _validate(weight: Any, hessian: Hessian, name: str) -> None:
                 f"layer {name}: the {what} holds {host[where]} at {where}; "
                 "check the checkpoint, or the calibration data and its dtype"
             )
+    for what, factor in (("input", hessian.input), ("output", hessian.output)):
+        if factor is not None:
+            check_hessian(np.asarray(factor), f"layer {name} ({what} factor)")
 
 
 def quantize_matrix(
@@ -246,7 +268,7 @@ def quantize_matrix(
         incoherence=incoherence,
         rule=rule,
     )
-    loss, mse, used, rms, dead, ok, shift, before, used_out, squared, kronecker = jax.device_get(
+    loss, mse, used, rms, dead, ok, shift, before, used_out, aligned, squared, kronecker = jax.device_get(
         (
             outcome.proxy_loss,
             outcome.weight_mse,
@@ -257,10 +279,17 @@ def quantize_matrix(
             outcome.correction,
             outcome.proxy_loss_before_passes,
             outcome.output_damping,
+            outcome.alignment,
             outcome.squared_error,
             outcome.kronecker_loss,
         )
     )
+    largest = 0.0 if ok else float(np.max(np.abs(np.asarray(weight, np.float32))))
+    if not ok and not np.isfinite(loss) and largest > _LARGE:
+        raise NumericsError(
+            f"layer {name}: the losses are not finite: weights reach {largest:.3g} and their squared sums overflow "
+            "float32; check the checkpoint, or scale the layer down"
+        )
     if not ok:
         also = "" if used_out is None else f" and {float(used_out):.3g} for its output factor"
         raise NumericsError(
@@ -283,6 +312,7 @@ def quantize_matrix(
         correction=float(shift),
         proxy_loss_before_passes=None if before is None else float(before),
         output_damping=None if used_out is None else float(used_out),
+        alignment=float(aligned),
         squared_error=float(squared),
         kronecker_loss=float(kronecker),
     )

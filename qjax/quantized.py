@@ -86,9 +86,10 @@ class QuantizedMatrix:
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """`x Wᵀ` in the dtype of x.
 
-        Few rows of x are rotated, `Uᵀ (Q (V x))`; for more rows than the matrix has, the matrix is rotated.
+        Few rows of x are rotated, `Uᵀ (Q (V x))`; where rotating the matrix on both sides takes fewer values than
+        rotating rows (in and out) `rows · (in + out) > 2 · in · out`, the matrix is.
         """
-        if math.prod(x.shape[:-1]) > max(self.shape):
+        if math.prod(x.shape[:-1]) * sum(self.shape) > 2 * math.prod(self.shape):
             return jnp.einsum("...i,oi->...o", x, self.dequantize().astype(x.dtype))
         rotated = self.transform.input(_gained(x, self.input_gain))
         y = jnp.einsum("...i,oi->...o", rotated, self.rotated().astype(rotated.dtype))

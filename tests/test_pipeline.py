@@ -206,10 +206,18 @@ def test_damaged_artifacts_are_refused_by_name(finished, tmp_path):
     manifest = json.loads((copy / "model.json").read_text())
     manifest["sha256"]["embed"] = "0" * 64
     (copy / "model.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"model.json: damaged: its SHA-256 is"):
+        artifact.load(copy)
+    artifact.seal(copy)
     with pytest.raises(ArtifactError, match="embed does not match its checksum"):
         artifact.load(copy)
     (copy / "model.json").write_text(json.dumps({**manifest, "format": "qjax-artifact-99"}))
+    artifact.seal(copy)
     with pytest.raises(ArtifactError, match="format 'qjax-artifact-99'"):
+        artifact.load(copy)
+    (copy / "checksums.json").unlink()
+    (copy / "model.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="has no checksums.json"):
         artifact.load(copy)
 
 

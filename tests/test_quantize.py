@@ -157,5 +157,9 @@ def test_bad_input_names_the_layer():
     with pytest.raises(NumericsError, match="layer l7: the input Hessian holds inf"):
         quantize(w, h, name="l7")
     h[1, 1] = -1e6
+    with pytest.raises(NumericsError, match=r"layer l7 .input factor.: the Hessian has 1 negative values"):
+        quantize(w, h, name="l7")
+    h[1, 1] = 1
+    h[0, 1] = h[1, 0] = 1e6  # its least eigenvalue is about -1e6
     with pytest.raises(NumericsError, match="layer l7: the Hessian could not be factored"):
         quantize(w, h, name="l7")

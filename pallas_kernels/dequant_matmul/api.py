@@ -10,13 +10,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.dequant_matmul import pallas_gpu, pallas_tpu, reference
+from pallas_kernels.dequant_matmul import pallas_gpu, pallas_tpu, reference, streaming
 from pallas_kernels.dequant_matmul.layout import PackedMatrix
 from pallas_kernels.dispatch import KernelError, choose
 
 __all__ = ["chosen", "matmul"]
 
-_RUN = {"pallas_gpu": pallas_gpu.matmul, "pallas_tpu": pallas_tpu.matmul, "xla": reference.matmul}
+
+def _xla(x: Array, weight: PackedMatrix) -> Array:
+    return (streaming if streaming.suits(x.shape[0], x.dtype, weight) else reference).matmul(x, weight)
+
+
+_RUN = {"pallas_gpu": pallas_gpu.matmul, "pallas_tpu": pallas_tpu.matmul, "xla": _xla}
 
 
 def chosen(batch: int, dtype: Any, weight: PackedMatrix, implementation: str | None = None) -> str:

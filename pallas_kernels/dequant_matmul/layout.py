@@ -31,6 +31,7 @@ __all__ = [
     "arranged",
     "check_scales",
     "from_codes",
+    "planes",
     "repack",
     "slab_values",
     "unpack_stream",
@@ -93,7 +94,7 @@ class PackedMatrix:
         return sum(x.size * np.dtype(x.dtype).itemsize for x in (self.words, self.scale, self.offset))
 
 
-def _planes(bits: int) -> list[int]:
+def planes(bits: int) -> list[int]:
     """Widths of the planes, the one of the lowest bits first: the powers of two in `bits`, descending."""
     return [w for w in (8, 4, 2, 1) if bits & w]
 
@@ -101,7 +102,7 @@ def _planes(bits: int) -> list[int]:
 def slab_values(parts: Sequence[Array], bits: int, j: int) -> Array:
     """Codes of inputs `16 j … 16 j + 15` of a block, float32 `[16, lanes]`, from its `bits` pieces `[16, lanes]`."""
     code, first, low = None, 0, 0
-    for width in _planes(bits):
+    for width in planes(bits):
         part = parts[first + j % width]
         value = (part >> np.uint32(j - j % width)) & np.uint32(2**width - 1)
         code = value if code is None else code | (value << np.uint32(low))
@@ -149,14 +150,14 @@ def from_codes(
     unit = BLOCK if group is None else math.lcm(BLOCK, group)
     rows = jnp.pad(codes.astype(jnp.uint32).T, ((0, -inner % unit), (0, -out % LANES)))
     slabs = rows.reshape(-1, SLABS, ROWS, rows.shape[1])
-    planes, low = [], 0
-    for width in _planes(bits):
+    pieces, low = [], 0
+    for width in planes(bits):
         value = (slabs >> np.uint32(low)) & np.uint32(2**width - 1)
         value = value.reshape(slabs.shape[0], SLABS // width, width, ROWS, rows.shape[1])
         shift = jnp.arange(0, SLABS, width, dtype=jnp.uint32).reshape(1, -1, 1, 1, 1)
-        planes.append(jnp.sum(value << shift, axis=1, dtype=jnp.uint32))
+        pieces.append(jnp.sum(value << shift, axis=1, dtype=jnp.uint32))
         low += width
-    words = jnp.concatenate(planes, axis=1).reshape(slabs.shape[0], bits * ROWS, rows.shape[1])
+    words = jnp.concatenate(pieces, axis=1).reshape(slabs.shape[0], bits * ROWS, rows.shape[1])
     padded = rows.shape[0]
     return PackedMatrix(
         words, arranged(scale, group, out, padded), arranged(offset, group, out, padded), bits, (out, inner), group

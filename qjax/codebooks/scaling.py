@@ -17,6 +17,7 @@ from qjax.linalg.rotations import Leaf
 __all__ = ["ScaleRule", "Scaling", "fit", "identity"]
 
 _METHODS = ("rms", "minmax", "search")
+_NOTHING = 1e-30  # the scale of a matrix of zeros: a grid without a zero then gives values of no weight
 _FLOAT16_REACH = 2.0**15
 _GRANULARITIES = ("matrix", "row", "group")
 
@@ -130,7 +131,7 @@ def fit(
 
     "rms": `scale = sqrt(mean w²) / (rms · factor)`.
     "minmax" (GPTQ): `scale = (max − min) / (2^b − 1)`, `zero = round(−min / scale)`, with 0 inside [min, max].
-    All-zero rows and groups get scale 1. Works under jit.
+    All-zero rows and groups get the smallest scale there is. Works under jit.
     """
     values = _grouped(weight, rule)
     if rule.method == "minmax":
@@ -140,7 +141,10 @@ def fit(
 
 
 def _assemble(scale: Array, zero: Array | None, rule: ScaleRule, unit: Array | None) -> Scaling:
-    scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, jnp.ones_like(scale))
+    positive = (scale > 0) & jnp.isfinite(scale)
+    largest = jnp.max(jnp.where(positive, scale, 0))
+    # What is all zero must not move the common unit, and its codewords must come out as good as zero.
+    scale = jnp.where(positive, scale, jnp.where(largest > 0, largest, _NOTHING))
     group = rule.group_size if rule.granularity == "group" else None
     if rule.granularity == "matrix" and zero is None:
         return Scaling(unit=scale[0, 0])
@@ -148,7 +152,8 @@ def _assemble(scale: Array, zero: Array | None, rule: ScaleRule, unit: Array | N
         # The geometric mean keeps the float16 factors near one; the second bound keeps the largest of them finite.
         unit = jnp.maximum(jnp.exp(jnp.mean(jnp.log(scale))), jnp.max(scale) / _FLOAT16_REACH)
     # Never zero, never infinite in float16.
-    relative = jnp.clip(scale / unit.astype(scale.dtype), 1 / 2**24, _FLOAT16_REACH)
+    ratio = jnp.where(positive, scale / unit.astype(scale.dtype), 0)
+    relative = jnp.clip(ratio, 1 / 2**24, _FLOAT16_REACH)
     return Scaling(unit.astype(jnp.float32), relative.astype(jnp.float16), zero, group)
 
 

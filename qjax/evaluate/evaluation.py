@@ -15,7 +15,7 @@ from qjax.evaluate.report import EvaluationReport, check_finite, summarise
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
 
-__all__ = ["evaluate", "hidden_states", "perplexity"]
+__all__ = ["evaluate", "hidden_states", "perplexity", "reference_perplexity"]
 
 Params = Any
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
@@ -115,6 +115,25 @@ def perplexity(
     check_finite({"nll": nll}, "the model")
     with np.errstate(over="ignore"):
         return float(np.exp(nll.mean(dtype=np.float64)))
+
+
+def reference_perplexity(
+    hidden: Float[np.ndarray, "sequences length width"],
+    head: dict[str, Any],
+    tokens: TokenStream,
+    config: ModelConfig,
+    *,
+    batch: int = BATCH,
+) -> float:
+    """`exp(mean nll)` of a model from its `hidden_states`, infinite where it overflows.
+
+    It runs the program that `evaluate` compiles, with the model on both sides.
+    """
+    rows = []
+    for part, targets in zip(_batches(hidden, batch), _batches(tokens.tokens[:, 1:], batch), strict=True):
+        rows.append(np.asarray(token_metrics(head, head, part, part, targets, config)["nll"]))
+    mean = float(np.concatenate(rows)[: tokens.sequences].mean(dtype=np.float64))
+    return float(np.exp(mean)) if mean < 700 else float("inf")
 
 
 def _checked(tokens: np.ndarray, config: ModelConfig, batch: int) -> np.ndarray:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import pathlib
+import shutil
 from typing import Any
 
 import jax
+import numpy as np
 
-from qjax.errors import RunError
-from qjax.run.atomic import write_json
+from qjax.errors import ArtifactError, RunError
+from qjax.run.atomic import read_json, write_json
 
 __all__ = ["Checkpoints"]
+
+_log = logging.getLogger("qjax")
 
 
 class Checkpoints:
@@ -24,8 +30,11 @@ class Checkpoints:
         self.folder = pathlib.Path(folder).absolute()
         mark = self.folder / "task.json"
         if mark.exists():
-            found = json.loads(mark.read_text())["task"]
-            if found != task:
+            found = self._task(mark)
+            if found is None:  # torn or damaged: what it marked cannot be told apart any more
+                shutil.rmtree(self.folder)
+                write_json(mark, {"task": task})
+            elif found != task:
                 raise RunError(
                     f"{self.folder} holds the fine-tuning of another model, text or configuration ({found[:12]}, this "
                     f"one is {task[:12]}); choose another out=, or resume=false to remove it"
@@ -40,23 +49,51 @@ class Checkpoints:
     def save(self, step: int, state: Any, log: dict[str, Any]) -> None:
         """Keep `state` (a pytree of arrays) and `log` (JSON values) as of `step`."""
         try:
-            self._store.save(step, state, force=True, custom_metadata=log)
+            sealed = {"log": log, "sha256": _digest(state, log)}
+            self._store.save(step, state, force=True, custom_metadata=sealed)
         except OSError as error:
             raise RunError(f"{self.folder}: step {step} cannot be saved ({error}); make room and run again") from error
 
-    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest state, with the structure of `like`, and its log; None for a fresh folder."""
-        if self._store.latest is None:
+    @staticmethod
+    def _task(mark: pathlib.Path) -> str | None:
+        try:
+            return str(read_json(mark)["task"])
+        except (ArtifactError, KeyError, TypeError):
             return None
-        step = self._store.latest.step
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest whole state, with the structure of `like`, and its log; None when there is none.
+
+        A damaged one is reported in the log and passed over for the one before it, or for the beginning.
+        """
 
         def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
-        state: Any = self._store.load(step, jax.tree.map(abstract, like))
-        log: Any = self._store.metadata(step).custom_metadata
-        return state, dict(log)
+        wanted = jax.tree.map(abstract, like)
+        for step in sorted((known.step for known in self._store.checkpoints), reverse=True):
+            try:
+                state: Any = self._store.load(step, wanted)
+                sealed: Any = self._store.metadata(step).custom_metadata
+                log = dict(sealed["log"])
+                if _digest(state, log) == sealed["sha256"]:
+                    return state, log
+                reason = "its checksum differs"
+            except Exception as error:  # orbax raises many kinds; all mean that it cannot be read
+                reason = f"{type(error).__name__}: {str(error)[:200]}"
+            _log.warning("%s: the checkpoint of step %d is damaged (%s); it is not used", self.folder, step, reason)
+        return None
 
     def close(self) -> None:
         """Wait for what is being written."""
         self._store.close()
+
+
+def _digest(state: Any, log: dict[str, Any]) -> str:
+    """SHA-256 of all arrays, in the order of their paths, and of the log."""
+    hasher = hashlib.sha256(json.dumps(log, sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_flatten_with_path(jax.device_get(state))[0]:
+        value = np.ascontiguousarray(leaf)
+        hasher.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
+        hasher.update(value.tobytes())
+    return hasher.hexdigest()

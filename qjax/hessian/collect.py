@@ -61,7 +61,12 @@ def block_hessians(
     moments = empty(config)
     for part, mask in batches(x, batch):
         moments, _ = accumulate(moments, parameters, part, mask, config, propagate=False)
-    return _hessians(moments, index)
+
+    def broken(part: np.ndarray) -> bool:
+        alone, _ = accumulate(empty(config), parameters, part, np.ones(batch, np.float32), config, propagate=False)
+        return bool(finish(alone)[2])
+
+    return _hessians(moments, index, lambda: _first(broken, x, batch=batch))
 
 
 def block_hessians_and_outputs(
@@ -72,7 +77,12 @@ def block_hessians_and_outputs(
     for part, mask in batches(x, batch):
         moments, y = accumulate(moments, parameters, part, mask, config, propagate=True)
         outputs.append(np.asarray(y)[: int(mask.sum())])
-    return _hessians(moments, index), np.concatenate(outputs)
+
+    def broken(part: np.ndarray) -> bool:
+        alone, _ = accumulate(empty(config), parameters, part, np.ones(batch, np.float32), config, propagate=True)
+        return bool(finish(alone)[2])
+
+    return _hessians(moments, index, lambda: _first(broken, x, batch=batch)), np.concatenate(outputs)
 
 
 def block_hessians_of_two_streams(
@@ -86,15 +96,30 @@ def block_hessians_of_two_streams(
     for (part, mask), (changed, _) in zip(batches(x, batch), batches(z, batch), strict=True):
         moments, y = accumulate_pair(moments, parameters, part, changed, mask, config)
         outputs.append(np.asarray(y)[: int(mask.sum())])
-    return _hessians(moments, index), np.concatenate(outputs)
+
+    def broken(part: np.ndarray, changed: np.ndarray) -> bool:
+        ones = np.ones(batch, np.float32)
+        return bool(finish(accumulate_pair(empty(config, cross=True), parameters, part, changed, ones, config)[0])[2])
+
+    return _hessians(moments, index, lambda: _first(broken, x, z, batch=batch)), np.concatenate(outputs)
 
 
-def _hessians(moments: Moments, index: int) -> dict[str, Hessian]:
+def _first(broken: Callable[..., bool], *streams: np.ndarray, batch: int) -> int | None:
+    """The first sequence that is broken when it fills a whole batch alone, so that no new program is compiled."""
+    for sequence in range(len(streams[0])):
+        if broken(*(np.repeat(x[sequence : sequence + 1], batch, axis=0) for x in streams)):
+            return sequence
+    return None
+
+
+def _hessians(moments: Moments, index: int, culprit: Callable[[], int | None]) -> dict[str, Hessian]:
     means, tokens, broken = finish(moments)
     if broken:
         name = next(linear for linear, site in LINEARS.items() if site == broken[0])
+        sequence = culprit()
+        which = "" if sequence is None else f", first in sequence {sequence}"
         raise NumericsError(
-            f"layers.{index}.{name}: its inputs on the calibration data are not finite; "
+            f"layers.{index}.{name}: its inputs on the calibration data are not finite{which}; drop that sequence, "
             "check the weights of the blocks before it, or load the model in float32"
         )
     return {linear: Hessian(means[site], None, tokens, means.get(CROSS[site])) for linear, site in LINEARS.items()}

@@ -10,7 +10,6 @@ for independent G and G'; both are means over a few sequences, without bias.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,11 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from qjax.errors import InputError
 from qjax.hessian.collect import batches
-from qjax.hessian.sketch_collect import label_gradient, shapes
+from qjax.hessian.labels import label_gradient
+from qjax.hessian.sketch_collect import forward, shapes
 from qjax.hessian.statistics import Hessian
 from qjax.models.config import ModelConfig
 from qjax.models.linear import HostOrDevice
-from qjax.models.transformer import LINEARS, block, embed, head, output_gradients
+from qjax.models.transformer import LINEARS, embed, head
 
 __all__ = ["Fit", "error_bound", "measure_fit", "predicted_cost"]
 
@@ -52,16 +52,12 @@ class Fit:
     length: int
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@jax.jit
 def _block_terms(
-    parameters: Any,
-    x: HostOrDevice,
-    gradient: HostOrDevice,
-    factors: dict[str, dict[str, HostOrDevice]],
-    config: ModelConfig,
+    pull: Any, inputs: dict[str, Array], gradient: HostOrDevice, factors: dict[str, dict[str, HostOrDevice]]
 ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
     """(∂ℓ/∂x, {linear: (`tr(H_out G H_in Gᵀ)` of every sequence, `⟨G, G'⟩` of every pair)})."""
-    back, inputs, gradients = output_gradients(parameters, x, gradient, config)
+    back, gradients = pull(gradient)
     found = {}
     for name, site in LINEARS.items():
         x_t, g_t = inputs[site].astype(jnp.float32), gradients[name].astype(jnp.float32)
@@ -114,10 +110,11 @@ def measure_fit(
         x, inputs = embed(params["embed"], part), []
         for parameters in blocks:
             inputs.append(x)
-            x = block(parameters, x, config)
+            x = forward(parameters, x, config)[0]
         gradient = label_gradient(top, x, part, root, np.uint32(number * batch), config, labels="sampled")
         for index in reversed(range(len(blocks))):
-            gradient, found = _block_terms(blocks[index], inputs.pop(), gradient, factors[index], config)
+            _, pull, sites = forward(blocks[index], inputs.pop(), config)
+            gradient, found = _block_terms(pull, sites, gradient, factors[index])
             for name, (own, pairs) in jax.device_get(found).items():
                 pairs = np.asarray(pairs, np.float64)
                 others = np.sum(pairs**2) - np.sum(np.diagonal(pairs) ** 2)

@@ -21,6 +21,7 @@ from qjax.errors import InputError
 
 __all__ = ["Sketch", "gram_is_cheaper", "increments"]
 
+_PIECE = 192  # columns of a block of a symmetric product; narrower ones save less than they cost
 _precise = jax.lax.Precision.HIGHEST
 LABELS = ("sampled", "data")
 
@@ -60,7 +61,7 @@ class Sketch:
 
     def text(self) -> str:
         """All that identifies the sketch, for the store's key."""
-        return f"{self.estimator}:rounds={self.rounds}:labels={self.labels}:seed={self.seed}"
+        return f"{self.estimator}:rounds={self.rounds}:labels={self.labels}:seed={self.seed}:draw=2"
 
 
 def gram_is_cheaper(length: int, m: int, n: int) -> bool:
@@ -124,7 +125,7 @@ def _rows(matrix: Array, batch: Array) -> Array:
 def _product(a: Float[Array, "rows n"], b: Float[Array, "rows n"]) -> Float[Array, "n n"]:
     """`aᵀ b`, known to be symmetric: only blocks on and below the diagonal are computed, 0 elsewhere."""
     n = a.shape[1]
-    pieces = next((k for k in (3, 2) if n >= 512 and n % k == 0), 1)
+    pieces = next((k for k in (6, 4, 3, 2) if n % k == 0 and n // k >= _PIECE), 1)
     if pieces == 1:
         return jnp.matmul(a.T, b, precision=_precise)
     size = n // pieces

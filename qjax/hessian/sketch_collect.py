@@ -10,18 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from qjax.errors import InputError, NumericsError
 from qjax.hessian.collect import batches, block_hessians_and_outputs, embedded
+from qjax.hessian.labels import label_gradient
 from qjax.hessian.sketch import Sketch, increments
 from qjax.hessian.statistics import Hessian
 from qjax.linalg.rotations import Leaf
 from qjax.models.config import ModelConfig
 from qjax.models.linear import HostOrDevice
-from qjax.models.transformer import LINEARS, block, embed, head, logits, output_gradients
+from qjax.models.transformer import LINEARS, embed, head, probed
 
-__all__ = ["Sums", "block_bytes", "collect_sketch", "empty_sums", "finish_sums", "ranges", "sketch_pass"]
+__all__ = [
+    "Sums",
+    "activation_bytes",
+    "block_bytes",
+    "collect_sketch",
+    "empty_sums",
+    "finish_sums",
+    "ranges",
+    "sketch_pass",
+]
 
 
 @struct.dataclass
@@ -76,45 +86,25 @@ def ranges(blocks: list[Any], budget: float) -> list[range]:
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("config", "labels"))
-def label_gradient(
-    parameters: dict[str, HostOrDevice],
-    x: Float[HostOrDevice, "batch length width"],
-    tokens: Int[HostOrDevice, "batch length"],
-    key: Array,
-    first: HostOrDevice,
-    config: ModelConfig,
-    *,
-    labels: str,
-) -> Float[Array, "batch length width"]:
-    """`∂ℓ/∂x` of the cross-entropy, summed over positions, in the last block's output x.
-
-    Labels are sampled from the softmax of the float32 logits at every position (sequence s of the data with the key
-    folded with s), or are the next tokens (then the last position has none).
-    """
-    z, pull = jax.vjp(lambda x: logits(parameters, x, config), jnp.asarray(x))
-    gradient = jax.nn.softmax(z, axis=-1)
-    if labels == "sampled":
-        index = first + jnp.arange(z.shape[0], dtype=jnp.uint32)
-        chosen = jax.vmap(lambda s, z: jax.random.categorical(jax.random.fold_in(key, s), z))(index, z)
-        weight = jnp.ones(z.shape[1], z.dtype)
-    else:
-        chosen = jnp.roll(jnp.asarray(tokens), -1, axis=1)
-        weight = (jnp.arange(z.shape[1]) < z.shape[1] - 1).astype(z.dtype)
-    hot = jnp.arange(z.shape[2]).reshape(1, 1, -1) == chosen[:, :, None]
-    return pull((gradient - hot.astype(z.dtype)) * weight.reshape(1, -1, 1))[0]
+forward = jax.jit(probed, static_argnames="config")
+"""A block's output, its pullback (an argument of the next two) and the inputs of its linears."""
 
 
-@functools.partial(jax.jit, static_argnames=("config", "per_token", "update"), donate_argnames="sums")
+@jax.jit
+def backward(pull: Any, gradient: HostOrDevice) -> Array:
+    """The gradient in a block's input alone."""
+    return pull(gradient)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("per_token", "update"), donate_argnames="sums")
 def accumulate_sketch(
     sums: Sums,
-    parameters: Any,
-    x: HostOrDevice,
+    pull: Any,
+    inputs: dict[str, Array],
     gradient: HostOrDevice,
     mask: HostOrDevice,
     first: HostOrDevice,
     factors: dict[str, dict[str, Leaf]],
-    config: ModelConfig,
     *,
     per_token: bool,
     update: str,
@@ -123,7 +113,7 @@ def accumulate_sketch(
 
     `factors`: those of the pass before, by linear and factor; absent ones are identities.
     """
-    back, inputs, gradients = output_gradients(parameters, x, gradient, config)
+    back, gradients = pull(gradient)
     total, carry, bad = {}, {}, {}
     for name, site in LINEARS.items():
         g = gradients[name].astype(jnp.float32) * mask[:, None, None]
@@ -140,10 +130,15 @@ def accumulate_sketch(
     return Sums(total, carry, bad), back
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def backward(parameters: Any, x: HostOrDevice, gradient: HostOrDevice, config: ModelConfig) -> Array:
-    """The gradient in a block's input alone."""
-    return output_gradients(parameters, x, gradient, config)[0]
+def activation_bytes(parameters: Any, config: ModelConfig, batch: int, length: int) -> int:
+    """Memory of what one block keeps of a batch for its pullback."""
+    dtype = parameters["input_layernorm"].dtype
+    width = parameters["input_layernorm"].shape[0]
+    _, pull, inputs = jax.eval_shape(
+        functools.partial(probed, config=config), parameters, jax.ShapeDtypeStruct((batch, length, width), dtype)
+    )
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    return max(size((pull, inputs)) - size(parameters), 0)  # the weights are kept anyway
 
 
 def sketch_pass(
@@ -157,8 +152,12 @@ def sketch_pass(
     *,
     batch: int,
     start: int = 0,
+    budget: float = 0,
 ) -> Iterator[int]:
     """Pass `number` over the sequences from `start` on; yields the number of sequences done after every batch.
+
+    Every block is evaluated once when all that its pullback needs fits into `budget` bytes beside the sums, else a
+    second time on the way back, to the same bits.
 
     `sums` holds the blocks to accumulate, a contiguous range, and is brought up to date in place (an entry taken out
     of it is invalid after the next step: its memory is used again). `factors(block)` are those of the pass before, or
@@ -169,30 +168,34 @@ def sketch_pass(
     lowest = min(sums)
     known = {i: {} if factors is None else {k: dict(v) for k, v in factors(i).items()} for i in sums}
     root = jax.random.wrap_key_data(jax.device_put(np.array([number, sketch.seed], np.uint32)))
+    held = sum(block_bytes(blocks[index]) for index in sums)
+    held += sum(activation_bytes(blocks[i], config, batch, tokens.shape[1]) for i in range(lowest, len(blocks)))
+    keep = held <= budget
     for offset, (part, mask) in enumerate(batches(tokens[start:], batch)):
         first = np.uint32(start + offset * batch)
-        x, inputs = embed(params["embed"], part), []
-        for parameters in blocks:
-            inputs.append(x)
-            x = block(parameters, x, config)
+        x, kept = embed(params["embed"], part), []
+        for index, parameters in enumerate(blocks):
+            before = x
+            x, pull, inputs = forward(parameters, before, config)
+            if index >= lowest:
+                kept.append((pull, inputs) if keep else before)
         gradient = label_gradient(top, x, part, root, first, config, labels=sketch.labels)
         for index in range(len(blocks) - 1, lowest - 1, -1):
-            x = inputs.pop()
+            pull, inputs = kept.pop() if keep else forward(blocks[index], kept.pop(), config)[1:]
             if index in sums:
                 sums[index], gradient = accumulate_sketch(
                     sums[index],
-                    blocks[index],
-                    x,
+                    pull,
+                    inputs,
                     gradient,
                     mask,
                     first,
                     known[index],
-                    config,
                     per_token=sketch.estimator == "sketch_a",
                     update=update,
                 )
             else:
-                gradient = backward(blocks[index], x, gradient, config)
+                gradient = backward(pull, gradient)
         _check({index: block_sums.bad for index, block_sums in sums.items()})
         yield min(start + (offset + 1) * batch, len(tokens))
 

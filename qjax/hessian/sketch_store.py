@@ -42,6 +42,7 @@ def collect_into(
 
     Args:
       budget: bytes for the sums that are held at once; a pass is repeated for as many ranges of blocks as this needs.
+        What the sums leave of it may keep activations, which saves their second evaluation.
       checkpoint: seconds between checkpoints of the sums. A killed collection continues from the last one, and ends in
         the same bytes.
       moments: `H_in = E[x xᵀ]` of a block, which sketch A starts from.
@@ -63,7 +64,9 @@ def collect_into(
             known = None if before is None else (lambda index, load=before: known_factors(load(index)))
             saved = time.monotonic()
             if start < len(tokens):
-                steps = sketch_pass(config, params, tokens, sketch, number, sums, known, batch=batch, start=start)
+                steps = sketch_pass(
+                    config, params, tokens, sketch, number, sums, known, batch=batch, start=start, budget=budget
+                )
             for done in steps:
                 if progress is not None:
                     progress(finished + done, total)

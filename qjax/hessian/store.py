@@ -77,6 +77,8 @@ class HessianStore:
             arrays, metadata = read_safetensors(file)
         except ArtifactError:
             return None
+        if metadata.get("block", str(index)) != str(index) or metadata.get("key", key) != key:
+            return None  # another block's or collection's file under this name: a copy gone wrong
         tokens = int(metadata["tokens"])
         if metadata.get("kind") == "sketch":
             factor = lambda linear, name: unpack_triangle(arrays[f"{linear}:{name}"])  # noqa: E731
@@ -93,11 +95,12 @@ class HessianStore:
                 for name in ("input", "output")
             }
             metadata = {"tokens": str(hessians[next(iter(LINEARS))].tokens), "kind": "sketch"}
-            write_safetensors(self._file(key, index), factors, metadata)
+            write_safetensors(self._file(key, index), factors, {**metadata, "key": key, "block": str(index)})
             return
         shared = {site: hessians[linear] for linear, site in reversed(LINEARS.items())}
         arrays = {site: pack_triangle(np.asarray(shared[site].input)) for site in SITES}
-        write_safetensors(self._file(key, index), arrays, {"tokens": str(shared[SITES[0]].tokens)})
+        metadata = {"tokens": str(shared[SITES[0]].tokens), "key": key, "block": str(index)}
+        write_safetensors(self._file(key, index), arrays, metadata)
 
     def collect(
         self,
@@ -141,8 +144,12 @@ class HessianStore:
         return load
 
 
-def forward_block(parameters: Any, x: np.ndarray, config: ModelConfig, batch: int) -> np.ndarray:
-    """The outputs of one block for all sequences, on the host."""
-    return np.concatenate(
-        [np.asarray(block(parameters, part, config))[: int(mask.sum())] for part, mask in batches(x, batch)]
-    )
+def forward_block(
+    parameters: Any, x: np.ndarray, config: ModelConfig, batch: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """The outputs of one block for all sequences, on the host; in `out` when given, which may be x itself."""
+    out = np.empty_like(x) if out is None else out
+    for start, (part, mask) in zip(range(0, len(x), batch), batches(x, batch), strict=True):
+        count = int(mask.sum())
+        out[start : start + count] = np.asarray(block(parameters, part, config))[:count]
+    return out

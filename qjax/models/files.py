@@ -76,6 +76,8 @@ def contained(folder: Path, name: str) -> Path:
 
     The snapshot folders of a Hugging Face cache link into their own repository's `blobs`, which is allowed.
     """
+    if "\0" in name:
+        raise ModelFileError(f"{folder} refers to {name!r}, which is no file name; fetch the index again")
     path = folder / name
     root = folder.parent.parent if folder.parent.name == "snapshots" else folder
     lexical = os.path.normpath(path)

@@ -13,7 +13,7 @@ from jaxtyping import Int32, Integer
 from qjax.errors import DataError, InputError, ModelFileError
 from qjax.models.files import refuse_pointer, sha256_text
 
-__all__ = ["Tokenizer", "read_tokenizer_json"]
+__all__ = ["Tokenizer", "parsed", "read_tokenizer_json"]
 
 
 class Tokenizer:
@@ -58,7 +58,13 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(f"the text has an unpaired surrogate at character {error.start}; clean it first") from error
-        return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
+        backend = self.backend
+        try:
+            return np.asarray(backend.encode(text, add_special_tokens=False).ids, np.int32)
+        except Exception as error:  # the package raises plain Exception
+            raise DataError(
+                f"the tokenizer cannot encode the text ({error}); take a whole tokenizer.json of the model's revision"
+            ) from error
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " tokens"], *, skip_special: bool = True) -> str:
         """The text of token ids. Raises InputError for an id outside the vocabulary."""
@@ -71,6 +77,16 @@ class Tokenizer:
         return self.backend.decode(array.tolist(), skip_special_tokens=skip_special)
 
 
+def parsed(definition: bytes) -> tokenizers.Tokenizer:
+    """The tokenizer of a definition. Raises ValueError for any damage, also where the package's own code panics."""
+    try:
+        return tokenizers.Tokenizer.from_buffer(definition)
+    except BaseException as error:  # a panic of Rust code arrives as an exception outside Exception
+        if type(error).__name__ != "PanicException" and not isinstance(error, Exception):
+            raise
+        raise ValueError(str(error)) from error
+
+
 def read_tokenizer_json(path: Path, special: Mapping[str, int | None]) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, with `special` = {"bos_id": ..., "eos_id": ...}.
 
@@ -79,7 +95,7 @@ def read_tokenizer_json(path: Path, special: Mapping[str, int | None]) -> Tokeni
     try:
         definition = path.read_bytes()
         refuse_pointer(path, definition[:64])
-        backend = tokenizers.Tokenizer.from_buffer(definition)
+        backend = parsed(definition)
     except ModelFileError:
         raise
     except Exception as error:  # the package raises plain Exception for any damage
@@ -87,5 +103,8 @@ def read_tokenizer_json(path: Path, special: Mapping[str, int | None]) -> Tokeni
     backend.no_truncation()
     backend.no_padding()
     bos_id = special.get("bos_id")
-    adds_bos = bos_id is not None and backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
+    try:
+        adds_bos = bos_id is not None and backend.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
+    except Exception as error:
+        raise ModelFileError(f"the tokenizer {path} cannot encode a letter: {error}; fetch the file again") from error
     return Tokenizer(backend, bos_id=bos_id, eos_id=special.get("eos_id"), adds_bos=adds_bos)

@@ -13,6 +13,7 @@ A block is one compiled program for all layers: weights are arguments, never con
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,14 +27,18 @@ from qjax.models.linear import HostOrDevice, linear
 __all__ = [
     "LINEARS",
     "SITES",
+    "apply",
     "block",
     "block_inputs",
     "embed",
     "forward",
     "head",
     "logits",
-    "output_gradients",
+    "probed",
+    "rms_norm",
     "rope_frequencies",
+    "rope_tables",
+    "rotate",
 ]
 
 Params = Any  # a pytree as in the module's docstring
@@ -53,14 +58,16 @@ LINEARS: dict[str, str] = {
 SITES: tuple[str, ...] = tuple(dict.fromkeys(LINEARS.values()))
 
 
-def _apply(parameters: Params, x: Array) -> Array:
+def apply(parameters: Params, x: Array) -> Array:
+    """A linear with its bias, if any."""
     y = linear(x, parameters["weight"])
     if "bias" in parameters:
         y = y + parameters["bias"].astype(y.dtype)[None, None, :]
-    return y + parameters["probe"] if "probe" in parameters else y  # see `output_gradients`
+    return y + parameters["probe"] if "probe" in parameters else y  # see `probed`
 
 
-def _rms_norm(x: HostOrDevice, gain: HostOrDevice, eps: float) -> Array:
+def rms_norm(x: HostOrDevice, gain: HostOrDevice, eps: float) -> Array:
+    """`gain · x / √(mean x² + eps)` along the last axis, in float32; the dtype of x."""
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     gain = jnp.expand_dims(gain.astype(jnp.float32), tuple(range(x.ndim - 1)))
@@ -84,17 +91,21 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     return np.where(wavelength < high, frequency, slow)
 
 
-def _rope_tables(length: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+def rope_tables(length: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin `[length, head_dim/2]` of the rotary angles, computed in float64 on the host."""
     frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     angle = np.arange(length, dtype=np.float64)[:, None] * frequency[None, :]
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def _rotate(x: Float[Array, "batch length heads dim"], cos: np.ndarray, sin: np.ndarray) -> Array:
+def rotate(
+    x: Float[Array, "batch length heads dim"],
+    cos: Float[HostOrDevice, "#batch length half"],
+    sin: Float[HostOrDevice, "#batch length half"],
+) -> Array:
     """Rotate the pairs (i, i + dim/2) of every head: the half-split convention of Hugging Face checkpoints."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    c, s = cos[None, :, None, :], sin[None, :, None, :]
+    c, s = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(x.dtype)
 
 
@@ -104,15 +115,15 @@ def _attention(parameters: Params, x: Hidden, config: ModelConfig) -> Float[Arra
     groups = config.num_heads // config.num_kv_heads
 
     def heads(name: str, count: int) -> Array:
-        return _apply(parameters[name], x).reshape(batch, length, count, config.head_dim)
+        return apply(parameters[name], x).reshape(batch, length, count, config.head_dim)
 
     q, k = heads("q_proj", config.num_heads), heads("k_proj", config.num_kv_heads)
     v = heads("v_proj", config.num_kv_heads)
     if config.qk_norm:
-        q = _rms_norm(q, parameters["q_norm"], config.rms_norm_eps)
-        k = _rms_norm(k, parameters["k_norm"], config.rms_norm_eps)
-    cos, sin = _rope_tables(length, config)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q = rms_norm(q, parameters["q_norm"], config.rms_norm_eps)
+        k = rms_norm(k, parameters["k_norm"], config.rms_norm_eps)
+    cos, sin = rope_tables(length, config)
+    q, k = rotate(q, cos[None], sin[None]), rotate(k, cos[None], sin[None])
     # One batched matrix product per step, [batch·kv heads, groups·length, dim]:
     # XLA's CPU backend is three times slower on 5-D einsums.
     q = q.reshape(batch, length, config.num_kv_heads, groups, config.head_dim).transpose(0, 2, 3, 1, 4)
@@ -133,13 +144,13 @@ def _attention(parameters: Params, x: Hidden, config: ModelConfig) -> Float[Arra
 
 def _sites(parameters: Params, x: HiddenInput, config: ModelConfig) -> tuple[Hidden, dict[str, Array]]:
     inputs: dict[str, Array] = {}
-    inputs["attention"] = _rms_norm(x, parameters["input_layernorm"], config.rms_norm_eps)
+    inputs["attention"] = rms_norm(x, parameters["input_layernorm"], config.rms_norm_eps)
     inputs["attention_output"] = _attention(parameters["self_attn"], inputs["attention"], config)
-    attended = _apply(parameters["self_attn"]["o_proj"], inputs["attention_output"]) + x
-    inputs["mlp"] = _rms_norm(attended, parameters["post_attention_layernorm"], config.rms_norm_eps)
+    attended = apply(parameters["self_attn"]["o_proj"], inputs["attention_output"]) + x
+    inputs["mlp"] = rms_norm(attended, parameters["post_attention_layernorm"], config.rms_norm_eps)
     mlp = parameters["mlp"]
-    inputs["mlp_output"] = jax.nn.silu(_apply(mlp["gate_proj"], inputs["mlp"])) * _apply(mlp["up_proj"], inputs["mlp"])
-    return attended + _apply(mlp["down_proj"], inputs["mlp_output"]), inputs
+    inputs["mlp_output"] = jax.nn.silu(apply(mlp["gate_proj"], inputs["mlp"])) * apply(mlp["up_proj"], inputs["mlp"])
+    return attended + apply(mlp["down_proj"], inputs["mlp_output"]), inputs
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -153,30 +164,28 @@ def block_inputs(parameters: Params, x: HiddenInput, config: ModelConfig) -> tup
     return _sites(parameters, x, config)
 
 
-def output_gradients(
-    parameters: Params, x: HiddenInput, gradient: HiddenInput, config: ModelConfig
-) -> tuple[Hidden, dict[str, Array], dict[str, Array]]:
-    """One block, backwards, without gradients of weights: from `∂ℓ/∂(block output)` to what a Fisher sketch needs.
+def probed(
+    parameters: Params, x: HiddenInput, config: ModelConfig
+) -> tuple[Hidden, Callable[[HiddenInput], tuple[Hidden, dict[str, Array]]], dict[str, Array]]:
+    """One block whose linears' outputs can be differentiated by: (its output, pull, the linears' inputs by site).
 
-    Returns `∂ℓ/∂x`, the inputs x of the linears by site and the gradients `g = ∂ℓ/∂y` of their outputs by linear, all
-    `[batch, length, ...]`: those of zeros that are added to the outputs. The forward pass is computed again.
+    `pull(∂ℓ/∂output)` gives `∂ℓ/∂x` and the gradients `g = ∂ℓ/∂y` of the linears' outputs y by linear, all
+    `[batch, length, ...]`: those of zeros that are added to them. No gradients of weights are computed.
     """
     batch, length, _ = x.shape
 
     def run(x: Array, probes: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        probed = {name: dict(value) if isinstance(value, dict) else value for name, value in parameters.items()}
+        copy = {name: dict(value) if isinstance(value, dict) else value for name, value in parameters.items()}
         for name, probe in probes.items():
             group, leaf = name.split(".")
-            probed[group][leaf] = {**probed[group][leaf], "probe": probe}
-        return _sites(probed, x, config)
+            copy[group][leaf] = {**copy[group][leaf], "probe": probe}
+        return _sites(copy, x, config)
 
     zeros = {}
     for name in LINEARS:
         group, leaf = name.split(".")
         zeros[name] = jnp.zeros((batch, length, parameters[group][leaf]["weight"].shape[0]), x.dtype)
-    _, pull, inputs = jax.vjp(run, jnp.asarray(x), zeros, has_aux=True)
-    back, probes = pull(jnp.asarray(gradient))
-    return back, inputs, probes
+    return jax.vjp(run, jnp.asarray(x), zeros, has_aux=True)
 
 
 @jax.jit
@@ -195,7 +204,7 @@ def logits(
     parameters: dict[str, HostOrDevice], x: HiddenInput, config: ModelConfig
 ) -> Float[Array, "batch length vocab"]:
     """Final norm and output projection, in float32; `parameters` as returned by `head`."""
-    hidden = _rms_norm(x, parameters["norm"], config.rms_norm_eps)
+    hidden = rms_norm(x, parameters["norm"], config.rms_norm_eps)
     return linear(hidden, parameters["head"]).astype(jnp.float32)
 
 

@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qjax.errors import ArtifactError, InputError
-from qjax.run.atomic import read_json
+from qjax.run.sealed import read_sealed
 
 __all__ = ["METRICS", "Run", "Skipped", "collect", "find", "read"]
 
 METRICS = ("perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement")
 _NUMBERS = (*METRICS, "perplexity_reference", "proxy_loss_mean", "whole_model_bytes", "peak_memory_bytes")
-_MARKS = ("results.json", "fingerprint.json")
+_MARKS = ("results.json", "fingerprint.json", "failure.json")
 # They change where or how a run is carried out, not what it computes.
-_CONVENIENCES = ("out", "cache", "dry_run", "resume", "tracker", "memory")
+_CONVENIENCES = ("out", "cache", "dry_run", "resume", "tracker", "memory", "sweep")
 # The key that says which entry of a group was chosen.
 _CHOICES = ("name", "method")
 
@@ -157,13 +157,24 @@ def _settings(results: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _failure(file: pathlib.Path) -> str:
+    """What a job of a sweep said when it ended: "not possible: …" or "failed: …"."""
+    try:
+        content = read_json(file)
+        return f"{content['status']}: {content['error']}"
+    except (ArtifactError, KeyError, TypeError):
+        return "failed: failure.json cannot be read; the command that started the run tries again"
+
+
 def read(path: pathlib.Path, name: str | None = None) -> Run:
     """The finished run in a directory. Raises ArtifactError when it is unfinished or its results are damaged."""
     file = path / "results.json"
+    if not file.exists() and (path / "failure.json").exists():
+        raise ArtifactError(_failure(path / "failure.json"))
     if not file.exists():
         raise ArtifactError("unfinished: there is no results.json; the command that started the run continues it")
     try:
-        results = read_json(file)
+        results = read_sealed(file)
     except ArtifactError as error:
         raise ArtifactError(f"damaged: {str(error).removeprefix(f'{file}: ')}") from error
     if (fault := _fault(results)) is not None:

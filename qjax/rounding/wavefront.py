@@ -50,7 +50,7 @@ def two_sided_codes(
     *,
     rows: int,
     block: int,
-    chunk: int = 32,
+    chunk: int = 16,
 ) -> Array:
     """Codes `[m/r, n/c, ...]` of `Ŵ = Q(W + L_out'ᵀ E L_in' + L_out'ᵀ E + E L_in')`, L' = L − I, for tiles r×c.
 

@@ -33,17 +33,18 @@ class YAQA:
       rows: rows between which H_out feeds nothing back (the block of its LDL); None means the codebook's tile height,
         or for codebooks of single rows at most 16.
       output_damping: damping of H_out, None for that of H_in.
-      chunk: most tiles rounded in one call of the codebook.
+      chunk: most tiles rounded in one call of the codebook, None: what is fastest on a CPU, 16 tiles of a codebook
+        with tiles of several rows, else 8 (as many rows and columns are read and written as blocks of chunk² tiles).
     """
 
     block: int | None = None
     rows: int | None = None
     output_damping: float | None = None
-    chunk: int = 32
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise InputError(f"rounding.chunk is {self.chunk}; it is a number of tiles, at least 1")
+        if self.chunk is not None and self.chunk < 1:
+            raise InputError(f"rounding.chunk is {self.chunk}; it is a number of tiles, at least 1, or null")
         if self.output_damping is not None and not self.output_damping >= 0:
             raise InputError(f"rounding.output_damping is {self.output_damping}; it is at least 0, or null")
 
@@ -68,9 +69,8 @@ class YAQA:
         left = damped_factor(
             hessian.output.astype(weight.dtype), damping if self.output_damping is None else self.output_damping, rows
         )
-        codes = two_sided_codes(
-            weight, right.lower, left.lower, codebook, scaling, rows=rows, block=block, chunk=self.chunk
-        )
+        chunk = (16 if codebook.tile[0] > 1 else 8) if self.chunk is None else self.chunk
+        codes = two_sided_codes(weight, right.lower, left.lower, codebook, scaling, rows=rows, block=block, chunk=chunk)
         rounded = finish(codes, codebook, scaling, weight.dtype, None, right.damping, right.ok & left.ok)
         return dataclasses.replace(rounded, output_damping=jnp.asarray(left.damping, weight.dtype))
 

@@ -96,7 +96,7 @@ def read_json(path: Path, sha256: str | None = None) -> Any:
     """The value of a JSON file. Raises ArtifactError as `read_text` does, or when it is not JSON."""
     try:
         return json.loads(read_text(path, sha256))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: is not JSON ({error}); remove it and make it again") from error
 
 

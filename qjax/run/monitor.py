@@ -91,6 +91,9 @@ class Stopwatch:
         self._stack: list[str] = []
         self._compiled = 0.0
         self._mark = (0.0, 0.0)
+        self._programs: dict[str, int] = {}
+        self._peaks: dict[str, int] = {}
+        self._made = self._peak = 0
 
     def _read(self) -> tuple[float, float]:
         return self._clock(), 0.0 if self._compiles is None else self._compiles.seconds
@@ -102,6 +105,11 @@ class Stopwatch:
             compiled = now[1] - self._mark[1]
             self._compiled += compiled
             self._seconds[self._stack[-1]] += now[0] - self._mark[0] - compiled
+            made = 0 if self._compiles is None else self._compiles.count
+            self._programs[self._stack[-1]] = self._programs.get(self._stack[-1], 0) + made - self._made
+            self._peak = max(self._peak, peak_memory_bytes())  # the kernel's own count is not quite monotonic
+            self._peaks[self._stack[-1]] = self._peak
+        self._made = 0 if self._compiles is None else self._compiles.count
         self._mark = now
 
     @contextlib.contextmanager
@@ -115,6 +123,14 @@ class Stopwatch:
         finally:
             self._book()
             self._stack.pop()
+
+    @property
+    def stages(self) -> dict[str, dict[str, int]]:
+        """By stage: programs compiled in it, and the process's largest memory up to its end (it never falls)."""
+        return {
+            name: {"compiled_programs": self._programs.get(name, 0), "peak_memory_bytes": self._peaks.get(name, 0)}
+            for name in self._seconds
+        }
 
     @property
     def seconds(self) -> dict[str, float]:

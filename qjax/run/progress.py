@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -21,7 +24,11 @@ from rich.progress import Progress as RichProgress
 
 from qjax.errors import InputError
 
-__all__ = ["Progress", "Stream", "duration"]
+__all__ = ["STALL", "Progress", "Stream", "duration"]
+
+# Seconds: longer than any step of a model that fits one machine has taken.
+STALL = 1800.0
+_log = logging.getLogger("qjax")
 
 
 @runtime_checkable
@@ -57,6 +64,8 @@ class Progress:
       done: units that were done before (a resumed run); they do not count for the time left.
       stream: where to write, standard output by default; a terminal gets a bar.
       interval: seconds between two plain lines; the last one is always written.
+      stall: seconds without any progress after which it is said, once per standstill, on the stream and in the log;
+        None: never, and no thread is started.
       clock: seconds, monotonic.
     Raises InputError for a negative total, or more done than there is.
     """
@@ -69,6 +78,7 @@ class Progress:
         done: int = 0,
         stream: Stream | None = None,
         interval: float = 5.0,
+        stall: float | None = STALL,
         clock: Callable[[], float] = time.monotonic,
     ):
         if not 0 <= done <= total:
@@ -82,9 +92,13 @@ class Progress:
         self._written = -1
         self._note = ""
         self._bar: RichProgress | None = None
+        self._stall, self._moved = stall, clock()
+        self._ended = threading.Event()
 
     def __enter__(self) -> Progress:
-        self._start = self._clock()
+        self._start = self._moved = self._clock()
+        if self._stall is not None:
+            threading.Thread(target=self._watch, args=(self._stall,), name="qjax stall watch", daemon=True).start()
         if self._stream.isatty():
             bar = RichProgress(
                 TextColumn("{task.description}"),
@@ -106,6 +120,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._ended.set()
         if self._bar is not None:
             self._bar.stop()
         elif self._written != self.done:
@@ -117,7 +132,7 @@ class Progress:
 
     def update(self, done: int, note: str = "") -> None:
         """Report that `done` units in all are done; `note` says which was the last."""
-        self.done, self._note = done, note
+        self.done, self._note, self._moved = done, note, self._clock()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
@@ -131,6 +146,19 @@ class Progress:
         if fresh <= 0:
             return None
         return (self._clock() - self._start) / fresh * (self.total - self.done)
+
+    def _watch(self, stall: float) -> None:
+        told = -1
+        while not self._ended.wait(stall / 4):
+            still = self._clock() - self._moved
+            if still < stall or told == self.done:
+                continue
+            told = self.done
+            last = f", after {self._note}" if self._note else ""
+            text = f"{self.label}: nothing has moved for {duration(still)} at {self.done}/{self.total}{last}"
+            _log.warning("%s", text)
+            with contextlib.suppress(ValueError, OSError):  # the stream may be closed already
+                print(f"warning: {text}", file=cast(IO[str], self._stream), flush=True)
 
     def _write(self) -> None:
         self._last, self._written = self._clock(), self.done

@@ -10,6 +10,7 @@ from qjax.data.stream import TokenStream
 from qjax.errors import InputError
 from qjax.hessian import HessianStore, alignment, exact_fisher
 from qjax.hessian.fit import Fit, error_bound, gradient_terms, measure_fit, predicted_cost
+from qjax.hessian.labels import draw
 from qjax.hessian.provide import check_settings, fits, provide
 from qjax.models.transformer import LINEARS, forward
 
@@ -38,7 +39,7 @@ def explicit_gradients(model, tokens):
     for index, sequence in enumerate(tokens):
         sequence = jnp.asarray(sequence)
         z = forward(model.params, sequence[None], model.config)[0]
-        labels = jax.random.categorical(jax.random.fold_in(root, jnp.uint32(index)), z)
+        labels = draw(jax.random.fold_in(root, jnp.uint32(index)), jax.nn.softmax(z, axis=-1))  # see test_sketch
 
         def loss(params, s=sequence, c=labels):
             z = jax.nn.log_softmax(forward(params, s[None], model.config)[0])

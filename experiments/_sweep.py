@@ -1,0 +1,139 @@
+"""Jobs of a sweep: directories by the hash of the settings, failures beside the others and listed at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+
+from qjax.errors import InputError, QjaxError
+from qjax.job import IRRELEVANT
+from qjax.run.atomic import write_json
+from qjax.run.fingerprint import digest
+
+__all__ = ["FAILURE", "Sweep", "attempt", "directory"]
+
+FAILURE = "failure.json"
+_SWEEP = "QJAX_SWEEP"  # identifies one start; processes of the launchers inherit it
+_JOBS = "jobs.jsonl"
+_CONSTANT = ("experiment", "model", "data", "debug", "tracker", "memory", "mesh", "cache", "sweep", "out", "resume")
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_")
+
+
+def _readable(overrides: Sequence[str]) -> str:
+    """`ldlq-e8p-bits2` of `rounding=ldlq codebook=e8p bits=2`, at most 80 characters."""
+    parts = []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key.partition(".")[0] in _CONSTANT:
+            continue
+        named = "." in key or not re.match(r"[a-z]", value)
+        parts.append(_safe(f"{key.rpartition('.')[2]}{value}" if named else value))
+    return "-".join(filter(None, parts))[:80] or "job"
+
+
+def directory(settings: Mapping[str, Any], overrides: Sequence[str]) -> pathlib.Path:
+    """`runs/<sweep>/<overrides>-<hash>` of a job without `out`.
+
+    The hash is of the resolved settings that decide the result, so neither the launcher nor the job's number matters;
+    a directory of that hash is used again whatever its readable part says.
+    """
+    folder = pathlib.Path("runs") / _safe(str(settings["sweep"]))
+    mark = digest({key: value for key, value in settings.items() if key not in IRRELEVANT})[:8]
+    known = sorted(folder.glob(f"*-{mark}")) if folder.is_dir() else []
+    return known[0] if known else folder / f"{_readable(overrides)}-{mark}"
+
+
+def _record(folder: pathlib.Path, line: Mapping[str, Any]) -> None:
+    """Append a line in one write, which processes that append at the same time do not interleave."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / _JOBS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(descriptor, (json.dumps(line) + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+def attempt(
+    job: Callable[[], float | None], out: pathlib.Path, sweep: pathlib.Path, overrides: Sequence[str]
+) -> float | None:
+    """Run one job of a sweep; an error becomes `failure.json` in its directory and None, and the sweep goes on.
+
+    An InputError means that the combination does not exist ("not possible"); all else is a failure.
+    """
+    begun = time.time()
+    failure = out / FAILURE
+    facts: dict[str, Any] = {"sweep": os.environ.get(_SWEEP, ""), "job": str(out), "overrides": list(overrides)}
+    try:
+        failure.unlink(missing_ok=True)
+        value = job()
+    except Exception as error:
+        status = "not possible" if isinstance(error, InputError) else "failed"
+        expected = isinstance(error, QjaxError | OmegaConfBaseException)
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        facts |= {"status": status, "error": text, "seconds": round(time.time() - begun, 3)}
+        _record(sweep, facts)
+        print(f"{status}: {out.name}: {text}", file=sys.stderr, flush=True)
+        trace = {} if expected else {"traceback": traceback.format_exc()}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(failure, facts | trace)
+        except (OSError, QjaxError) as problem:
+            print(f"{failure}: cannot be written ({problem})", file=sys.stderr, flush=True)
+        return None
+    _record(sweep, {**facts, "status": "finished", "seconds": round(time.time() - begun, 3)})
+    return value
+
+
+class Sweep:
+    """Context manager around the start of a Hydra program: afterwards lists what failed and sets the exit status.
+
+    Exit with 1 when a job failed, with 2 when no combination was possible.
+    """
+
+    def __enter__(self) -> Sweep:
+        self._begun = time.time()
+        self._mark = os.environ[_SWEEP] = secrets.token_hex(8)
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        os.environ.pop(_SWEEP, None)
+        jobs = self.jobs()
+        if not jobs:
+            return
+        bad = [job for job in jobs if job["status"] != "finished"]
+        impossible = sum(job["status"] == "not possible" for job in bad)
+        failed = len(bad) - impossible
+        print(f"\n{len(jobs)} jobs: {len(jobs) - len(bad)} finished, {failed} failed, {impossible} not possible")
+        for job in bad:
+            print(f"  {job['status']}  {' '.join(job['overrides'])}\n    {job['error']}\n    {job['job']}")
+        sys.stdout.flush()
+        if kind is None and bad and (failed or len(bad) == len(jobs)):
+            raise SystemExit(1 if failed else 2)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The jobs of this start that ended, of all processes."""
+        found = []
+        for file in pathlib.Path("runs").glob(f"*/{_JOBS}"):
+            if file.stat().st_mtime < self._begun - 1:
+                continue
+            for line in file.read_text().splitlines():
+                try:
+                    job = json.loads(line)
+                except ValueError:  # cut off by a kill
+                    continue
+                if job.get("sweep") == self._mark:
+                    found.append(job)
+        return found

@@ -1,0 +1,69 @@
+"""What makes a run's result doubtful before it starts: too little text, a missing BOS, a broken reference, versions."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from qjax.data.stream import TokenStream
+from qjax.errors import DataError
+from qjax.evaluate.evaluation import reference_perplexity
+from qjax.hessian.accumulate import site_widths
+from qjax.models.config import ModelConfig
+from qjax.models.transformer import head
+
+__all__ = ["TESTED_JAX", "check_reference", "doubts", "version_doubt"]
+
+# Oldest and newest minor version of JAX that the tests have passed on.
+TESTED_JAX = ((0, 10), (0, 12))
+
+
+def version_doubt(version: str) -> str | None:
+    """A sentence when this version of JAX is outside the tested range, else None."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    number = tuple(map(int, match.groups())) if match else (0, 0)
+    if TESTED_JAX[0] <= number <= TESTED_JAX[1]:
+        return None
+    low, high = (".".join(map(str, end)) for end in TESTED_JAX)
+    return f"jax {version} is outside the tested versions {low} to {high}; results are not promised, run the tests"
+
+
+def doubts(config: ModelConfig, tokens: TokenStream, tokenizer: Any, bos: str) -> list[str]:
+    """Sentences about what will work and may not be meant; none for a usual run.
+
+    `tokens` is the calibration text, `bos` the policy of `qjax.data.load`.
+    """
+    found = [text] if (text := version_doubt(jax.__version__)) else []
+    width = max(site_widths(config).values())
+    if tokens.tokens.size < width:
+        found.append(
+            f"the calibration text has {tokens.tokens.size} tokens, fewer than the {width} inputs of the widest "
+            f"matrix: its Hessian has at most rank {tokens.tokens.size} and damping decides the rest; "
+            "use more data.calibration_sequences, or a larger damping"
+        )
+    if getattr(tokenizer, "adds_bos", False) and bos == "none":
+        found.append(
+            "the model's tokenizer puts BOS before every text and data.bos is none; "
+            "many models are much worse without it: data.bos=sequence"
+        )
+    return found
+
+
+def check_reference(model: Any, states: np.ndarray, tokens: TokenStream, batch: int, limit: float | None) -> None:
+    """Refuse to quantise a model that does not understand the evaluation text, which is what a wrong tokenizer does.
+
+    `states` are the reference's `hidden_states` of `tokens`. Raises DataError when its perplexity is above `limit`.
+    """
+    if limit is None:
+        return
+    found = reference_perplexity(states, head(model.params), tokens, model.config, batch=batch)
+    if not math.isfinite(found) or found > limit:
+        raise DataError(
+            f"the original model {model.name} has perplexity {found:.4g} on the evaluation text, above "
+            f"evaluate.sanity_perplexity={limit:g}: the tokenizer is another model's, BOS is missing "
+            "(data.bos=sequence), or the text is foreign to it; evaluate.sanity_perplexity=null goes on all the same"
+        )

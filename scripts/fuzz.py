@@ -1,0 +1,384 @@
+"""Damage valid model files and read them: a typed error or a whole result, in bounded time and memory, nothing else.
+
+    python scripts/fuzz.py --inputs 1000000 [--seed 1] [--reader gguf|index|tokenizer|artifact]
+
+Four readers: a GGUF file (header, configuration, tokenizer, every tensor), a folder with a safetensors index and two
+shards, `tokenizer.json` and piece lists, and an artifact. An input is a valid file with some of its bytes changed, cut
+out, doubled, moved or replaced by numbers at the edges of their range, or with entries of its JSON changed.
+
+What is wrong: an error that is no `QjaxError`, more than a second, an allocation that Python's tracer sees above twice
+the size of the files and a fixed allowance, a file opened outside the folder, and any use of pickle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import pathlib
+import pickle
+import random
+import shutil
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+SECONDS = 1.0
+ALLOWANCE = 4 << 20  # of the interpreter and the libraries, independent of the input
+_EDGES = [0, 1, 2, 7, 8, 31, 32, 127, 128, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64 - 1]
+_VALUES = [None, True, False, -1, 0, 1, 2, 2**31, 2**63, 2**64, 1e308, 1.5, "", "a", "../x", "/etc/x", [], {}, [0]]
+_TOKENS = [
+    b'"',
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b":",
+    b"null",
+    b"\\u0000",
+    b"\xff",
+    b"1e999",
+    b"-1",
+    b"../",
+    b"/etc/passwd",
+]
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """One to four changes of `data`; the beginning, where headers are, is changed more often."""
+    piece = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        size = len(piece)
+        if not size:
+            break
+        reach = size if rng.random() < 0.4 else min(size, rng.choice((16, 64, 512, 4096)))
+        at = rng.randrange(reach)
+        match rng.randrange(8):
+            case 0:
+                piece[at] ^= 1 << rng.randrange(8)
+            case 1:
+                piece[at] = rng.randrange(256)
+            case 2:
+                width = rng.choice((1, 2, 4, 8))
+                piece[at : at + width] = (rng.choice(_EDGES) % 256**width).to_bytes(width, "little")
+            case 3:
+                del piece[at:]
+            case 4:
+                del piece[at : at + rng.randrange(1, 40)]
+            case 5:
+                end = at + rng.randrange(1, 40)
+                piece[at:at] = piece[at:end]
+            case 6:
+                piece[at:at] = rng.choice(_TOKENS)
+            case _:
+                other = rng.randrange(size)
+                count = rng.randrange(1, 16)
+                piece[at : at + count] = piece[other : other + count]
+    return bytes(piece)
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        for key in value:
+            yield value, key
+            yield from _places(value[key])
+    elif isinstance(value, list):
+        for key in range(min(len(value), 8)):
+            yield value, key
+            yield from _places(value[key])
+
+
+def damaged_json(data: bytes, rng: random.Random) -> bytes:
+    """A JSON file with one to three of its entries replaced, removed or renamed."""
+    value = json.loads(data)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        places = list(_places(value))
+        if not places:
+            break
+        holder, key = rng.choice(places)
+        match rng.randrange(3):
+            case 0:
+                holder[key] = rng.choice(_VALUES)
+            case 1:
+                del holder[key]
+            case _:
+                holder[key] = rng.choice(places)[0] if rng.random() < 0.1 else rng.choice(_VALUES)
+        try:
+            json.dumps(value)
+        except ValueError:  # it holds itself now
+            return data
+    return json.dumps(value).encode()
+
+
+class Reader:
+    """A folder of valid files, the files that are damaged, and what reads them."""
+
+    def __init__(self, name: str, folder: pathlib.Path, files: list[str], read: Callable[[], object], seal: Any = None):
+        self.name, self.folder, self.read, self.seal = name, folder, read, seal
+        self.valid = {file: (folder / file).read_bytes() for file in files}
+        self.bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    def inputs(self, rng: random.Random) -> Iterator[str]:
+        """Damage one file after the other in place; yields its name and puts it back."""
+        names = list(self.valid)
+        while True:
+            name = rng.choice(names)
+            data = self.valid[name]
+            structured = name.endswith("json") and len(data) < 50_000 and rng.random() < 0.5
+            change = damaged_json if structured else damaged
+            (self.folder / name).write_bytes(change(data, rng))
+            sealed = self.seal is not None and name in ("model.json", "tokenizer.json") and rng.random() < 0.7
+            if sealed:  # as someone would who means harm
+                self.seal(self.folder)
+            yield name
+            (self.folder / name).write_bytes(data)
+            if sealed:
+                self.seal(self.folder)
+
+
+def _gguf_file(path: pathlib.Path) -> None:
+    import gguf
+    import numpy as np
+
+    width, middle, vocab = 32, 32, 270
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in (
+        (writer.add_block_count, 1),
+        (writer.add_context_length, 64),
+        (writer.add_embedding_length, width),
+        (writer.add_feed_forward_length, middle),
+        (writer.add_head_count, 4),
+        (writer.add_head_count_kv, 2),
+        (writer.add_layer_norm_rms_eps, 1e-5),
+    ):
+        add(value)
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"abcdefgh", "ab", "abc", "de"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([-float(i) for i in range(len(pieces))])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (len(pieces) - 259)])
+    rng = np.random.default_rng(0)
+    shapes = {"attn_q": (width, width), "attn_k": (16, width), "attn_v": (16, width), "attn_output": (width, width)}
+    shapes |= {"ffn_gate": (middle, width), "ffn_up": (middle, width), "ffn_down": (width, middle)}
+    for name, shape in {"token_embd": (vocab, width), **{f"blk.0.{n}": s for n, s in shapes.items()}}.items():
+        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _sharded(folder: pathlib.Path) -> None:
+    from safetensors.numpy import save_file
+
+    from qjax.models import open_model
+
+    source = REPOSITORY / "tests" / "fixtures" / "models" / "llama3"
+    weights = open_model(source).weights
+    names = sorted(weights.names)
+    table = {}
+    for index in range(2):
+        file = f"model-0000{index + 1}-of-00002.safetensors"
+        save_file({name: weights.read(name) for name in names[index::2]}, folder / file)
+        table |= dict.fromkeys(names[index::2], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    shutil.copyfile(source / "config.json", folder / "config.json")
+
+
+def _artifact(folder: pathlib.Path) -> None:
+    import jax
+    import numpy as np
+    import tokenizers
+
+    from qjax import artifact, codebooks, incoherence, models, rounding
+    from qjax.hessian.statistics import Hessian
+    from qjax.quantize import quantize_matrix
+
+    model = models.load(REPOSITORY / "tests" / "fixtures" / "models" / "llama3")
+    model.params["blocks"] = [dict(block) for block in model.params["blocks"]]
+    down = model.params["blocks"][0]["mlp"]["down_proj"]["weight"]
+    matrix, _ = quantize_matrix(
+        np.asarray(down),
+        Hessian(np.eye(down.shape[1], dtype=np.float32), None),
+        codebook=codebooks.make("half_integer", 2),
+        rounding=rounding.make("nearest"),
+        incoherence=incoherence.make("hadamard"),
+        key=jax.random.key(0),
+    )
+    model.params["blocks"][0]["mlp"] = {**model.params["blocks"][0]["mlp"], "down_proj": {"weight": matrix}}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    whole = models.Model(model.config, model.params, models.Tokenizer(backend), "fuzz", "fuzz", model.fingerprint)
+    artifact.save(folder, whole, whole.params, incoherence.make("hadamard").spec())
+
+
+def readers(folder: pathlib.Path, only: str | None = None) -> list[Reader]:
+    """The four readers on small valid files below `folder`."""
+    from qjax import artifact
+    from qjax.models import open_model
+    from qjax.models.tokenizer import read_tokenizer_json
+    from qjax.models.vocabularies import read_piece_list
+
+    def everything(path: pathlib.Path) -> None:
+        weights = open_model(path).weights
+        for name in sorted(weights.names):
+            weights.read(name)
+
+    made: list[Reader] = []
+    for name in ("gguf", "index", "tokenizer", "artifact"):
+        if only not in (None, name):
+            continue
+        place = folder / name
+        if name != "artifact":
+            place.mkdir(parents=True)
+        if name == "gguf":
+            _gguf_file(place / "m.gguf")
+            made.append(Reader(name, place, ["m.gguf"], lambda place=place: everything(place / "m.gguf")))
+        elif name == "index":
+            _sharded(place)
+            files = ["model.safetensors.index.json", "config.json"]
+            files += [path.name for path in sorted(place.glob("*.safetensors"))]
+            made.append(Reader(name, place, files, lambda place=place: everything(place)))
+        elif name == "tokenizer":
+            import tokenizers
+
+            bpe = tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2, "<s>": 3}, [("a", "b")])
+            backend = tokenizers.Tokenizer(bpe)
+            backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+            backend.decoder = tokenizers.decoders.ByteLevel()
+            backend.add_special_tokens(["<s>"])
+            (place / "tokenizer.json").write_text(backend.to_str(pretty=True))
+            pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"abcdefgh", "ab", "abc"]
+            (place / "vocab.json").write_text(json.dumps(pieces))
+
+            def both(place: pathlib.Path = place) -> None:
+                special = {"bos_id": 1, "eos_id": 2}
+                for tokenizer in (
+                    read_piece_list(place / "vocab.json", special),
+                    read_tokenizer_json(place / "tokenizer.json", special),
+                ):
+                    tokenizer.decode(tokenizer.encode("ab c"))
+
+            made.append(Reader(name, place, ["tokenizer.json", "vocab.json"], both))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            _artifact(place)
+            files = [str(path.relative_to(place)) for path in sorted(place.rglob("*")) if path.is_file()]
+            made.append(Reader(name, place, files, lambda place=place: artifact.load(place), artifact.seal))
+    return made
+
+
+class Watch:
+    """Files opened outside the allowed folders while it is on, and pickle made to fail."""
+
+    def __init__(self) -> None:
+        self.allowed: tuple[str, ...] = ()
+        self.outside: list[str] = []
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.allowed:
+            return
+        if event == "pickle.find_class":
+            self.outside.append(f"pickle {arguments}")
+        elif event == "open" and isinstance(arguments[0], str | bytes):
+            path = os.path.realpath(os.fsdecode(arguments[0]))
+            if not path.startswith(self.allowed):
+                self.outside.append(path)
+
+
+def _poisoned(*arguments: object, **options: object) -> Any:
+    raise AssertionError("pickle was used on an input")
+
+
+def fuzz(reader: Reader, inputs: int, seed: int, watch: Watch, seconds: float = float("inf")) -> dict[str, Any]:
+    """Read up to `inputs` damaged inputs; returns counts and what was wrong."""
+    from qjax.errors import QjaxError
+
+    rng = random.Random(f"{reader.name} {seed}")
+    reader.read()  # imports and compilations are not the input's
+    system = [sys.prefix, sys.base_prefix, str(REPOSITORY), "/proc", "/sys", "/dev"]
+    watch.allowed = (os.path.realpath(reader.folder), *map(os.path.realpath, system))
+    kept = pickle.load, pickle.loads
+    pickle.load = pickle.loads = _poisoned  # type: ignore[assignment]
+    counts = {"inputs": 0, "refused": 0, "read": 0, "slowest": 0.0, "largest": 0}
+    wrong: list[str] = []
+    begun = time.monotonic()
+    tracemalloc.start()
+    try:
+        for name in reader.inputs(rng):
+            if counts["inputs"] >= inputs or time.monotonic() - begun > seconds:
+                break
+            counts["inputs"] += 1
+            if counts["inputs"] % 2000 == 0:
+                gc.collect()
+            base = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            before = time.process_time()
+            where = f"{reader.name}, input {counts['inputs']} ({name})"
+            try:
+                reader.read()
+                counts["read"] += 1
+            except QjaxError:
+                counts["refused"] += 1
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                wrong.append(f"{where}: {type(error).__name__}: {str(error)[:200]}")
+            spent, peak = time.process_time() - before, tracemalloc.get_traced_memory()[1] - base
+            counts["slowest"], counts["largest"] = max(counts["slowest"], spent), max(counts["largest"], peak)
+            if spent > SECONDS:
+                wrong.append(f"{where}: {spent:.2f} s")
+            if peak > 2 * reader.bytes + ALLOWANCE:
+                wrong.append(f"{where}: {peak} bytes allocated, the files have {reader.bytes}")
+            if watch.outside:
+                wrong.append(f"{where}: opened {watch.outside[:3]}")
+                watch.outside.clear()
+            if len(wrong) >= 20:
+                break
+    finally:
+        tracemalloc.stop()
+        watch.allowed = ()
+        pickle.load, pickle.loads = kept
+        for file, data in reader.valid.items():
+            (reader.folder / file).write_bytes(data)
+    return {**counts, "seconds": time.monotonic() - begun, "wrong": wrong}
+
+
+def main() -> int:
+    """Run what the command line asks for; 1 when something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=10_000, help="over all readers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reader", choices=["gguf", "index", "tokenizer", "artifact"], default=None)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for every reader")
+    options = parser.parse_args()
+    bad, watch = 0, Watch()
+    with tempfile.TemporaryDirectory() as folder:
+        made = readers(pathlib.Path(folder) / "files", options.reader)
+        for reader in made:
+            found = fuzz(reader, options.inputs // len(made), options.seed, watch, options.seconds)
+            bad += len(found["wrong"])
+            print(
+                f"{reader.name}: {found['inputs']} inputs ({found['refused']} refused, {found['read']} read) in "
+                f"{found['seconds']:.0f} s; slowest {found['slowest']:.3f} s, "
+                f"largest {found['largest'] / 2**20:.1f} MiB of files of {reader.bytes / 2**20:.2f} MiB; "
+                f"{len(found['wrong'])} wrong",
+                flush=True,
+            )
+            for line in found["wrong"]:
+                print(f"  {line}", flush=True)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

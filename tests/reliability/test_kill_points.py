@@ -1,0 +1,65 @@
+"""Runs killed at seeded points end in the same bytes; `scripts/kill_points.py` has the harness and the longer run."""
+
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+def load(name):
+    specification = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+kill_points = load("kill_points")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "states"), [("sequential", 60), ("sketch_b", 60), ("finetune", 20), ("sweep", 60)])
+def test_two_hundred_recorded_states_end_in_the_same_bytes(tmp_path, name, states):
+    outcomes = list(kill_points.recorded(name, states, seed=0, folder=tmp_path))
+    assert len(outcomes) == states and len({what for what, _ in outcomes}) > states // 2
+    assert [what for what, same in outcomes if not same] == []
+
+
+@pytest.mark.slow
+def test_processes_killed_by_the_kernel_end_in_the_same_bytes(tmp_path):
+    killed, same = kill_points.real("sequential", 3, seed=0, folder=tmp_path)
+    assert killed >= 1 and same
+
+
+def test_a_recorded_state_is_what_is_on_the_disk_in_the_middle_of_a_write(tmp_path):
+    from qjax.run.atomic import read_json, write_json
+    from qjax.run.durable import remove_leftovers
+
+    root = tmp_path / "root"
+    write_json(root / "value.json", "old")
+    with kill_points.Recorder(root) as counter:
+        write_json(root / "value.json", "new")
+    states = {n: tmp_path / f"state-{n}" for n in range(1, counter.count + 1)}
+    write_json(root / "value.json", "old")
+    with kill_points.Recorder(root, states) as recorder:
+        write_json(root / "value.json", "new")
+    kinds = {name.split()[0]: number for number, name in sorted(recorder.names.items())}
+    assert kinds["write"] < kinds["os.rename"] and "open" in kinds
+    torn = [file.read_bytes() for file in states[kinds["write"]].iterdir() if file.name.startswith(".value.json")]
+    assert torn == [b'"ne']  # half of the six bytes
+    before = [state for number, state in states.items() if number <= kinds["os.rename"]]
+    after = [state for number, state in states.items() if number > kinds["os.rename"]]
+    assert {read_json(state / "value.json") for state in before} == {"old"}
+    assert {read_json(state / "value.json") for state in after} == {"new"} and after
+    state = states[kinds["write"]]
+    assert len(remove_leftovers(state)) == 1 and list(state.iterdir()) == [state / "value.json"]
+
+
+def test_an_outcome_that_differs_is_seen(tmp_path):
+    old, new = {"proxy_loss_mean": 0.1, "seconds": {"a": 1}}, {"proxy_loss_mean": 0.2, "seconds": {"a": 2}}
+    assert kill_points._lasting(old) != kill_points._lasting(new)
+    assert kill_points._lasting({"seconds": 1, "x": [{"finished": 2, "y": 3}]}) == {"x": [{"y": 3}]}
