@@ -1,7 +1,7 @@
 """Block sizes that were found best on a kind of device, as data in `tuned.json`.
 
-The file maps a device kind as JAX names it ("NVIDIA H100 80GB HBM3") to operations, those to keys, those to blocks. What
-is not there has the kernel's own default.
+The file maps a device kind as JAX names it ("NVIDIA H100 80GB HBM3") to operations, those to keys, those to blocks.
+What is not there has the kernel's own default.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def load(path: pathlib.Path = PATH) -> dict[str, dict[str, dict[str, dict[str, i
                     if not own or not all(isinstance(n, int) and n > 0 for n in own.values()):
                         raise ValueError(f"blocks {own} are not positive whole numbers by name")
     except (OSError, ValueError, AttributeError) as error:
-        raise KernelError(f"{path}: {error}; restore the file, or write {} to have all defaults") from error
+        remedy = "restore the file, or write {} to have all defaults"
+        raise KernelError(f"{path}: {error}; {remedy}") from error
     return found
 
 

@@ -4,6 +4,6 @@
 the same with Hydra.
 """
 
-from pallas_kernels.bench.suite import Settings, run
+from pallas_kernels.bench.suite import Settings, lines, run
 
-__all__ = ["Settings", "run"]
+__all__ = ["Settings", "lines", "run"]

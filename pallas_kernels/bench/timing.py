@@ -19,8 +19,8 @@ import jax.numpy as jnp
 __all__ = ["HOW", "Measured", "chained", "ring"]
 
 HOW = (
-    "median over repeats of one compiled loop of dependent calls, divided by the calls; weights cycle through a ring of "
-    "copies of at least ring_bytes, more than the last-level cache; the addition that makes calls dependent is included"
+    "median over repeats of one compiled loop of dependent calls, divided by the calls; weights cycle through a ring "
+    "of copies of at least ring_bytes, more than the last-level cache; the addition that chains the calls is included"
 )
 _HUGE = 3e38
 

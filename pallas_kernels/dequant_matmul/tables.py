@@ -8,8 +8,8 @@ is its own affair, `lookup(first, count, index)`: entry `first + index`, index <
   residual (E81B) has 256 words with nibble i for coordinate i.
 
 A lattice code holds 8 consecutive inputs. Row r of a block's pieces has the codes of inputs 32 r … 32 r + 31: code q in
-half q mod 2 of piece q // 2, the 8-bit codes of a 3-bit residual in byte q of piece 2, the 16-bit ones of a 4-bit residual
-in pieces 2 and 3. So slab 8 q + i is coordinate i of code q, inputs 32 r + 8 q + i: permuted as a trellis' are.
+half q mod 2 of piece q // 2, the 8-bit codes of a 3-bit residual in byte q of piece 2, the 16-bit ones of a 4-bit
+residual in pieces 2 and 3. So slab 8 q + i is coordinate i of code q, inputs 32 r + 8 q + i, as permuted as a trellis'.
 
 Source: QTIP (2406.11235), section 3.1; QuIP# (2402.04396), sections 4.2 and F.5.
 """
@@ -47,7 +47,7 @@ Lookup = Callable[[int, int, Array], Array]
 
 
 def hyb_values(states: Array, entries: int, values: int, lookup: Lookup) -> list[Array]:
-    """The V float32 values of every state: entry `(h >> (15 − Q)) mod 2^Q`, `h = s (s + 1)`; bit 15 negates the first."""
+    """The V float32 values of a state: entry `(h >> (15 − Q)) mod 2^Q`, `h = s (s + 1)`; bit 15 negates the first."""
     h = states * (states + np.uint32(1))
     index = (h >> np.uint32(15 - (entries.bit_length() - 1))) & np.uint32(entries - 1)
     bits = [lookup(v * entries, entries, index) for v in range(values)]

@@ -35,7 +35,7 @@ def repacked(spec, codebook, words, scale):
     shape = (spec.out, spec.inner)
     if spec.code == "hyb":
         return repack_trellis(words, spec.bits, shape, scale, "hyb", spec.L, jnp.asarray(RANDOM))
-    second = jnp.asarray(e81b._TABLE) if spec.bits == 3 else None
+    second = jnp.asarray(e81b.e81b_table()) if spec.bits == 3 else None
     residual = codebook.residual_scale if spec.bits > 2 else None
     return repack_lattice(words, spec.bits, shape, scale, jnp.asarray(e8p.e8p_table()), second, residual)
 
