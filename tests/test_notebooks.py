@@ -7,6 +7,9 @@ import runpy
 
 import pytest
 
+from qjax.codebooks import CODEBOOKS
+from qjax.rounding import ROUNDINGS
+
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 
@@ -44,8 +47,45 @@ def compare_rounding(names):
     assert names["reports"]["ldlq", "e8p"].proxy_loss < ldlq.proxy_loss
 
 
+def codebook_geometry(names):
+    assert names["inside"] == 227 and names["distinct"] == 2**16 and names["lattice"].all() and names["own"]
+    assert names["steps_ok"] and names["values_ok"]
+    mse = names["mse"]
+    order = ["trellis, L=10", "trellis, L=8", "E8P", "D4", "Lloyd–Max", "half-integer grid", "trellis, L=6"]
+    assert sorted(mse, key=mse.get) == order
+    assert names["bound"] < mse["trellis, L=10"] and mse["Lloyd–Max"] == pytest.approx(0.1175, rel=0.02)
+
+
+def hessian_sketches(names):
+    for linear, cosine in names["cosine"].items():
+        assert cosine["input"] < min(cosine["sketch_a"], cosine["sketch_b"]), linear
+    small = names["small"]
+    assert small["I ⊗ E[x xᵀ]"] < small["sketch, 1 step"] < small["sketch, 2 steps"] <= names["best"]
+
+
+def first_pallas_kernel(names):
+    assert names["error"] < 1e-5 and max(names["differences"].values()) < 1e-5
+    assert names["words"].nbytes * 16 == names["dense"].nbytes
+
+
+def your_own_algorithm(names):
+    for book in ("half_integer", "e8p", "powers_of_two"):
+        losses = [names["loss"][book, strength] for strength in (1.0, 0.5, 0.0)]
+        assert losses == sorted(losses)
+    assert names["loss"]["half_integer", 1.0] == pytest.approx(names["library"].proxy_loss, rel=1e-3)
+    assert len(names["laws"]) == 7  # they were run
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a notebook registers is gone at the end."""
+    for registry in (CODEBOOKS, ROUNDINGS):
+        monkeypatch.setattr(registry, "_table", dict(registry._table))
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, capsys, figures):
+def test_notebook_runs(path, capsys, figures, registries):
     names = runpy.run_path(str(path))
     assert capsys.readouterr().out
     globals()[path.stem](names)
