@@ -1,4 +1,4 @@
-"""Measure single steps: `python -m experiments.bench matrix`, `codebook`, `decode`, `two_sided` or `finetune`."""
+"""Measure single steps: `python -m experiments.bench matrix`, or another of `configs/bench/`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+import pallas_kernels.bench as kernels
 from experiments._entry import entry, plain
 from qjax import codebooks
 from qjax.bench import codebook, decode, finetune, matrix, two_sided
 from qjax.bench.timing import load_average, surroundings
+from qjax.errors import InputError
 from qjax.report import Table, aligned
 from qjax.run.atomic import write_json
 
@@ -85,6 +87,15 @@ def _decode(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
+def _kernels(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    ring_bytes = settings["ring_mib"] << 20
+    record = kernels.run(kernels.Settings(settings["seconds"], settings["quick"], settings["tune"], ring_bytes))
+    if record["failed"]:
+        reasons = "; ".join(f"{one['what']}: {one['reason']}" for one in record["failed"])
+        raise InputError(f"{len(record['failed'])} kernel cases failed: {reasons}")
+    return [record]
+
+
 def _verdict(results: Sequence[Mapping[str, Any]]) -> list[str]:
     steps = {result["size"]: result["steps"] for result in results}
     if "4096x4096" not in steps:
@@ -104,6 +115,7 @@ def main(config: DictConfig) -> None:
         "two_sided": (_two_sided, two_sided.lines, lambda _: [], 2),
         "decode": (_decode, decode.lines, lambda _: [], 1),
         "finetune": (_finetune, finetune.lines, lambda _: [], 2),
+        "kernels": (_kernels, lambda results: kernels.lines(results[0]), lambda _: [], 2),
     }
     run, lines, verdict, words = kinds[settings["bench"]]
     results = run(settings)

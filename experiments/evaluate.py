@@ -1,7 +1,12 @@
-"""Evaluate an artifact against its reference model: `python -m experiments.evaluate artifact=runs/a/artifact`."""
+"""Evaluate an artifact against its reference model: `python -m experiments.evaluate artifact=runs/a/artifact`.
+
+With `tasks=[…]` the tasks of the lm-evaluation-harness, on the artifact and on its reference; with `artifact=null
+model=…` on a dense model alone.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -12,6 +17,7 @@ from omegaconf import DictConfig
 from experiments._entry import cache_folder, compilation_cache, entry, plain
 from qjax import artifact, data, job, models
 from qjax.errors import InputError
+from qjax.evaluate.harness import evaluate_tasks
 from qjax.finetune import lora
 from qjax.run.atomic import write_json
 from qjax.tuning import whole_model_bytes
@@ -23,12 +29,43 @@ def run_settings(folder: pathlib.Path) -> dict[str, Any]:
     return yaml.safe_load(file.read_text()) if file.is_file() else {}
 
 
+def tasks_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Results by task of the artifact and, unless `reference=false`, of the dense model."""
+    options = {key: settings[key] for key in ("fewshot", "limit", "include", "batch", "chat")}
+    seed = 0 if settings["seed"] is None else settings["seed"]
+    folder = settings["artifact"]
+    source = settings["model"]
+    if source is None:
+        source = run_settings(pathlib.Path(folder)).get("model") if folder is not None else None
+    if source is None and (folder is None or settings["reference"]):
+        raise InputError("say which dense model: model='{source: …}', or with an artifact reference=false")
+    report: dict[str, Any] = {}
+    if folder is not None:
+        quantized = artifact.load(folder)
+        params = quantized.params
+        if settings["adapters"] is not None:
+            params = lora.attached(params, lora.load(settings["adapters"], quantized.fingerprint["sha256"]))
+        model = dataclasses.replace(quantized, params=params)
+        report["quantized"] = evaluate_tasks(model, settings["tasks"], seed=seed, **options)
+        del quantized, params, model
+    if source is not None and (folder is None or settings["reference"]):
+        dense = models.load(source["source"], source.get("dtype", "float32"))
+        report["reference"] = evaluate_tasks(dense, settings["tasks"], seed=seed, **options)
+    return report
+
+
 @entry("evaluate_artifact")
 def main(config: DictConfig) -> None:
     """Print perplexity, KL and agreement of the artifact on its run's evaluation text, or on another one."""
     settings = plain(config)
     cache = cache_folder(settings["cache"])
     compilation_cache(cache)
+    if settings["tasks"] is not None:
+        settings["tasks"] = settings["tasks"] if isinstance(settings["tasks"], list) else [settings["tasks"]]
+        finish(tasks_of(settings), settings["out"])
+        return
+    if settings["artifact"] is None:
+        raise InputError("artifact=null needs tasks=[…]; give the artifact/ folder of a run")
     folder = pathlib.Path(settings["artifact"])
     quantized = artifact.load(folder)
     params = quantized.params
@@ -45,9 +82,14 @@ def main(config: DictConfig) -> None:
     teacher = job.reference_states(model, tokens.evaluation, settings["batch"], cache)
     report = job.compare(model, params, teacher, tokens.evaluation, settings["batch"])
     report["whole_model_bytes"] = whole_model_bytes(params)
+    finish(report, settings["out"])
+
+
+def finish(report: dict[str, Any], out: str | None) -> None:
+    """Print the report and, with `out`, write it."""
     print(json.dumps(report, indent=2))
-    if settings["out"] is not None:
-        write_json(pathlib.Path(settings["out"]), report)
+    if out is not None:
+        write_json(pathlib.Path(out), report)
 
 
 if __name__ == "__main__":

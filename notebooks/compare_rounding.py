@@ -1,6 +1,7 @@
 # ---
 # jupyter:
 #   jupytext:
+#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -9,9 +10,9 @@
 # %% [markdown]
 # # Comparing roundings on one matrix
 #
-# One matrix of the embedded model, its Hessian from real text, and every rounding algorithm at 2 bits: how much of the
-# output's energy is lost (`proxy_loss`), beside the error of the weights themselves (`weight_mse`). Feedback makes the
-# weights worse and the outputs better.
+# One matrix of the embedded model, its Hessian from real text, and every rounding algorithm at 2 bits: how much of
+# the output's energy is lost (`proxy_loss`), beside the error of the weights themselves (`weight_mse`). Feedback
+# makes the weights worse and the outputs better.
 
 # %%
 import jax

@@ -10,9 +10,13 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from pallas_kernels.dequant_matmul import PackedMatrix, matmul, repack, repack_trellis
+from pallas_kernels.dequant_matmul import PackedMatrix, matmul, repack, repack_lattice, repack_trellis
 from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS
+from pallas_kernels.dequant_matmul.tables import TRELLISES
 from pallas_kernels.dequant_matmul.trellis import CODES
+from qjax.codebooks.e8p import E8P, e8p_table
+from qjax.codebooks.e81b import e81b_table
+from qjax.codebooks.residual import ResidualE8P
 from qjax.codebooks.scalar import UniformCodebook
 from qjax.codebooks.trellis import Trellis
 from qjax.incoherence import Transform
@@ -50,10 +54,12 @@ def obstacle(matrix: QuantizedMatrix) -> str | None:
     """Why a matrix has no kernel layout, None when it has one."""
     book, group = matrix.codebook, matrix.scaling.group
     if isinstance(book, Trellis):
-        if book.code not in CODES or book.V != 1 or book.bits > 4:
+        computed, tabled = book.code in CODES and book.V == 1, book.code in TRELLISES and book.V <= 2
+        if not (computed or tabled) or book.bits > 4:
             return f"a trellis with code {book.code}, V = {book.V} and {book.bits} bits"
+    if isinstance(book, Trellis | E8P | ResidualE8P):
         if matrix.scaling.zero is not None or group is not None:
-            return "a trellis with zeros or groups"
+            return f"codebook {book.name} with zeros or groups"
         return None
     if not isinstance(book, UniformCodebook):
         return f"codebook {book.spec().get('name')}"
@@ -71,8 +77,14 @@ def _scalar(words: Array, scaling: Any, *, bits: int, shape: tuple[int, int], gr
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "shape", "code", "L"))
-def _trellis(words: Array, scaling: Any, *, bits: int, shape: tuple[int, int], code: str, L: int) -> Any:
-    return repack_trellis(words, bits, shape, _scales(scaling)[0], code, L)
+def _trellis(words: Array, scaling: Any, table: Any, *, bits: int, shape: tuple[int, int], code: str, L: int) -> Any:
+    return repack_trellis(words, bits, shape, _scales(scaling)[0], code, L, table)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "shape", "residual"))
+def _lattice(words: Array, scaling: Any, *, bits: int, shape: tuple[int, int], residual: float | None) -> Any:
+    second = jnp.asarray(e81b_table()) if bits == 3 else None
+    return repack_lattice(words, bits, shape, _scales(scaling)[0], jnp.asarray(e8p_table()), second, residual)
 
 
 def _scales(scaling: Any) -> tuple[Array, Array]:
@@ -91,7 +103,11 @@ def pack(matrix: QuantizedMatrix) -> PackedLinear | QuantizedMatrix:
     book: Any = matrix.codebook
     shape = matrix.transform.padded
     if isinstance(book, Trellis):
-        weight = _trellis(matrix.packed, matrix.scaling, bits=book.bits, shape=shape, code=book.code, L=book.L)
+        table = book.table if book.code in TRELLISES else None
+        weight = _trellis(matrix.packed, matrix.scaling, table, bits=book.bits, shape=shape, code=book.code, L=book.L)
+    elif isinstance(book, E8P | ResidualE8P):
+        residual = book.residual_scale if isinstance(book, ResidualE8P) else None
+        weight = _lattice(matrix.packed, matrix.scaling, bits=int(book.bits), shape=shape, residual=residual)
     else:
         weight = _scalar(
             matrix.packed, matrix.scaling, bits=book.bits, shape=shape, group=matrix.scaling.group, first=book.first

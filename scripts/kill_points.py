@@ -269,8 +269,19 @@ def recorded(name: str, states: int, seed: int, folder: pathlib.Path, at_once: i
     shutil.rmtree(folder / "whole")
 
 
-def real(name: str, kills: int, seed: int, folder: pathlib.Path) -> tuple[int, bool]:
-    """Processes killed at random times until `kills` were; (how many were killed, whether the outcome is the same)."""
+def differences(found: Any, expected: Any, where: str = "") -> list[str]:
+    """What differs between two outcomes, each with its path."""
+    if type(found) is type(expected) and isinstance(found, dict):
+        keys = sorted({*found, *expected})
+        return [d for k in keys for d in differences(found.get(k), expected.get(k), f"{where}.{k}")]
+    if type(found) is type(expected) and isinstance(found, list) and len(found) == len(expected):
+        pairs = enumerate(zip(found, expected, strict=True))
+        return [d for i, (a, b) in pairs for d in differences(a, b, f"{where}[{i}]")]
+    return [] if found == expected else [f"{where}: {found!r} instead of {expected!r}"]
+
+
+def real(name: str, kills: int, seed: int, folder: pathlib.Path) -> tuple[int, list[str]]:
+    """Processes killed at random times until `kills` were; (how many were killed, what differs in the outcome)."""
     rng = random.Random(f"real {name} {seed}")
     scenario = Scenario(name)
     scenario.run(folder / "whole")
@@ -292,7 +303,7 @@ def real(name: str, kills: int, seed: int, folder: pathlib.Path) -> tuple[int, b
         if code == 0:
             break
         assert code == -signal.SIGKILL, f"{name}: a process ended by itself with {code}"
-    return killed, scenario.outcome(root) == scenario.outcome(folder / "whole")
+    return killed, differences(scenario.outcome(root), scenario.outcome(folder / "whole"))
 
 
 def main() -> int:
@@ -327,9 +338,10 @@ def main() -> int:
                     print(f"{name}: {done} states, {bad} differ, {time.monotonic() - begun:.0f} s", flush=True)
             print(f"{name}: {done} states in {time.monotonic() - begun:.0f} s", flush=True)
             if share(options.real):
-                killed, same = real(name, share(options.real), options.seed, pathlib.Path(folder) / "real")
-                bad += not same
-                print(f"{name}: {killed} processes killed, {'the same' if same else 'DIFFERS'}", flush=True)
+                killed, changed = real(name, share(options.real), options.seed, pathlib.Path(folder) / "real")
+                bad += bool(changed)
+                what = "DIFFERS: " + "; ".join(changed[:10]) if changed else "the same"
+                print(f"{name}: {killed} processes killed, {what}", flush=True)
     print(f"{bad} outcomes differ", flush=True)
     return int(bad > 0)
 

@@ -15,6 +15,10 @@ CASES = {
     "grid groups": (("grid", 4, {}), "gptq", {}, ScaleRule("minmax", "group", 32)),
     "grid in activation order": (("grid", 4, {}), "gptq", {"order": "descending"}, None),
     "trellis": (("trellis", 2, {"L": 9, "code": "mul1"}), "ldlq", {}, None),
+    "hyb": (("trellis", 2, {"L": 9, "code": "hyb", "V": 2, "Q": 6}), "ldlq", {}, None),
+    "e8p": (("e8p", 2, {}), "ldlq", {}, None),
+    "e8p with 3 bits": (("e8p_rvq", 3, {}), "ldlq", {}, None),
+    "e8p with 4 bits": (("e8p_rvq", 4, {}), "ldlq", {}, None),
 }
 
 
@@ -59,7 +63,7 @@ def test_gains_are_applied():
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["e8p", "lloyd_max"])
+@pytest.mark.parametrize("name", ["d4", "lloyd_max"])
 def test_codebooks_without_a_layout_stay_as_they_are(name):
     matrix = quantized((name, 2, {}), "nearest", {}, None)
     assert obstacle(matrix) == f"codebook {name}"

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.dequant_matmul import trellis
+from pallas_kernels.dequant_matmul import tables, trellis
 from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS, SLABS, PackedMatrix, slab_values
 
-__all__ = ["by_slabs", "scale_line", "slab_weights", "static"]
+__all__ = ["block_weights", "by_slabs", "scale_line", "static"]
 
 
-def slab_weights(
-    parts: Sequence[Array], following: Array | None, weight: PackedMatrix, j: int, scale: Array, offset: Array
-) -> Array:
-    """16 rows of a block of Wᵀ, float32 `[16, lanes]`.
+def block_weights(
+    parts: Sequence[Array],
+    following: Array | None,
+    weight: PackedMatrix,
+    scales: Callable[[int], tuple[Array, Array]],
+    lookup: Callable[[int, int, Array], Array] | None = None,
+) -> Iterator[Array]:
+    """The 32 slabs of a block of Wᵀ, each 16 rows, float32 `[16, lanes]`.
 
     Args:
       parts: the block's `bits` pieces `[16, lanes]`.
       following: for a trellis, the first piece of the next row of every tile.
       weight: for its static fields only.
-      j: the slab.
-      scale, offset: `[1, lanes]`, those of the slab.
+      scales: `(scale, offset)`, each `[1, lanes]`, of a slab.
+      lookup: for a code with a table, see `tables`.
     """
-    if weight.code is None:
-        values = slab_values(parts, weight.bits, j)
+    if weight.table is not None:
+        assert lookup is not None
+        value_of = tables.decoder(parts, following, weight, lookup)
     else:
-        assert following is not None
-        values = trellis.slab_values(parts, following, weight.bits, j, weight.code, weight.L)
-    return values * scale.astype(jnp.float32) + offset.astype(jnp.float32)
+        value_of = functools.partial(_computed, parts, following, weight)
+    for j in range(SLABS):
+        scale, offset = scales(j)
+        yield value_of(j) * scale.astype(jnp.float32) + offset.astype(jnp.float32)
+
+
+def _computed(parts: Sequence[Array], following: Array | None, weight: PackedMatrix, j: int) -> Array:
+    if weight.code is None:
+        return slab_values(parts, weight.bits, j)
+    assert following is not None
+    return trellis.slab_values(parts, following, weight.bits, j, weight.code, weight.L)
 
 
 def static(weight: PackedMatrix) -> PackedMatrix:

@@ -34,6 +34,7 @@ __all__ = [
     "planes",
     "repack",
     "slab_values",
+    "unpack_stream",
 ]
 
 ROWS = 16
@@ -46,8 +47,8 @@ LANES = 128
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["words", "scale", "offset"],
-    meta_fields=["bits", "shape", "group", "code", "L"],
+    data_fields=["words", "scale", "offset", "table"],
+    meta_fields=["bits", "shape", "group", "code", "L", "V", "entries", "residual"],
 )
 @dataclasses.dataclass(frozen=True)
 class PackedMatrix:
@@ -58,7 +59,10 @@ class PackedMatrix:
       scale, offset: `[1, 1, out']` per row; `[blocks, 512 / group, out']` for groups within a block;
         `[in' / group, 1, out']` for groups of whole blocks.
       bits: of a code, 1 to 8.  shape: (out, in).  group: inputs per scale, None is a whole row.
-      code, L: of a trellis, None for a scalar grid.
+      code, L: of a trellis or a lattice, None for a scalar grid.
+      V: inputs per state of a trellis.
+      table, entries: uint32 `[lines, 128]` of a code with a table (see `tables`), shared by matrices; entries of HYB's.
+      residual: the factor on a lattice's second stage.
     """
 
     words: Any
@@ -69,6 +73,10 @@ class PackedMatrix:
     group: int | None
     code: str | None = None
     L: int = 0
+    V: int = 1
+    entries: int = 0
+    residual: float = 0.0
+    table: Any = None
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -82,7 +90,7 @@ class PackedMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of words, scales and offsets."""
+        """Bytes of words, scales and offsets; a table is shared."""
         return sum(x.size * np.dtype(x.dtype).itemsize for x in (self.words, self.scale, self.offset))
 
 
@@ -156,7 +164,7 @@ def from_codes(
     )
 
 
-def _unpack(words: Array, bits: int, count: int) -> Array:
+def unpack_stream(words: Array, bits: int, count: int) -> Array:
     """Codes of a little-endian bit stream: code i is bits `[i bits, (i + 1) bits)`, bit j is bit `j % 32` of a word."""
     periods = -(-count // 32)  # 32 codes and `bits` words end together
     stream = jnp.pad(words, (0, periods * bits - words.shape[0])).reshape(periods, bits)
@@ -188,4 +196,4 @@ def repack(
             f"dequant_matmul: a stream of {words.shape[0]} words for {shape[0]}×{shape[1]} codes of {bits} bits; "
             f"expected {-(-count * bits // 32)} words and 1 to 8 bits"
         )
-    return from_codes(_unpack(words, bits, count).reshape(shape), bits, scale, offset, group)
+    return from_codes(unpack_stream(words, bits, count).reshape(shape), bits, scale, offset, group)

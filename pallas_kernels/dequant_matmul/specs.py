@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["BENCHES", "TESTS", "TRELLIS_BENCHES", "TRELLIS_TESTS", "Spec"]
+__all__ = ["BENCHES", "TABLE_BENCHES", "TABLE_TESTS", "TESTS", "TRELLIS_BENCHES", "TRELLIS_TESTS", "Spec"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,5 +49,20 @@ TRELLIS_TESTS = (
 TRELLIS_BENCHES = tuple(
     Spec(bits, batch, 8192, 8192, None, code)
     for bits, code in ((2, "1mad"), (2, "3inst"), (2, "mul1"), (3, "mul1"), (4, "mul1"))
+    for batch in (1, 16)
+)
+
+TABLE_TESTS = (
+    Spec(2, 1, 128, 512, None, "e8p"),
+    Spec(3, 5, 40, 600, None, "e8p_rvq"),
+    Spec(4, 16, 200, 1024, None, "e8p_rvq"),
+    Spec(2, 1, 144, 592, None, "hyb"),
+    Spec(3, 3, 48, 512, None, "hyb", 12),
+)
+"""Every code with a table, all widths of the lattices, one row and several, padding."""
+
+TABLE_BENCHES = tuple(
+    Spec(bits, batch, 8192, 8192, None, code)
+    for bits, code in ((2, "e8p"), (3, "e8p_rvq"), (4, "e8p_rvq"), (2, "hyb"))
     for batch in (1, 16)
 )

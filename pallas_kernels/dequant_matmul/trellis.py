@@ -1,4 +1,4 @@
-"""Computed trellis codes (1MAD, 3INST, mul1) in the slabs of the kernels: one shift and a hash per weight.
+"""Trellis codes in the slabs of the kernels: one shift and a hash (1MAD, 3INST, mul1) or a look-up (HYB) per state.
 
 A tile of 16 × 16 weights is a circular string of 256 K bits, row by row; weight t is a function of the L-bit window
 that begins at bit t K, most significant bit first. A row of a tile, 16 inputs of one output, is K units of 16 bits and
@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from pallas_kernels.dequant_matmul.layout import BLOCK, LANES, ROWS, SLABS, PackedMatrix, arranged, check_scales
+from pallas_kernels.dequant_matmul.tables import TRELLISES, table_lines, window
 from pallas_kernels.dispatch import KernelError
 
 __all__ = ["CODES", "repack_trellis", "slab_values", "state_values"]
@@ -64,15 +65,7 @@ def state_values(code: str, states: UInt32[Array, "..."]) -> Float[Array, "..."]
 def slab_values(parts: Sequence[Array], following: Array, bits: int, j: int, code: str, L: int) -> Array:
     """Slab j of a block, float32 `[16, lanes]`: `parts` are its pieces, `following` the next row's first piece."""
     half, t = divmod(j, ROWS)
-    unit, start = divmod(t * bits, 16)
-
-    def of_half(piece: Array) -> Array:
-        return piece >> np.uint32(16) if half else piece & np.uint32(0xFFFF)
-
-    window = of_half(parts[unit]) << np.uint32(16)
-    if start + L > 16:  # the window reaches into the next unit
-        window = window | of_half(parts[unit + 1] if unit + 1 < bits else following)
-    return state_values(code, (window >> np.uint32(32 - start - L)) & np.uint32(2**L - 1))
+    return state_values(code, window(parts, following, bits, half, t * bits, L))
 
 
 def repack_trellis(
@@ -82,18 +75,25 @@ def repack_trellis(
     scale: Float[Array, "rows one"],
     code: str = "1mad",
     L: int = 16,
+    table: Float[Array, "entries V"] | None = None,
 ) -> PackedMatrix:
-    """Arrange the stream of a trellis (L, K = bits, V = 1) as qjax stores it: 16-bit units, two to a word, by tiles.
+    """Arrange the stream of a trellis (L, K = bits) as qjax stores it: 16-bit units, two to a word, by tiles.
 
-    `W[o, i] = scale[o] · value(state)`. Raises KernelError for other codes, bits (1 … 4), L (bits … 16), shapes that
-    are not whole tiles, streams of another length, or scales that are not one or one per output.
+    `W[o, i] = scale[o] · value(state)`; HYB has a table of 2^6 to 2^9 entries and V = 1 or 2 weights per state, the
+    others none and one. Raises KernelError for other codes, bits (1 … 4), L (K V … 16), tables, shapes that are not
+    whole tiles, streams of another length, or scales that are not one or one per output.
     """
     out, inner = shape
-    if code not in CODES or not 1 <= bits <= 4 or not bits <= L <= 16:
+    values = 1 if table is None else table.shape[1]
+    if code not in (*CODES, *TRELLISES) or not 1 <= bits <= 4 or not bits * values <= L <= 16:
         raise KernelError(
             f"dequant_matmul: trellis code {code!r}, {bits} bits, L = {L}; "
-            f"allowed are {', '.join(CODES)}, 1 to 4 bits, L from the bits to 16"
+            f"allowed are {', '.join((*CODES, *TRELLISES))}, 1 to 4 bits, L from the bits of a step to 16"
         )
+    if (table is None) != (code in CODES):
+        raise KernelError(f"dequant_matmul: code {code!r} {'needs' if table is None else 'has no'} table")
+    if table is not None and (table.shape[0] not in (64, 128, 256, 512) or values not in (1, 2)):
+        raise KernelError(f"dequant_matmul: a table of {table.shape}; HYB has 64 to 512 entries of 1 or 2 values")
     needed = out * inner * bits // 32
     if out % 16 or inner % 16 or words.shape[0] != needed:
         raise KernelError(
@@ -109,4 +109,8 @@ def repack_trellis(
     padded = packed.shape[0] * BLOCK
     zero = jnp.zeros((1, 1), scale.dtype)
     scales, offsets = (arranged(v, None, out, padded) for v in (scale, zero))
-    return PackedMatrix(packed, scales, offsets, bits, (out, inner), None, code, L)
+    entries, lines = 0, None
+    if table is not None:
+        entries = table.shape[0]
+        lines = table_lines(jax.lax.bitcast_convert_type(table.T.reshape(-1).astype(jnp.float32), jnp.uint32))
+    return PackedMatrix(packed, scales, offsets, bits, (out, inner), None, code, L, values, entries, 0.0, lines)

@@ -23,7 +23,7 @@ from qjax.codebooks.base import CODEBOOKS
 from qjax.codebooks.half_lattice import cheapest, odd
 from qjax.codebooks.vector import VectorCodebook, check_bits, check_rms, nibble_table, nibble_values
 
-__all__ = ["E81B", "e81b", "e81b_points"]
+__all__ = ["E81B", "e81b", "e81b_points", "e81b_table"]
 
 _NIBBLES = (0, 1, 2, 3, 4, 5, 6, 7)
 _PAIRS, _DOUBLES, _ORIGIN = 128, 240, 255
@@ -44,7 +44,12 @@ def e81b_points() -> np.ndarray:
     return points
 
 
-_TABLE = nibble_table(e81b_points(), _NIBBLES)
+def e81b_table() -> np.ndarray:
+    """The codewords as uint32 `[256]`: nibble i is `2·value + 8` of coordinate i."""
+    return nibble_table(e81b_points(), _NIBBLES)
+
+
+_TABLE = e81b_table()
 
 
 @struct.dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
 
-__all__ = ["divergence", "token_metrics", "token_nll"]
+__all__ = ["chunked", "divergence", "predicting", "token_metrics", "token_nll"]
 
 # Logits of one chunk of positions; about five arrays of this size live at once.
 CHUNK_BYTES = 32 * 2**20
@@ -32,7 +33,7 @@ def divergence(log_p: Float[Array, "*batch vocab"], log_q: Float[Array, "*batch 
     return jnp.sum(terms, axis=-1)
 
 
-def _chunked(function, arrays: tuple[Array, ...], vocab_size: int) -> Any:
+def chunked(function: Callable[..., Any], arrays: tuple[Array, ...], vocab_size: int) -> Any:
     """`function` over chunks `[1, chunk, …]` of the leading positions of `arrays`, padded, one chunk at a time."""
     count = arrays[0].shape[0]
     chunk = min(count, max(1, CHUNK_BYTES // (4 * vocab_size)))
@@ -47,7 +48,7 @@ def _chunked(function, arrays: tuple[Array, ...], vocab_size: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(chunks * chunk)[:count], results)
 
 
-def _predicting(hidden: Float[Array, "batch length width"]) -> Float[Array, "positions width"]:
+def predicting(hidden: Float[Array, "batch length width"]) -> Float[Array, "positions width"]:
     """The hidden states that predict a next token of the window, float32, one row per position."""
     return hidden[:, :-1].reshape(-1, hidden.shape[-1]).astype(jnp.float32)
 
@@ -88,8 +89,8 @@ def token_metrics(
             "agree": jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1),
         }
 
-    arrays = (_predicting(reference_hidden), _predicting(hidden), targets.reshape(-1))
-    flat = _chunked(chunk, arrays, config.vocab_size)
+    arrays = (predicting(reference_hidden), predicting(hidden), targets.reshape(-1))
+    flat = chunked(chunk, arrays, config.vocab_size)
     return {name: values.reshape(targets.shape) for name, values in flat.items()}
 
 
@@ -105,4 +106,4 @@ def token_nll(
     def chunk(own: Array, target: Array) -> Array:
         return _nll(jax.nn.log_softmax(transformer.logits(head, own, config), axis=-1), target)
 
-    return _chunked(chunk, (_predicting(hidden), targets.reshape(-1)), config.vocab_size).reshape(targets.shape)
+    return chunked(chunk, (predicting(hidden), targets.reshape(-1)), config.vocab_size).reshape(targets.shape)

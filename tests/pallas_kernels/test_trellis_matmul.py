@@ -98,8 +98,8 @@ def test_moves_the_packed_bytes_once(kernel, spec):
 
 def test_clear_errors():
     words, scale = jnp.zeros(16, jnp.uint32), jnp.ones((1, 1), jnp.float32)
-    with pytest.raises(ValueError, match="trellis code 'hyb', 2 bits, L = 16; allowed are 1mad, 3inst, mul1"):
-        repack_trellis(words, 2, (16, 16), scale, "hyb")
+    with pytest.raises(ValueError, match="trellis code 'nope', 2 bits, L = 16; allowed are 1mad, 3inst, mul1, hyb"):
+        repack_trellis(words, 2, (16, 16), scale, "nope")
     with pytest.raises(ValueError, match="16 words for a trellis of 16×32; tiles are 16×16, 32 words"):
         repack_trellis(words, 2, (16, 32), scale)
 

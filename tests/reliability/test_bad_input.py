@@ -471,6 +471,7 @@ def test_case_32_signals_leave_nothing_that_looks_finished(tmp_path, signal, cod
     """SIGKILL at every operation: test_kill_points.py. Here: what a process says when it is asked to stop."""
     program = (
         "import os, signal, sys, qjax.records\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells have their background jobs ignore it
         "save = qjax.records.Records.save\n"
         "def stop(self, matrix, report, incoherence):\n"
         "    save(self, matrix, report, incoherence)\n"

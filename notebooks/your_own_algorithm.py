@@ -1,0 +1,162 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+# ---
+# %% [markdown]
+# # Your own rounding and codebook
+#
+# A codebook and a rounding algorithm, about thirty lines of code each: written here, registered as the library's
+# own are, used by `quantize_matrix`, and put through the same laws that `tests/properties` holds all others to.
+
+# %%
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+import qjax
+from qjax.codebooks import CODEBOOKS
+from qjax.codebooks.scalar import ScalarCodebook
+from qjax.codebooks.scaling import identity
+from qjax.linalg import damped_factor
+from qjax.rounding.base import ROUNDINGS, check_shapes, finish
+from qjax.rounding.sweep import merge_codes
+
+# %% [markdown]
+# ## A codebook: signed powers of two
+# `±1, ±2, ±4, …`: products become shifts. A scalar codebook inherits packing and its 1×1 tile; what is left is
+# `quantize` (nearest level) and `dequantize`. `rms` is the input RMS that it is made for.
+
+
+# %%
+@struct.dataclass
+class PowersOfTwo(ScalarCodebook):
+    @property
+    def levels(self):
+        powers = 2.0 ** np.arange(2 ** (self.bits - 1))
+        return np.concatenate([-powers[::-1], powers]).astype(np.float32)
+
+    def quantize(self, x):
+        edges = jnp.asarray((self.levels[1:] + self.levels[:-1]) / 2, x.dtype)
+        return jnp.searchsorted(edges, x, side="right").astype(jnp.uint8)
+
+    def dequantize(self, codes):
+        return jnp.take(jnp.asarray(self.levels), codes.astype(jnp.int32), mode="clip")
+
+
+def powers_of_two(bits, rms=None):
+    return PowersOfTwo("powers_of_two", int(bits), rms or {1: 1.25, 2: 1.35, 3: 4.0}[bits])
+
+
+if "powers_of_two" not in CODEBOOKS:  # a notebook's cell may run twice
+    CODEBOOKS.register("powers_of_two")(powers_of_two)
+
+# %% [markdown]
+# ## A rounding: LDLQ that listens to half of its feedback
+# A frozen dataclass whose call takes (weight, hessian, codebook) and gives `Rounded`; `finish` decodes the codes,
+# so that the values are exactly what a decoder will see. `strength` 0 is plain rounding, 1 is LDLQ; between them
+# one sees what feedback is worth.
+
+
+# %%
+@dataclasses.dataclass(frozen=True)
+class PartialFeedback:
+    strength: float = 0.5
+
+    def __call__(self, weight, hessian, codebook, *, scaling=None, damping=0.01, key=None):
+        check_shapes(weight, hessian, codebook)
+        scaling = identity() if scaling is None else scaling
+        (_, width), columns = codebook.tile, weight.shape[1]
+        factor = damped_factor(hessian.input.astype(weight.dtype), damping, width)
+        feedback = (factor.lower - jnp.eye(columns, dtype=weight.dtype)) * self.strength
+
+        def step(error, start):  # one tile's columns; a scan, because a Python loop would compile every column anew
+            own = jax.lax.dynamic_slice_in_dim(weight, start, width, axis=1)
+            column = jax.lax.dynamic_slice_in_dim(feedback, start, width, axis=1)
+            listened = jnp.matmul(error, column, precision="highest")
+            scale, zero = scaling.at(start + jnp.arange(width), weight.dtype)
+            codes = codebook.quantize((own + listened) / scale + zero)
+            values = (codebook.dequantize(codes).astype(weight.dtype) - zero) * scale
+            return jax.lax.dynamic_update_slice_in_dim(error, own - values, start, axis=1), codes
+
+        _, codes = jax.lax.scan(step, jnp.zeros_like(weight), jnp.arange(0, columns, width), reverse=True)
+        return finish(merge_codes(codes), codebook, scaling, weight.dtype, None, factor.damping, factor.ok)
+
+    def spec(self):
+        return {"name": "partial_feedback", **dataclasses.asdict(self)}
+
+
+if "partial_feedback" not in ROUNDINGS:
+    ROUNDINGS.register("partial_feedback")(PartialFeedback)
+
+# %% [markdown]
+# ## In use
+# `make` finds both by name, checks their options, and they compose with everything else.
+
+# %%
+model = qjax.models.load("tiny")
+tokens = qjax.data.load("pydoc", model.tokenizer, calibration_sequences=16, evaluation_sequences=4, length=128)
+hessians = qjax.hessian.collect(model, tokens.calibration.tokens)
+name = "layers.1.self_attn.k_proj"
+weight = model.params["blocks"][1]["self_attn"]["k_proj"]["weight"]
+
+
+def quantized(rounding, codebook):
+    return qjax.quantize_matrix(
+        weight,
+        hessians[name],
+        codebook=codebook,
+        rounding=rounding,
+        incoherence=qjax.incoherence.make("hadamard"),
+        key=jax.random.key(0),
+        name=name,
+    )
+
+
+loss = {}
+for label in ("half_integer", "e8p", "powers_of_two"):
+    for strength in (0.0, 0.5, 1.0):
+        matrix, report = quantized(
+            qjax.rounding.make("partial_feedback", strength=strength), qjax.codebooks.make(label, 2)
+        )
+        loss[label, strength] = report.proxy_loss
+    print(f"{label:14s}" + "".join(f"  strength {s}: {loss[label, s]:.4f}" for s in (0.0, 0.5, 1.0)))
+_, library = quantized(qjax.rounding.make("ldlq"), qjax.codebooks.make("half_integer", 2))
+print(f"the library's LDLQ, half-integer: {library.proxy_loss:.4f}")
+
+# %% [markdown]
+# ## The laws
+# `tests/properties/test_rounding_laws.py` runs every *registered* pair through them; put your two files into
+# `qjax/codebooks` and `qjax/rounding`, add a `configs/<group>/<name>.yaml` each, and they are covered. The first
+# laws, called from here (`tests` is in the repository, not in the package):
+
+# %%
+laws = []
+try:
+    from tests.properties import test_rounding_laws as properties
+except ImportError:
+    print("run this from the repository's root to check the laws")
+else:
+    laws = [
+        properties.test_values_are_the_decoded_codes,
+        properties.test_the_scale_of_the_hessian_has_no_meaning,
+        properties.test_without_correlations_feedback_rounds_to_the_nearest,
+        properties.test_rows_are_rounded_independently,
+        properties.test_the_same_inputs_give_the_same_codes,
+        properties.test_zero_weights_stay_finite,
+        properties.test_feedback_beats_nearest_on_correlated_inputs,
+    ]
+    for law in laws:
+        for pair in (
+            ("partial_feedback", "half_integer"),
+            ("partial_feedback", "powers_of_two"),
+            ("ldlq", "powers_of_two"),
+        ):
+            law(*pair)
+        print("holds:", law.__name__.removeprefix("test_").replace("_", " "))

@@ -1,0 +1,114 @@
+"""What the device can do at most, measured in the same run: bytes per second, integer operations per second."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.bench.timing import chained
+from pallas_kernels.dequant_matmul.decode import block_weights
+from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS, PackedMatrix
+
+__all__ = ["ROUND_OPS", "Rooflines", "decode_ops", "integer_rounds", "measure"]
+
+_ROUNDS = 64
+ROUND_OPS = 3
+"""Integer operations of a round: a shift, an exclusive or, a multiplication."""
+_INTEGER = {
+    "shift_right_logical",
+    "shift_left",
+    "and",
+    "or",
+    "xor",
+    "add",
+    "sub",
+    "mul",
+    "select_n",
+    "population_count",
+}
+_COUNTED = {*_INTEGER, "convert_element_type", "mul", "max", "min", "lt", "gt", "eq", "ge", "le", "ne", "gather"}
+_INNER = ("jaxpr", "call_jaxpr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rooflines:
+    """Rates of this device and run.
+
+    Attributes:
+      bytes_per_second: read and written by `y = x + 1` over an array beyond the caches.
+      integer_ops_per_second: shifts, exclusive ors and 32-bit multiplications of a long dependent string of each.
+      chain_seconds: per call, what making calls dependent costs by itself.
+    """
+
+    bytes_per_second: float
+    integer_ops_per_second: float
+    chain_seconds: float
+
+    def seconds(self, nbytes: float, ops: float) -> float:
+        """The least seconds for so many bytes and integer operations, whichever takes longer."""
+        return max(nbytes / self.bytes_per_second, ops / self.integer_ops_per_second)
+
+
+def integer_rounds(x: jax.Array) -> jax.Array:
+    """`_ROUNDS` rounds `x ← (x XOR x >> 15) · c mod 2³²`: no two of them fold into one."""
+    for _ in range(_ROUNDS):
+        x = (x ^ (x >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
+    return x
+
+
+def measure(copy_bytes: int, integers: int) -> Rooflines:
+    """Measure with an array of `copy_bytes` and one of `integers` values."""
+    x = jnp.zeros((1, 1), jnp.float32)
+
+    def copied(x: Any, w: Any) -> Any:
+        return w + x[0, 0]
+
+    big = [jnp.zeros((copy_bytes // 8,), jnp.float32), jnp.ones((copy_bytes // 8,), jnp.float32)]
+    copy = chained(copied, x, big, expected=copy_bytes / 2e12)
+    words = [jnp.arange(integers, dtype=jnp.uint32), jnp.arange(1, integers + 1, dtype=jnp.uint32)]
+
+    def rounds(x: Any, w: Any) -> Any:
+        return integer_rounds(w + x[0, 0].astype(jnp.uint32)).astype(jnp.float32)
+
+    ops = ROUND_OPS * _ROUNDS * integers
+    integer = chained(rounds, x, words, expected=ops / 1e13)
+    chain = chained(lambda x, w: x, jnp.zeros((1, 8192), jnp.bfloat16), [x, x + 1], expected=2e-6)
+    return Rooflines(copy_bytes / copy.median, ops / integer.median, chain.median)
+
+
+def decode_ops(weight: PackedMatrix) -> dict[str, float]:
+    """Operations per weight that decoding and scaling take, counted in the traced program: of integers, and all others.
+
+    Counted before any compiler: a pair such as shift-and-mask may become one instruction. Look-ups are `gather`.
+    """
+    lanes = 128
+    shapes = dataclasses.replace(weight)
+    tree = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), shapes)
+    parts = [jax.ShapeDtypeStruct((ROWS, lanes), jnp.uint32)] * weight.bits
+    line = jax.ShapeDtypeStruct((1, lanes), jnp.float32)
+
+    def block(parts: Any, following: Any, scale: Any, offset: Any, table: Any) -> Any:
+        lookup = None if table is None else lambda first, _, index: table.reshape(-1)[index.astype(jnp.int32) + first]
+        return list(block_weights(parts, following, tree, lambda _: (scale, offset), lookup))
+
+    closed = jax.make_jaxpr(block)(parts, parts[0], line, line, tree.table)
+    found: collections.Counter[str] = collections.Counter()
+
+    def count(jaxpr: Any) -> None:
+        for equation in jaxpr.eqns:
+            inner = [equation.params[name] for name in _INNER if name in equation.params]
+            for one in inner:
+                count(getattr(one, "jaxpr", one))
+            name, out = equation.primitive.name, equation.outvars[0].aval
+            if inner or name not in _COUNTED or out.size < ROWS * lanes:
+                continue
+            integer = jnp.issubdtype(equation.invars[-1].aval.dtype, jnp.integer) and name in _INTEGER
+            found["gather" if name == "gather" else "integer" if integer else "other"] += out.size
+
+    count(closed.jaxpr)
+    return {f"{name}_ops_per_weight": found[name] / (BLOCK * lanes) for name in ("integer", "gather", "other")}

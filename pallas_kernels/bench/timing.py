@@ -1,0 +1,96 @@
+"""Seconds per call on a device, without the time to start a program.
+
+One compiled loop runs the calls one after another. Call i + 1 waits for call i: `x + (y[0] > 3e38)` is x, and the
+compiler does not know it. The weights are a ring of copies larger than the caches, so none is found there. What the
+chain itself costs, an addition to x, stays in the time; `rooflines.measure` has it alone, as `chain_seconds`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["HOW", "Measured", "chained", "ring"]
+
+HOW = (
+    "median over repeats of one compiled loop of dependent calls, divided by the calls; weights cycle through a ring "
+    "of copies of at least ring_bytes, more than the last-level cache; the addition that chains the calls is included"
+)
+_HUGE = 3e38
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Seconds per call of every repeat, and how many calls a repeat has."""
+
+    seconds: tuple[float, ...]
+    calls: int
+    compile_seconds: float
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Microseconds per call, repeats, calls of a repeat, seconds of the compiler."""
+        return {
+            "microseconds_median": self.median * 1e6,
+            "microseconds_min": min(self.seconds) * 1e6,
+            "microseconds_max": max(self.seconds) * 1e6,
+            "repeats": len(self.seconds),
+            "calls_per_repeat": self.calls,
+            "compile_seconds": self.compile_seconds,
+        }
+
+
+def ring(make: Callable[[jax.Array], Any], nbytes: int, ring_bytes: int, most: int = 8) -> list[Any]:
+    """Copies `make(key)` of weights of `nbytes`: at least two, and `ring_bytes` together, but no more than `most`."""
+    count = min(max(2, -(-ring_bytes // max(nbytes, 1))), most)
+    return [make(key) for key in jax.random.split(jax.random.key(0), count)]
+
+
+def chained(
+    step: Callable[[Any, Any], Any],
+    x: Any,
+    weights: Sequence[Any],
+    *,
+    expected: float,
+    least_seconds: float = 0.01,
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Measured:
+    """Time `step(x, w) -> y`, x and y of floating point, over the ring `weights`.
+
+    Args:
+      expected: seconds of a call, roughly: a repeat has as many rounds of the ring as should take `least_seconds`.
+    """
+    rounds = min(max(1, round(least_seconds / (max(expected, 1e-7) * len(weights)))), 1000)
+
+    def loop(x: Any, weights: Sequence[Any]) -> Any:
+        def body(_: Any, x: Any) -> Any:
+            for weight in weights:
+                own, held = jax.lax.optimization_barrier((x, weight))  # nothing of the weight's leaves the loop
+                y = jax.lax.optimization_barrier(step(own, held))
+                first = jax.lax.slice(y, (0,) * y.ndim, (1,) * y.ndim).reshape((1,) * x.ndim)
+                x = x + (first.astype(jnp.float32) > _HUGE).astype(x.dtype)
+            return x
+
+        return jax.lax.fori_loop(0, rounds, body, x)
+
+    start = clock()
+    program = jax.jit(loop).lower(x, list(weights)).compile()
+    compile_seconds = clock() - start
+    jax.block_until_ready(program(x, list(weights)))
+    seconds = []
+    for _ in range(repeats):
+        start = clock()
+        jax.block_until_ready(program(x, list(weights)))
+        seconds.append((clock() - start) / (rounds * len(weights)))
+    return Measured(tuple(seconds), rounds * len(weights), compile_seconds)

@@ -1,0 +1,118 @@
+"""The suite for lent devices, on this machine: its checks can fail, its record is whole, it needs jax alone."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import tuned
+from pallas_kernels.bench import Settings, cases, lines, rooflines, run, suite, timing
+from pallas_kernels.dequant_matmul import dequantize
+from pallas_kernels.dequant_matmul.specs import Spec
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """One check of each operation."""
+    chosen = {}
+    for what, check in suite._checks():
+        chosen.setdefault(what.split()[0], (what, check))
+    monkeypatch.setattr(suite, "_checks", lambda: iter(chosen.values()))
+    monkeypatch.setattr(suite, "_benches", lambda s, limits, own=suite._benches: list(own(s, limits))[:3])
+
+
+@pytest.mark.slow
+def test_the_record_of_a_quick_run(few, tmp_path):
+    out = tmp_path / "kernels.json"
+    record = run(Settings(quick=True, ring_bytes=1 << 16, out=out))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(record))
+    assert record["failed"] == record["left_out"] == [] and len(record["checks"]) == 3
+    assert all(check["implementation"] == "xla" and check["error"] < check["limit"] for check in record["checks"])
+    assert any(check["error"] > 0 for check in record["checks"])
+    assert record["rooflines"]["bytes_per_second"] > 1e8 and record["rooflines"]["integer_ops_per_second"] > 1e7
+    products = [result for result in record["benches"] if result["op"] == "dequant_matmul"]
+    for result in products:
+        assert result["speedup_over_dense"] == pytest.approx(
+            result["dense"]["microseconds_median"] / result["kernel"]["microseconds_median"]
+        )
+        assert result["of_roofline"] > 0
+    headers, rows = lines(record)
+    assert len(rows) == len(record["benches"]) == 3 and all(len(row) == len(headers) for row in rows)
+
+
+def test_a_wrong_kernel_and_one_that_raises_are_named(monkeypatch, capsys):
+    def broken():
+        raise ValueError("does not lower")
+
+    monkeypatch.setattr(suite, "_checks", lambda: iter([("bad", lambda: ("xla", 0.5, 1e-5)), ("worse", broken)]))
+    monkeypatch.setattr(suite, "_benches", lambda *_: iter([("none", broken)]))
+    record = run(Settings(quick=True))
+    assert [f["what"] for f in record["failed"]] == ["bad", "worse", "none"]
+    assert record["failed"][1]["reason"] == "ValueError: does not lower"
+    assert "FAILED bad: xla, error 5.00e-01" in capsys.readouterr().out
+    assert suite._error([1.0, jnp.nan], [1.0, 2.0]) == float("inf")
+
+
+def test_what_time_forbids_is_listed(few):
+    record = run(Settings(seconds=0, quick=True))
+    assert len(record["left_out"]) == 6 and not record["checks"] and not record["benches"]
+
+
+@pytest.mark.parametrize("code", [None, "mul1", "hyb", "e8p"])
+def test_random_matrices_have_the_scale_of_weights(code):
+    weight = cases.packed(Spec(2, 1, 128, 512, None, code), suite.jax.random.key(0))
+    dense = dequantize(weight)
+    assert bool(jnp.isfinite(dense).all()) and 0.2 < float(jnp.std(dense)) * 512**0.5 < 4
+
+
+def test_operations_of_a_decoder_are_counted():
+    plain = rooflines.decode_ops(cases.packed(Spec(4, 1, 128, 512), suite.jax.random.key(0)))
+    assert 1 <= plain["integer_ops_per_weight"] <= 2 and plain["gather_ops_per_weight"] == 0  # a shift and a mask
+    trellis = rooflines.decode_ops(cases.packed(Spec(2, 1, 128, 512, None, "1mad"), suite.jax.random.key(0)))
+    assert trellis["integer_ops_per_weight"] > plain["integer_ops_per_weight"] + 5
+    lattice = rooflines.decode_ops(cases.packed(Spec(2, 1, 128, 512, None, "e8p"), suite.jax.random.key(0)))
+    assert lattice["gather_ops_per_weight"] == 1 / 8
+
+
+def test_calls_of_a_timing_loop_are_counted_and_none_is_dropped():
+    ticks = iter([0.0, 1.0, 10.0, 14.0, 20.0, 22.0])
+    weights = [jnp.ones((4, 4)), 2 * jnp.ones((4, 4))]
+    found = timing.chained(
+        jnp.matmul, jnp.ones((1, 4)), weights, expected=1.0, least_seconds=6.0, repeats=2, clock=lambda: next(ticks)
+    )
+    assert (found.calls, found.seconds, found.median) == (6, (4 / 6, 2 / 6), 0.5) and found.compile_seconds == 1.0
+    assert len(timing.ring(lambda key: key, 10, 35)) == 4
+
+
+def test_tuned_sizes_are_stored_and_found(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    tuned.store("op", {"a": {"tile": 32}}, "Some GPU", path)
+    tuned.store("op", {"b": {"tile": 128}}, "Some GPU", path)
+    monkeypatch.setattr(tuned, "load", lambda own=tuned.load.__wrapped__: own(path))
+    assert tuned.blocks("op", "a", {"tile": 64, "warps": 4}, "Some GPU") == {"tile": 32, "warps": 4}
+    assert tuned.blocks("op", "c", {"tile": 64}, "Some GPU") == tuned.blocks("op", "a", {"tile": 64}) == {"tile": 64}
+    path.write_text('{"Some GPU": {"op": {"a": {"tile": 0}}}}')
+    with pytest.raises(ValueError, match=r"tuned.json: blocks \{'tile': 0\} are not positive"):
+        tuned.blocks("op", "a", {"tile": 64}, "Some GPU")
+
+
+def test_the_script_needs_jax_alone(tmp_path):
+    """Without qjax, jaxtyping and pytest: the stand-in for annotations is enough for all that the suite imports."""
+    hidden = "import sys; sys.modules.update(dict.fromkeys(['qjax', 'flax', 'hydra', 'beartype', 'pytest']))\n"
+    program = hidden + "import pallas_kernels.bench.__main__, jaxtyping; print(jaxtyping.__file__)"
+    paths = os.pathsep.join([str(REPOSITORY / "scripts" / "stand_ins"), str(REPOSITORY)])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "stand_ins" in done.stdout
+    for name in ("gpu", "tpu"):
+        assert subprocess.run(["bash", "-n", REPOSITORY / "scripts" / f"{name}_suite.sh"]).returncode == 0
+    assert dataclasses.fields(Settings)
