@@ -40,6 +40,7 @@ def site_widths(config: ModelConfig) -> dict[str, int]:
     return dict(zip(SITES, (config.hidden_size, heads, config.hidden_size, config.intermediate_size), strict=True))
 
 
+_ROWS = 256
 CROSS = {site: f"{site}:cross" for site in SITES}
 
 
@@ -113,8 +114,9 @@ def finish(moments: Moments) -> tuple[dict[str, np.ndarray], int, list[str]]:
     """(means of the sums as float32 on the host, tokens, sites with values that are not finite)."""
     moments = jax.device_get(moments)
     count = float(moments.tokens)
-    means = {
-        name: ((total.astype(np.float64) - moments.carry[name]) / count).astype(np.float32)
-        for name, total in moments.total.items()
-    }
+    means = {name: np.empty(total.shape, np.float32) for name, total in moments.total.items()}
+    for name, mean in means.items():
+        for start in range(0, len(mean), _ROWS):  # a few rows at a time: in float64 the whole is four times as large
+            rows = slice(start, start + _ROWS)
+            mean[rows] = (moments.total[name][rows].astype(np.float64) - moments.carry[name][rows]) / count
     return means, round(count), [site for site in SITES if not moments.finite[site]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -114,6 +115,7 @@ def _first(broken: Callable[..., bool], *streams: np.ndarray, batch: int) -> int
 
 def _hessians(moments: Moments, index: int, culprit: Callable[[], int | None]) -> dict[str, Hessian]:
     means, tokens, broken = finish(moments)
+    means = jax.device_put(means)  # once: the program of every linear would copy a host array for itself
     if broken:
         name = next(linear for linear, site in LINEARS.items() if site == broken[0])
         sequence = culprit()

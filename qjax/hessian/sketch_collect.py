@@ -148,7 +148,7 @@ def sketch_pass(
     sketch: Sketch,
     number: int,
     sums: dict[int, Sums],
-    factors: Callable[[int], Mapping[str, Mapping[str, np.ndarray]]] | None,
+    factors: Callable[[int], Mapping[str, Mapping[str, HostOrDevice]]] | None,
     *,
     batch: int,
     start: int = 0,
@@ -211,7 +211,7 @@ def _check(bad: dict[int, dict[str, Array]]) -> None:
 
 
 def finish_sums(
-    sums: Sums, index: int, before: Mapping[str, Mapping[str, np.ndarray]] | None, sequences: int
+    sums: Sums, index: int, before: Mapping[str, Mapping[str, HostOrDevice]] | None, sequences: int
 ) -> dict[str, Hessian]:
     """The factors of a block, symmetric and with mean diagonal 1; what the pass did not renew is taken from `before`.
 
@@ -254,7 +254,7 @@ def collect_sketch(
     options.setdefault("rounds", 2 if estimator == "sketch_a" else 1)
     sketch = Sketch(estimator, **options)
     count = len(params["blocks"])
-    factors: dict[int, dict[str, dict[str, np.ndarray]]] | None = None
+    factors: dict[int, dict[str, dict[str, HostOrDevice]]] | None = None
     if estimator == "sketch_a":  # its first half-step, H_in = E[x xᵀ], needs no gradients
         factors, x = {}, embedded(params["embed"], tokens, batch)
         for index, parameters in enumerate(params["blocks"]):
@@ -272,7 +272,7 @@ def collect_sketch(
     return {f"layers.{i}.{name}": result[i][name] for i in range(count) for name in LINEARS}
 
 
-def known_factors(hessians: Mapping[str, Hessian]) -> dict[str, dict[str, np.ndarray]]:
+def known_factors(hessians: Mapping[str, Hessian]) -> dict[str, dict[str, HostOrDevice]]:
     """The factors that there are, by linear and name."""
     return {
         name: {f: value for f in ("input", "output") if (value := getattr(hessian, f)) is not None}

@@ -40,16 +40,16 @@ def _inverse(lower: Float[Array, "b b"]) -> Float[Array, "b b"]:
     return jax.lax.fori_loop(0, size, row, jnp.zeros_like(lower))
 
 
-def _blocked_cholesky(matrix: Array, block: int) -> Array:
+def _blocked_cholesky(matrix: Array, shift: Array, block: int) -> Array:
     n = matrix.shape[0]
     factor = jnp.zeros_like(matrix)
     for start in range(0, n, block):  # unrolled, so that products have exact sizes
         end = min(start + block, n)
-        panel = matrix[start:, start:end]
+        panel = (matrix[start:, start:end] + matrix[start:end, start:].T) / 2  # never the whole matrix once more
         if start:
             panel = panel - jnp.matmul(factor[start:, :start], factor[start:end, :start].T, precision=_PRECISE)
         width = end - start
-        corner = jnp.linalg.cholesky(panel[:width])
+        corner = jnp.linalg.cholesky(panel[:width] + shift * jnp.eye(width, dtype=matrix.dtype))
         factor = _put(factor, corner, start, start)
         if end < n:
             below = jnp.matmul(panel[width:], _inverse(corner).T, precision=_PRECISE)
@@ -71,16 +71,23 @@ def _blocked_inverse(lower: Array, block: int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("block",))
-def cholesky(matrix: Float[Array, "n n"], block: int = BLOCK) -> Float[Array, "n n"]:
-    """The lower C of `(A + Aᵀ) / 2 = C Cᵀ`, zeros above; NaN where A is not positive definite, as in `jnp.linalg`.
+def cholesky(
+    matrix: Float[Array, "n n"], block: int = BLOCK, shift: Float[Array, ""] | float = 0.0
+) -> Float[Array, "n n"]:
+    """The lower C of `(A + Aᵀ) / 2 + shift I = C Cᵀ`, zeros above; NaN where that is not positive definite.
 
     On the CPU left-looking in column blocks: the panel less what the finished columns explain, its corner factored,
     the rest multiplied by the inverse of the corner. A matrix of at most `block` columns is `jnp.linalg.cholesky`.
     Source: Golub and Van Loan, Matrix Computations, section 4.2.
     """
-    matrix = (matrix + matrix.T) / 2
+    shift = jnp.asarray(shift, matrix.dtype)
+
+    def whole(matrix: Array, shift: Array) -> Array:
+        identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+        return jnp.linalg.cholesky((matrix + matrix.T) / 2 + shift * identity)
+
     blocked = functools.partial(_blocked_cholesky, block=block)
-    return jax.lax.platform_dependent(matrix, cpu=blocked, default=jnp.linalg.cholesky)
+    return jax.lax.platform_dependent(matrix, shift, cpu=blocked, default=whole)
 
 
 @functools.partial(jax.jit, static_argnames=("block",))

@@ -91,13 +91,12 @@ def damped_factor(
     matrix, dead = normalise(hessian)
     start = jnp.asarray(damping, dtype)
     finite = jnp.all(jnp.isfinite(matrix))
-    identity = jnp.eye(n, dtype=dtype)
 
     def attempt(state: tuple[Array, ...]) -> tuple[Array, ...]:
         tries, *_ = state
         grown = jnp.maximum(start, _FIRST_ESCALATION) * jnp.asarray(ESCALATION, dtype) ** tries.astype(dtype)
         delta = jnp.where(tries > 0, grown, start)
-        factor = cholesky(matrix + delta * identity)
+        factor = cholesky(matrix, shift=delta)
         pivot = jnp.min(jnp.square(jnp.diagonal(factor)))
         ok = jnp.all(jnp.isfinite(factor)) & (pivot > 0) & (pivot >= delta / 2)
         return tries + 1, factor, delta, pivot, ok
@@ -108,7 +107,7 @@ def damped_factor(
 
     first = (
         jnp.zeros((), jnp.int32),
-        identity,
+        jnp.zeros((n, n), dtype),
         start,
         jnp.zeros((), dtype),
         jnp.zeros((), bool),
