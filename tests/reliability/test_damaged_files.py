@@ -1,5 +1,6 @@
 """Every kind of file that a run leaves, with a flipped bit or cut short: made again, or refused by name."""
 
+import gc
 import json
 import pathlib
 import shutil
@@ -100,6 +101,8 @@ def test_every_file_of_an_artifact_is_checked(whole, tmp_path):
         artifact.load(copy)
 
 
+# Orbax abandons the reads that follow a failed one; when they are collected, their event loop is closed already.
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_of_tuning_falls_back_to_the_one_before(tmp_path):
     state = {"a": jax.device_put(np.arange(64, dtype=np.float32)), "b": jax.device_put(np.float32(1))}
     store = Checkpoints(tmp_path / "f", "task")
@@ -116,6 +119,7 @@ def test_a_damaged_checkpoint_of_tuning_falls_back_to_the_one_before(tmp_path):
     found = store.restore(state)
     assert found is not None and found[1] == {"step": 1}
     store.close()
+    gc.collect()  # here, and not in a test to come
     (tmp_path / "f" / "task.json").write_text("{")
     store = Checkpoints(tmp_path / "f", "task")
     assert store.restore(state) is None  # from the beginning
