@@ -31,7 +31,7 @@ def run_settings(folder: pathlib.Path) -> dict[str, Any]:
 
 def tasks_of(settings: dict[str, Any]) -> dict[str, Any]:
     """Results by task of the artifact and, unless `reference=false`, of the dense model."""
-    options = {key: settings[key] for key in ("fewshot", "limit", "include", "batch", "chat")}
+    options = {key: settings[key] for key in ("fewshot", "limit", "include", "batch", "chat", "chat_options")}
     seed = 0 if settings["seed"] is None else settings["seed"]
     folder = settings["artifact"]
     source = settings["model"]

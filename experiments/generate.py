@@ -21,10 +21,13 @@ def _texts(settings: dict[str, Any], tokenizer: models.Tokenizer) -> list[str]:
     texts = [settings["prompt"]] if settings["prompts"] is None else settings["prompts"]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"prompts is {texts!r}; a list of texts is expected, e.g. 'prompts=[One day,\"The list\"]'")
+    if not isinstance(settings["chat_options"], dict | None):
+        raise InputError(f"chat_options is {settings['chat_options']!r}; names and values are expected, e.g. {{a: 1}}")
     if not settings["chat"]:
         return texts
     system = [] if settings["system"] is None else [{"role": "system", "content": settings["system"]}]
-    return [chat_prompt([*system, {"role": "user", "content": text}], tokenizer) for text in texts]
+    options = settings["chat_options"]
+    return [chat_prompt([*system, {"role": "user", "content": text}], tokenizer, options) for text in texts]
 
 
 def _check_numbers(settings: dict[str, Any]) -> None:

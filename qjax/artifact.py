@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from qjax.errors import ArtifactError
+from qjax.models.chat_template import ChatTemplate
 from qjax.models.config import ModelConfig, RopeScaling
 from qjax.models.files import sha256_file
 from qjax.models.loading import Model
@@ -97,6 +98,9 @@ def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[
         "checksums": True,
         "sha256": {name: _sha256(array) for name, array in arrays.items()},
     }
+    if tokenizer.chat is not None:
+        chat = tokenizer.chat
+        manifest["chat"] = {"source": chat.source, "tokens": dict(chat.tokens), "ends": list(chat.ends)}
     write_json(scratch / "model.json", manifest)
     seal(scratch)
     if path.exists():
@@ -243,4 +247,7 @@ def _tokenizer(path: pathlib.Path, manifest: dict[str, Any]) -> Tokenizer:
         backend = parsed(definition)
     except ValueError as error:
         raise ArtifactError(f"{file}: is not a tokenizer ({error}); run the quantisation again") from error
-    return Tokenizer(backend, **manifest["tokenizer"])
+    chat = manifest.get("chat")
+    if chat is not None:
+        chat = ChatTemplate(chat["source"], str(path / "model.json"), dict(chat["tokens"]), tuple(chat["ends"]))
+    return Tokenizer(backend, **manifest["tokenizer"], chat=chat)

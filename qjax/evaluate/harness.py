@@ -30,16 +30,17 @@ class HarnessModel(_TemplateLM):
     Attributes:
       model: with the parameters to evaluate.
       batch: texts that run together.
+      chat_options: further variables for the model's chat template.
     """
 
-    def __init__(self, model: Model, batch: int = 8):
+    def __init__(self, model: Model, batch: int = 8, chat_options: Mapping[str, Any] | None = None):
         """Raises InputError where lm-eval is not installed, or the model has neither BOS nor EOS."""
         if _TemplateLM is object:
             raise InputError("tasks: needs the harness: pip install 'qjax[eval]'")
         super().__init__()
         if model.tokenizer.bos_id is None and model.tokenizer.eos_id is None:
             raise InputError(f"{model.name}: its tokenizer has neither BOS nor EOS, and tasks need a first token")
-        self.model, self.batch = model, batch
+        self.model, self.batch, self.chat_options = model, batch, chat_options
 
     @property
     def eot_token_id(self) -> int:
@@ -69,10 +70,10 @@ class HarnessModel(_TemplateLM):
         return [bos, *ids] if wanted and bos is not None and ids[:1] != [bos] else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The chat as a prompt. Raises InputError for a vocabulary whose chat format is not known."""
+        """The chat as a prompt. Raises as `chat_prompt`."""
         if not add_generation_prompt:
             raise InputError("tasks: an assistant's message to be continued is not supported; use chat=false")
-        return chat_prompt(chat_history, self.model.tokenizer)
+        return chat_prompt(chat_history, self.model.tokenizer, self.chat_options)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
@@ -148,6 +149,7 @@ def evaluate_tasks(
     include: str | None = None,
     batch: int = 8,
     chat: bool = False,
+    chat_options: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Metrics by task, as the harness names them ("acc,none", "acc_stderr,none", …), and the number of its documents.
@@ -156,11 +158,12 @@ def evaluate_tasks(
       fewshot: examples before a question; None is what the task says.
       limit: documents of every task; None is all.
       include: a folder with further tasks.
+      chat: write questions by the model's chat template, with `chat_options` as further variables for it.
       seed: of few-shot examples and bootstraps.
 
     Raises InputError where lm-eval is not installed, for an unknown task, a folder that is not there, or no tasks.
     """
-    adapted = HarnessModel(model, batch)
+    adapted = HarnessModel(model, batch, chat_options)
     from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 

