@@ -7,7 +7,7 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import hydra
@@ -16,8 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments._sweep import Sweep
 from qjax.errors import QjaxError
+from qjax.mesh import MeshSettings
+from qjax.run.distributed import DistributedSettings, initialise
 
-__all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "plain"]
+__all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "join", "mesh_of", "plain"]
 
 CONFIGS = str(pathlib.Path(__file__).resolve().parent.parent / "configs")
 
@@ -71,6 +73,16 @@ def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[Dict
 def plain(config: Any) -> Any:
     """A configuration node as resolved plain Python values."""
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def mesh_of(settings: Mapping[str, Any]) -> MeshSettings:
+    """The `mesh` group, checked; `make()` of it touches the devices."""
+    return MeshSettings(**settings["mesh"])
+
+
+def join(settings: Mapping[str, Any]) -> None:
+    """Join the other processes of the `distributed` group; every entry point that runs on a mesh does so first."""
+    initialise(DistributedSettings(**settings["distributed"]))
 
 
 def cache_folder(setting: str | None) -> pathlib.Path:

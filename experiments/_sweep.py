@@ -29,7 +29,8 @@ FAILURE = "failure.json"
 _SWEEP = "QJAX_SWEEP"  # identifies one start; processes of the launchers inherit it
 _FOLDER = "QJAX_SWEEP_FOLDER"  # where its jobs are listed, as the process that started it sees it
 _JOBS = "jobs.jsonl"
-_CONSTANT = ("experiment", "model", "data", "debug", "tracker", "memory", "mesh", "cache", "sweep", "out", "resume")
+_CONSTANT = ("experiment", "model", "data", "debug", "tracker", "memory", "cache", "sweep", "out", "resume")
+_CONSTANT = (*_CONSTANT, "mesh", "distributed")
 
 
 def _safe(text: str) -> str:

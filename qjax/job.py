@@ -44,7 +44,7 @@ __all__ = ["IRRELEVANT", "Job", "compare", "reference_states", "run"]
 _log = logging.getLogger("qjax")
 
 # Settings that change where or how a run is carried out, not its bytes.
-IRRELEVANT = frozenset({"out", "cache", "dry_run", "resume", "tracker", "memory", "sweep"})
+IRRELEVANT = frozenset({"out", "cache", "dry_run", "resume", "tracker", "memory", "sweep", "distributed"})
 
 
 @dataclasses.dataclass(frozen=True)
