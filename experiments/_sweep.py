@@ -30,7 +30,7 @@ _SWEEP = "QJAX_SWEEP"  # identifies one start; processes of the launchers inheri
 _FOLDER = "QJAX_SWEEP_FOLDER"  # where its jobs are listed, as the process that started it sees it
 _JOBS = "jobs.jsonl"
 _CONSTANT = ("experiment", "model", "data", "debug", "tracker", "memory", "cache", "sweep", "out", "resume")
-_CONSTANT = (*_CONSTANT, "mesh", "distributed")
+_CONSTANT = (*_CONSTANT, "mesh", "distributed", "dry_run")
 
 
 def _safe(text: str) -> str:

@@ -15,6 +15,7 @@ CONFIGS = pathlib.Path(entry_point.CONFIGS)
 GROUPS = "codebook data evaluate experiment debug finetune hessian incoherence memory model recipe rounding scale"
 GROUPS = [*GROUPS.split(), "tracker", "distributed"]
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
+METHODS = sorted(file.stem for file in (CONFIGS / "method").glob("*.yaml") if file.stem != "none")
 # What an option cannot do without: values the user must give, and partners that fit.
 NEEDS = {
     ("model", "hf"): ["model.source=folder"],
@@ -32,6 +33,12 @@ def composed(*overrides):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose("quantize", list(overrides))
+
+
+def composed_with_hydra(*overrides):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("quantize", list(overrides), return_hydra_config=True)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -61,3 +68,20 @@ def test_make_takes_what_spec_gives():
         bits = {"e81b": 1, "e8p_rvq": 4}.get(name, 2)
         book = codebooks.make(name, bits)
         assert codebooks.make(**book.spec()).spec() == book.spec()
+
+
+def test_all_methods_are_swept():
+    swept = composed_with_hydra("experiment=all_methods").hydra.sweeper.params
+    methods = swept.method.split(",")
+    assert sorted(methods) == METHODS
+    assert methods[:8] == "rtn gptq ldlq quip quip_unscaled quip_sharp qtip yaqa".split() and swept.bits == "2,3,4"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_of_all_methods(method, tmp_path):
+    config = composed("experiment=all_methods", f"method={method}", f"cache={tmp_path}")
+    assert config.recipe.name == method and config.hessian.stream == "original"  # names apart, Hessians shared
+    assert (config.data.calibration_sequences, config.data.length) == (192, 256)  # the same tokens for every row
+    for bits in (2, 3, 4):
+        config.bits = bits
+        assert entry_point.job_of(config).recipe.plan(["layers.0.mlp.up_proj"])["layers.0.mlp.up_proj"] is not None
