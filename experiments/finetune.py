@@ -19,7 +19,7 @@ from qjax.run.fingerprint import device, versions
 from qjax.run.lock import RunLock
 from qjax.run.monitor import peak_memory_bytes
 from qjax.run.tracker import make
-from qjax.tuning import finetune_model, save_adapters, stored_bits, whole_model_bytes
+from qjax.tuning import finetune_model, recovered, save_adapters, stored_bits, whole_model_bytes
 
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         save_adapters(out, tuned.params)
         results = {
             **after,
-            "finetune": {"before": before, **tuned.report},
+            "finetune": {"before": before, "recovered": recovered(before, after), **tuned.report},
             "stored_bits": stored_bits(tuned.params),
             "whole_model_bytes": whole_model_bytes(tuned.params),
             "settings": settings,

@@ -118,6 +118,8 @@ def tuning_line(report: Mapping[str, Any]) -> str:
     """What tuning did, in a line."""
     before = report.get("before")
     known = "" if before is None else f"before: KL {before['kl_mean']:.4f}, perplexity {before['perplexity']:.2f}; "
+    share = report.get("recovered")
+    known += "" if share is None else f"{100 * share:.0f}% of the lost perplexity recovered; "
     return (
         f"tuned {report['parameters_tuned']} parameters on {report['tokens']} tokens in {report['seconds']:.0f} s: "
         f"{known}validation {report['validation_before']:.4f} -> {report['validation_after']:.4f} "

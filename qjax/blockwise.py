@@ -40,12 +40,14 @@ def quantize_and_tune(
 ) -> QuantizedModel:
     """As `pipeline.quantize_model` with the stream "original", and every block tuned after each group of its matrices.
 
-    Every block reads the original model's activations and aims at its outputs. A killed run repeats the block that it
-    was in. Raises InputError for a recipe or rules that do not fit, NumericsError as `quantize_matrix`.
+    Every block aims at the original model's outputs and reads its activations, or with `settings.stream` "quantized"
+    those of the tuned blocks before it; Hessians are the original model's. A killed run repeats the block that it was
+    in. Raises InputError for a recipe or rules that do not fit, NumericsError as `quantize_matrix`.
     """
     plans = recipe.plan(layer_names(config))
     key = root_key(seed)
     x = embedded(params["embed"], tokens, batch)
+    own = x  # what the block reads
     blocks, reports = [], []
     for index, parameters in enumerate(params["blocks"]):
         y = forward_block(parameters, x, config, batch)
@@ -60,13 +62,14 @@ def quantize_and_tune(
                 return None if plan is None else quantize_layer(weights, hessian[linear], plan, linear, name, key, 0.0)
 
             tell = functools.partial(on_block, index)
-            found = _one_block(parameters, x, y, config, settings, seed, quantize, tell)
+            found = _one_block(parameters, own, y, config, settings, seed, quantize, tell)
             if records is not None:
                 _record_block(*found, index, plans, records)
         blocks.append(found[0])
         for report in found[1]:
             reports.append(report)
             on_layer(report, not fresh)
+        own = y if settings.stream == "original" else forward_block(found[0], own, config, batch)
         x = y
     return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
 

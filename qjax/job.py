@@ -37,7 +37,7 @@ from qjax.run.memory import shrinking
 from qjax.run.monitor import CompileCounter, Stopwatch, device_peak_memory_bytes, peak_memory_bytes
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
-from qjax.tuning import FINETUNE, finetune_model, save_adapters, stored_bits, whole_model_bytes
+from qjax.tuning import FINETUNE, finetune_model, recovered, save_adapters, stored_bits, whole_model_bytes
 
 __all__ = ["IRRELEVANT", "Job", "compare", "reference_states", "run"]
 
@@ -181,6 +181,8 @@ def run(job: Job) -> dict[str, Any] | None:
             if teacher is not None:
                 with watch.stage("evaluate"):
                     results |= compare(model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"])
+                if "before" in results.get("finetune", {}):
+                    results["finetune"]["recovered"] = recovered(results["finetune"]["before"], results)
             with watch.stage("save"):
                 artifact.save(directory.artifact, model, lora.stripped(quantized.params), quantized.incoherence)
                 save_adapters(directory.path, quantized.params)

@@ -18,7 +18,7 @@ from qjax.quantized import QuantizedMatrix
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
 
-__all__ = ["FINETUNE", "finetune_model", "save_adapters", "stored_bits", "whole_model_bytes"]
+__all__ = ["FINETUNE", "finetune_model", "recovered", "save_adapters", "stored_bits", "whole_model_bytes"]
 
 FINETUNE = ("none", "block", "e2e", "lora")
 _log = logging.getLogger("qjax")
@@ -87,6 +87,15 @@ def finetune_model(
         print(f"fine-tuning stopped early at {tuned.report['stopped']}", flush=True)
         _log.warning("fine-tuning stopped early at %s", tuned.report["stopped"])
     return tuned
+
+
+def recovered(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
+    """`(p_before − p_after) / (p_before − p_reference)`: the share of the lost perplexity that tuning brought back.
+
+    Above 1 for a model that became better than the original; None where nothing was lost.
+    """
+    lost = before["perplexity"] - before["perplexity_reference"]
+    return (before["perplexity"] - after["perplexity"]) / lost if 0 < lost < float("inf") else None
 
 
 def save_adapters(folder: pathlib.Path, params: Any) -> None:

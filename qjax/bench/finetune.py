@@ -3,8 +3,10 @@
     dense        the original weights frozen, norms tuned: what a step costs without codes
     dense_all    the same with every weight of the blocks trained
     e2e          gains and norms over matrices that were decoded once
+    dense_lora   adapters over the original weights
     lora         adapters over codes that are decoded in the forward and again in the backward pass
 
+`ratio_to_same` is the ratio to the same step on the dense model: of `e2e` to `dense`, of `lora` to `dense_lora`.
 All steps have the same loss (next token), batch, rematerialisation and optimiser.
 """
 
@@ -34,8 +36,10 @@ _RULES = {
     "dense": _NORMS,
     "dense_all": (finetune.RateRule("norm$|weight$", 1e-3), finetune.RateRule(".", None)),
     "e2e": (finetune.RateRule("norm$|_gain$", 1e-3), finetune.RateRule(".", None)),
+    "dense_lora": (finetune.RateRule("lora_[ab]$", 1e-3), finetune.RateRule(".", None)),
     "lora": (finetune.RateRule("lora_[ab]$", 1e-3), finetune.RateRule(".", None)),
 }
+_SAME = {"e2e": "dense", "lora": "dense_lora"}
 
 
 def _rounded(params: Any, codebook: Codebook) -> Any:
@@ -74,6 +78,7 @@ def measure(
         "dense": model.params,
         "dense_all": model.params,
         "e2e": rounded,
+        "dense_lora": lora.adapted(model.params, jax.random.key(1), rank, dense=True),
         "lora": lora.adapted(rounded, jax.random.key(1), rank),
     }
     programs, held = {}, {}
@@ -99,6 +104,7 @@ def measure(
         name: {
             **timings[name].to_dict(),
             "ratio_to_dense": 1 / timings[name].relative(timings["dense"]),
+            "ratio_to_same": 1 / timings[name].relative(timings[_SAME.get(name, name)]),
             "temporary_bytes": program.temporary_bytes,
             "argument_bytes": held[name],
             "compile_seconds": program.compile_seconds,
@@ -111,7 +117,7 @@ def measure(
 
 def lines(results: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """(headers, rows) for printing."""
-    headers = ("model", "step", "seconds", "min–max", "of dense", "held MiB", "temporary MiB")
+    headers = ("model", "step", "seconds", "min–max", "of dense", "of same", "held MiB", "temporary MiB")
     rows = []
     for result in results:
         for name, step in result["steps"].items():
@@ -123,6 +129,7 @@ def lines(results: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tupl
                     f"{step['seconds_median']:.3f}",
                     f"{step['seconds_min']:.3f}–{step['seconds_max']:.3f}",
                     f"{step['ratio_to_dense']:.2f}",
+                    f"{step['ratio_to_same']:.2f}",
                     f"{step['argument_bytes'] / 2**20:.0f}",
                     "?" if temporary is None else f"{temporary / 2**20:.0f}",
                 )

@@ -111,10 +111,15 @@ def nibble_table(values: np.ndarray, positions: tuple[int, ...]) -> np.ndarray:
 def nibble_values(
     words: UInt32[Array, "m groups"], flips: Integer[Array, "m groups"] | None, positions: tuple[int, ...]
 ) -> Float[Array, "m groups dim"]:
-    """The inverse of `nibble_table`; bit `positions[i]` of `flips` negates coordinate i (of an odd half-integer)."""
-    where = np.asarray(positions, np.uint32).reshape(*(1 for _ in words.shape), -1)
-    nibbles = (words[..., None] >> (4 * where)) & np.uint32(15)
-    if flips is not None:
-        # An odd nibble 8 + 2v becomes 8 − 2v = 16 − nibble when its upper three bits are inverted.
-        nibbles = nibbles ^ (((flips.astype(jnp.uint32)[..., None] >> where) & np.uint32(1)) * np.uint32(14))
-    return nibbles.astype(jnp.float32) * np.float32(0.5) - np.float32(4)
+    """The inverse of `nibble_table`; bit `positions[i]` of `flips` negates coordinate i (of an odd half-integer).
+
+    Coordinate by coordinate: shifts by a constant are vectorised, shifts by an array along a short axis are not.
+    """
+    columns = []
+    for position in positions:
+        nibbles = (words >> np.uint32(4 * position)) & np.uint32(15)
+        if flips is not None:
+            # An odd nibble 8 + 2v becomes 8 − 2v = 16 − nibble when its upper three bits are inverted.
+            nibbles = nibbles ^ (((flips.astype(jnp.uint32) >> np.uint32(position)) & np.uint32(1)) * np.uint32(14))
+        columns.append(nibbles.astype(jnp.float32) * np.float32(0.5) - np.float32(4))
+    return jnp.stack(columns, axis=-1)

@@ -1,7 +1,8 @@
 """Within-block tuning during quantisation: after each group of matrices the rest of the block makes up for its errors.
 
-Inputs and targets are those of the original model, so an error does not reach the next block's problem. What can move:
-gains of the matrices that are quantised already, norms, and the weights that are not quantised yet.
+Targets are the outputs of the original model's block. Inputs are the original model's, so that an error does not reach
+the next block's problem, or those of the tuned blocks before, so that a block makes up for their errors too. What can
+move: gains of the matrices that are quantised already, norms, and the weights that are not quantised yet.
 Sources: QuIP# (2402.04396), section 5; QTIP (2406.11235).
 """
 
@@ -36,6 +37,8 @@ GROUPS: tuple[tuple[str, ...], ...] = (
 )
 """The order of quantisation; the block is tuned after each group."""
 
+STREAMS = ("original", "quantized")
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSettings:
@@ -44,6 +47,7 @@ class BlockSettings:
     Attributes:
       epochs: passes over the calibration windows after each group, at most.  patience: epochs without improvement on
         the validation windows after which it stops.  validation: windows, the last ones, that choose the best epoch.
+      stream: whose activations a block reads, "original" (published) or "quantized", the tuned blocks before it.
     """
 
     rules: tuple[RateRule, ...]
@@ -51,6 +55,7 @@ class BlockSettings:
     patience: int = 1
     batch: int = 4
     validation: int = 8
+    stream: str = "original"
     optimizer: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -64,6 +69,8 @@ class BlockSettings:
         for name in ("epochs", "patience", "batch", "validation"):
             if getattr(settings, name) < 1:
                 raise InputError(f"finetune.{name} is {getattr(settings, name)}; it must be at least 1")
+        if settings.stream not in STREAMS:
+            raise InputError(f"finetune.stream is {settings.stream!r}; allowed are {', '.join(STREAMS)}")
         return settings
 
 
@@ -81,7 +88,7 @@ class BlockReport:
 
 
 def _loss(tuned: Any, frozen: Any, x: Array, y: Array, structure: Any, names: tuple[str, ...], config: Any) -> Array:
-    """`‖block(x) − y‖² / ‖y − x‖²`: relative to what the block adds."""
+    """`‖block(x) − y‖² / ‖y − x‖²`: relative to what the block has to add."""
     arrays = {**frozen, **tuned}
     out = transformer.block(jax.tree.unflatten(structure, [arrays[name] for name in names]), x, config)
     error = jnp.mean(jnp.square(out.astype(jnp.float32) - y.astype(jnp.float32)))

@@ -1,7 +1,10 @@
 """Low-rank adapters over frozen codes: `y = Ŵ x + (α/r) B A x`, with Ŵ decoded wherever it is used.
 
-The backward pass decodes again instead of keeping dense weights, so at most one matrix is dense at a time, for every
-codebook: nothing but `QuantizedMatrix.dequantize` is asked of it. Source: ModuLoRA (2309.16119).
+The backward pass decodes again instead of keeping dense weights, for every codebook: nothing but
+`QuantizedMatrix.dequantize` is asked of it. Source: ModuLoRA (2309.16119).
+
+A layer alone (`LowRank.matmul`) has one matrix dense at a time. Where a block is computed again in the backward pass
+anyway, its matrices are decoded once for both (`LowRank.opened`), and one block is dense at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +30,22 @@ from qjax.prng import named_key
 from qjax.quantized import QuantizedMatrix
 from qjax.run.atomic import read_safetensors, write_safetensors
 
-__all__ = ["LowRank", "adapted", "adapters", "attached", "filled", "load", "merge", "save", "stripped", "unmerge"]
+__all__ = [
+    "Decoded",
+    "LowRank",
+    "Merged",
+    "adapted",
+    "adapters",
+    "attached",
+    "filled",
+    "load",
+    "merge",
+    "merged",
+    "save",
+    "stripped",
+    "unmerge",
+    "unmerged",
+]
 
 _FORMAT = "qjax-adapters-1"
 
@@ -58,11 +76,43 @@ def _bwd(scale: float, saved: Any, g: Array) -> tuple[None, Array, Array, Array]
 _matmul.defvjp(_fwd, _bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _whole_matmul(scale: float, dense: Array, a: Array, b: Array, x: Array) -> Array:
+    """As `_matmul` by the one matrix `Ŵ + s B A`: two thin products and a sum fewer, forward and backward."""
+    return _whole_fwd(scale, dense, a, b, x)[0]
+
+
+def _whole_fwd(scale: float, dense: Array, a: Array, b: Array, x: Array) -> tuple[Array, Any]:
+    whole = dense + scale * jnp.einsum("or,ri->oi", b, a)
+    return jnp.einsum("ti,oi->to", x, whole), (whole, a, b, x)
+
+
+def _whole_bwd(scale: float, saved: Any, g: Array) -> tuple[None, Array, Array, Array]:
+    whole, a, b, x = saved
+    d_a = scale * jnp.einsum("tr,ti->ri", jnp.einsum("to,or->tr", g, b), x)
+    d_b = scale * jnp.einsum("to,tr->or", g, jnp.einsum("ti,ri->tr", x, a))
+    return None, d_a, d_b, jnp.einsum("to,oi->ti", g, whole)
+
+
+_whole_matmul.defvjp(_whole_fwd, _whole_bwd)
+
+
+@struct.dataclass
+class Decoded:
+    """A dense Ŵ `[out, in]` in place of codes, without a gradient."""
+
+    dense: Leaf
+
+    def dequantize(self) -> Float[Array, "out in"]:
+        """Ŵ."""
+        return self.dense
+
+
 @struct.dataclass
 class LowRank:
-    """`Ŵ + scale · B A` with a frozen quantised Ŵ `[out, in]`, A `[r, in]` and B `[out, r]`."""
+    """`Ŵ + scale · B A` with a frozen Ŵ `[out, in]`, quantised or decoded, A `[r, in]` and B `[out, r]`."""
 
-    base: QuantizedMatrix
+    base: QuantizedMatrix | Decoded
     lora_a: Leaf
     lora_b: Leaf
     scale: float = struct.field(pytree_node=False)
@@ -70,8 +120,33 @@ class LowRank:
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """`x (Ŵ + scale B A)ᵀ` in the dtype of x."""
         flat = x.reshape(-1, x.shape[-1])
-        y: Array = _matmul(self.scale, self.base, self.lora_a, self.lora_b, flat)
+        base: Any = self.base
+        if not isinstance(base, Decoded):
+            y: Array = _matmul(self.scale, base, self.lora_a, self.lora_b, flat)
+        elif x.dtype == jnp.float32:
+            y = _whole_matmul(self.scale, base.dense, self.lora_a, self.lora_b, flat)
+        else:  # the sum of Ŵ and a small B A must not be rounded to the type of x
+            a, b = (part.astype(x.dtype) for part in (self.lora_a, self.lora_b))
+            low = jnp.einsum("tr,or->to", jnp.einsum("ti,ri->tr", flat, a), b)
+            y = jnp.einsum("ti,oi->to", flat, base.dense.astype(x.dtype)) + self.scale * low
         return y.reshape(*x.shape[:-1], -1)
+
+    def opened(self) -> LowRank:
+        """The same layer, decoded: for one pass forward and back over a block that is computed again in between."""
+        whole: Any = self
+        return whole.replace(base=Decoded(jax.lax.stop_gradient(self.base.dequantize())))
+
+
+@struct.dataclass
+class Merged:
+    """The dense `Ŵ + scale · B A` `[out, in]`, which computes, and the layer that it was made of."""
+
+    dense: Leaf
+    layer: LowRank
+
+    def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """`x (Ŵ + scale B A)ᵀ` in the dtype of x."""
+        return jnp.einsum("...i,oi->...o", x, self.dense.astype(x.dtype))
 
 
 def _mapped(params: Any, change: Callable[[str, Any], Any]) -> Any:
@@ -87,9 +162,12 @@ def _mapped(params: Any, change: Callable[[str, Any], Any]) -> Any:
     return {**params, "blocks": blocks}
 
 
-def adapted(params: Any, key: Array, rank: int = 8, alpha: float = 16.0, pattern: str = ".") -> Any:
+def adapted(
+    params: Any, key: Array, rank: int = 8, alpha: float = 16.0, pattern: str = ".", dense: bool = False
+) -> Any:
     """`params` with adapters on the quantised layers whose name matches: A of deviation `in^-½`, B zero, scale α/r.
 
+    `dense`: on layers that are not quantised too, which is LoRA as usual, to compare with.
     Raises InputError for a rank below 1, or a pattern that matches no quantised layer.
     """
     if rank < 1:
@@ -97,10 +175,11 @@ def adapted(params: Any, key: Array, rank: int = 8, alpha: float = 16.0, pattern
     found = []
 
     def change(name: str, weight: Any) -> Any:
-        if not isinstance(weight, QuantizedMatrix) or not re.search(pattern, name):
+        if not (dense or isinstance(weight, QuantizedMatrix)) or not re.search(pattern, name):
             return weight
         found.append(name)
         out, inner = weight.shape
+        weight = weight if isinstance(weight, QuantizedMatrix) else Decoded(weight)
         a = jax.random.normal(named_key(key, name), (rank, inner)) * inner**-0.5
         return LowRank(weight, a, jnp.zeros((out, rank)), alpha / rank)
 
@@ -128,7 +207,12 @@ def filled(params: Any, layout: Layout, tuned: Mapping[str, Any]) -> Any:
 
 def stripped(params: Any) -> Any:
     """The quantised model without its adapters."""
-    return _mapped(params, lambda name, weight: weight.base if isinstance(weight, LowRank) else weight)
+
+    def change(name: str, weight: Any) -> Any:
+        base = weight.base if isinstance(weight, LowRank) else weight
+        return base.dense if isinstance(base, Decoded) else base
+
+    return _mapped(params, change)
 
 
 def adapters(params: Any) -> dict[str, LowRank]:
@@ -178,6 +262,18 @@ def merge(matrix: LowRank) -> Float[Array, "out in"]:
 def unmerge(dense: Float[Array, "out in"], matrix: LowRank) -> Float[Array, "out in"]:
     """`dense − scale B A`: the dense Ŵ again, up to rounding."""
     return dense - matrix.scale * jnp.matmul(matrix.lora_b, matrix.lora_a, precision="highest")
+
+
+def merged(params: Any) -> Any:
+    """Adapted `params` with every adapted layer dense: no decoding and no thin products, at the price of memory."""
+    return _mapped(
+        params, lambda name, weight: Merged(merge(weight), weight) if isinstance(weight, LowRank) else weight
+    )
+
+
+def unmerged(params: Any) -> Any:
+    """The inverse of `merged`: the same codes and adapters, bit for bit."""
+    return _mapped(params, lambda name, weight: weight.layer if isinstance(weight, Merged) else weight)
 
 
 def save(path: str | pathlib.Path, params: Any, artifact_sha256: str) -> None:

@@ -277,12 +277,19 @@ def view(params: Any, rates: Mapping[str, float]) -> Trainable:
     return Trainable(tuned, frozen, scale, Layout(tuple(segments)))
 
 
+def _opened(block: Any) -> Any:
+    """The block with every layer that decodes for itself decoded."""
+    is_layer = lambda node: hasattr(node, "opened")  # noqa: E731
+    return jax.tree.map(lambda node: node.opened() if is_layer(node) else node, block, is_leaf=is_layer)
+
+
 def hidden(
     arrays: Mapping[str, Any], layout: Layout, tokens: Int[Array, "batch length"], config: ModelConfig, remat: bool
 ) -> Float[Array, "batch length width"]:
     """States after the last block of the model `arrays = tuned | frozen`.
 
-    With `remat` the backward pass computes every block again instead of keeping its activations.
+    With `remat` the backward pass computes every block again instead of keeping its activations, and what a layer of it
+    decodes, it decodes once: the dense weights of one block exist at a time.
     """
     x = transformer.embed(arrays["embed"], tokens)
     for segment in layout.segments:
@@ -291,9 +298,12 @@ def hidden(
 
         def body(x: Array, own: Named, segment: Segment = segment, shared: Named = shared) -> tuple[Array, None]:
             leaves = [arrays[shared[name]] if name in shared else own[name] for name in segment.names]
-            return transformer.block(jax.tree.unflatten(segment.structure, leaves), x, config), None
+            block = jax.tree.unflatten(segment.structure, leaves)
+            return transformer.block(_opened(block) if remat else block, x, config), None
 
-        x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, stacked)
+        # Loops keep the second computation apart from the first; a loop of one step is none after compilation.
+        apart = segment.stop - segment.start > 1
+        x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=not apart) if remat else body, x, stacked)
     return x
 
 

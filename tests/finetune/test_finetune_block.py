@@ -51,6 +51,8 @@ def test_it_lowers_the_divergence_and_reports_every_block(finished, tmp_path, ca
     _, results = finished
     plain = job.run(entry_point.job_of(settings(tmp_path / "plain", cache, finetune="none")))
     assert plain is not None and results["kl_mean"] < 0.92 * plain["kl_mean"]
+    own = job.run(entry_point.job_of(settings(tmp_path / "own", cache, "finetune.stream=quantized")))
+    assert own is not None and own["kl_mean"] < 0.92 * plain["kl_mean"] and own["kl_mean"] != results["kl_mean"]
     reports = results["finetune"]["blocks"]
     assert [entry["block"] for entry in reports] == [i for i in range(4) for _ in range(4)]
     assert all(entry["after"] <= entry["before"] and entry["stopped"] is None for entry in reports)
@@ -99,6 +101,7 @@ def test_a_block_without_errors_has_nothing_to_gain():
     [
         ("hessian=sequential", "needs hessian=original"),
         ("finetune.epochs=0", "at least 1"),
+        ("finetune.stream=corrected", "allowed are original, quantized"),
         ("+finetune.tokens=3", "no option tokens"),
         ("data.calibration_sequences=6", "6 calibration windows"),
     ],

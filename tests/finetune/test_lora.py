@@ -8,19 +8,12 @@ import numpy as np
 import pytest
 
 from qjax import Hessian, codebooks, incoherence, models, quantize_matrix, rounding
+from qjax.codebooks.base import CODEBOOKS
 from qjax.errors import ArtifactError, InputError
 from qjax.finetune import lora
 
-BOOKS = {
-    "grid": (2, {}),
-    "half_integer": (2, {}),
-    "lloyd_max": (2, {}),
-    "d4": (2, {}),
-    "e8p": (2, {}),
-    "e81b": (1, {}),
-    "e8p_rvq": (4, {}),
-    "trellis": (2, {"L": 8}),
-}
+BITS = {"e81b": 1, "e8p_rvq": 4}
+OPTIONS = {"trellis": {"L": 8}}
 
 
 def quantized(name="half_integer", bits=2, out=32, inner=48, seed=0, **options):
@@ -43,10 +36,10 @@ def low_rank(matrix, rank=4, scale=0.5, seed=1):
     return lora.LowRank(matrix, jnp.asarray(a), jnp.asarray(b), scale)
 
 
-@pytest.mark.parametrize("name", BOOKS)
+@pytest.mark.parametrize("name", sorted(CODEBOOKS))
 def test_value_and_gradients_are_those_of_the_dense_layer(name):
-    bits, options = BOOKS[name]
-    layer = low_rank(quantized(name, bits, **options))
+    """Decoding for itself, forward and backward, and decoded once for both."""
+    layer = low_rank(quantized(name, BITS.get(name, 2), **OPTIONS.get(name, {})))
     rng = np.random.default_rng(2)
     x = jnp.asarray(rng.standard_normal((2, 3, 48)).astype(np.float32))
     target = jnp.asarray(rng.standard_normal((2, 3, 32)).astype(np.float32))
@@ -55,13 +48,21 @@ def test_value_and_gradients_are_those_of_the_dense_layer(name):
     def dense(a, b, x):
         return jnp.sum(target * jnp.einsum("bti,oi->bto", x, base + 0.5 * b @ a))
 
-    def adapted(a, b, x):
-        return jnp.sum(target * layer.replace(lora_a=a, lora_b=b).matmul(x))
+    def adapted(a, b, x, layer):
+        own = layer.replace(lora_a=a, lora_b=b)
+        return tuple(jnp.sum(target * way.matmul(x)) for way in (own, own.opened()))
 
-    found = jax.jit(jax.value_and_grad(adapted, (0, 1, 2)))(layer.lora_a, layer.lora_b, x)
-    expected = jax.value_and_grad(dense, (0, 1, 2))(layer.lora_a, layer.lora_b, x)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=2e-3, atol=2e-3)
+    def gradients(layer):
+        one, other = (jax.grad(lambda *parts, i=i: adapted(*parts, layer)[i], (0, 1, 2)) for i in range(2))
+        parts = (layer.lora_a, layer.lora_b, x)
+        return adapted(*parts, layer), one(*parts), other(*parts)
+
+    values, *found = jax.jit(gradients)(layer)
+    value, expected = jax.value_and_grad(dense, (0, 1, 2))(layer.lora_a, layer.lora_b, x)
+    np.testing.assert_allclose(values, value, rtol=2e-3)
+    for gradient in found:
+        for one, other in zip(gradient, expected, strict=True):
+            np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=2e-3, atol=2e-3)
 
 
 def test_merge_and_unmerge():
@@ -72,8 +73,12 @@ def test_merge_and_unmerge():
     np.testing.assert_allclose(np.asarray(lora.unmerge(dense, layer)), np.asarray(layer.base.dequantize()), atol=1e-5)
 
 
-def test_the_gradient_of_a_deep_stack_needs_the_memory_of_one_dense_layer():
-    """Layers of 512×512 under one scan, as tuning runs them, almost without activations: a dense layer is 1 MiB."""
+@pytest.mark.parametrize("opened", [False, True])
+def test_the_gradient_of_a_deep_stack_needs_the_memory_of_one_dense_layer(opened):
+    """Layers of 512×512 under one scan, as tuning runs them, almost without activations: a dense layer is 1 MiB.
+
+    `opened`: as with rematerialisation, where a layer is decoded once for its second forward and its backward pass.
+    """
     size, rows = 512, 4
     temporary = {}
     layer = low_rank(quantized(out=size, inner=size))
@@ -83,9 +88,11 @@ def test_the_gradient_of_a_deep_stack_needs_the_memory_of_one_dense_layer():
         def loss(parts, stacked):
             def body(x, own):
                 layer, (a, b) = own
-                return jnp.tanh(layer.replace(lora_a=a, lora_b=b).matmul(x)), None
+                layer = layer.replace(lora_a=a, lora_b=b)
+                return jnp.tanh((layer.opened() if opened else layer).matmul(x)), None
 
-            return jnp.sum(jax.lax.scan(body, jnp.ones((rows, size), jnp.float32), (stacked, parts))[0])
+            step = jax.checkpoint(body, prevent_cse=False) if opened else body
+            return jnp.sum(jax.lax.scan(step, jnp.ones((rows, size), jnp.float32), (stacked, parts))[0])
 
         # The codes are arguments, as in a model: as constants the compiler would decode them once and for all.
         program = jax.jit(jax.grad(loss)).lower((stacked.lora_a, stacked.lora_b), stacked).compile()
@@ -122,6 +129,13 @@ def test_fresh_adapters_change_nothing_and_are_stored_apart(model, tmp_path):
     for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(adapted), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     assert jax.tree.structure(lora.stripped(again)) == jax.tree.structure(params)
+    whole = lora.merged(again)
+    assert isinstance(whole["blocks"][0]["mlp"]["up_proj"]["weight"], lora.Merged)
+    np.testing.assert_allclose(np.asarray(models.forward(whole, tokens, loaded.config)), before, atol=1e-4)
+    back = lora.unmerged(whole)
+    assert jax.tree.structure(back) == jax.tree.structure(again)
+    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     with pytest.raises(ArtifactError, match="the artifact they were tuned on"):
         lora.load(tmp_path / "adapters.safetensors", "b" * 64)
     with pytest.raises(InputError, match="does not have: layers.9"):
