@@ -39,7 +39,7 @@ _RULES = {
     "dense_lora": (finetune.RateRule("lora_[ab]$", 1e-3), finetune.RateRule(".", None)),
     "lora": (finetune.RateRule("lora_[ab]$", 1e-3), finetune.RateRule(".", None)),
 }
-_SAME = {"e2e": "dense", "lora": "dense_lora"}
+_SAME: dict[str, str] = {"e2e": "dense", "lora": "dense_lora"}
 
 
 def _rounded(params: Any, codebook: Codebook) -> Any:
@@ -104,7 +104,7 @@ def measure(
         name: {
             **timings[name].to_dict(),
             "ratio_to_dense": 1 / timings[name].relative(timings["dense"]),
-            "ratio_to_same": 1 / timings[name].relative(timings[_SAME.get(name, name)]),
+            "ratio_to_same": 1 / timings[name].relative(timings[_SAME[name] if name in _SAME else name]),
             "temporary_bytes": program.temporary_bytes,
             "argument_bytes": held[name],
             "compile_seconds": program.compile_seconds,
