@@ -100,11 +100,12 @@ def measure(
         programs[name] = compiled(call, state, view.frozen, view.rates, tokens)
         held[name] = _bytes((state, view.frozen))
     timings = interleaved({name: program.call for name, program in programs.items()}, repeats)
+    same: dict[str, str] = {name: _SAME.get(name, name) for name in programs}
     steps = {
         name: {
             **timings[name].to_dict(),
             "ratio_to_dense": 1 / timings[name].relative(timings["dense"]),
-            "ratio_to_same": 1 / timings[name].relative(timings[_SAME[name] if name in _SAME else name]),
+            "ratio_to_same": 1 / timings[name].relative(timings[same[name]]),
             "temporary_bytes": program.temporary_bytes,
             "argument_bytes": held[name],
             "compile_seconds": program.compile_seconds,
