@@ -39,7 +39,7 @@ _RULES = {
     "dense_lora": (finetune.RateRule("lora_[ab]$", 1e-3), finetune.RateRule(".", None)),
     "lora": (finetune.RateRule("lora_[ab]$", 1e-3), finetune.RateRule(".", None)),
 }
-_SAME: dict[str, str] = {"e2e": "dense", "lora": "dense_lora"}
+_SAME = {"dense": "dense", "dense_all": "dense_all", "e2e": "dense", "dense_lora": "dense_lora", "lora": "dense_lora"}
 
 
 def _rounded(params: Any, codebook: Codebook) -> Any:
@@ -100,12 +100,11 @@ def measure(
         programs[name] = compiled(call, state, view.frozen, view.rates, tokens)
         held[name] = _bytes((state, view.frozen))
     timings = interleaved({name: program.call for name, program in programs.items()}, repeats)
-    same: dict[str, str] = {name: _SAME.get(name, name) for name in programs}
     steps = {
         name: {
             **timings[name].to_dict(),
             "ratio_to_dense": 1 / timings[name].relative(timings["dense"]),
-            "ratio_to_same": 1 / timings[name].relative(timings[same[name]]),
+            "ratio_to_same": 1 / timings[name].relative(timings[_SAME[name]]),
             "temporary_bytes": program.temporary_bytes,
             "argument_bytes": held[name],
             "compile_seconds": program.compile_seconds,
