@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qjax.data.stream import TokenStream
 from qjax.errors import ArtifactError, InputError
 from qjax.hessian.collect import ESTIMATORS
 from qjax.hessian.fit import Fit, measure_fit
@@ -53,6 +54,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             f"hessian.fit_sequences is {settings['fit_sequences']} and hessian.stream {settings['stream']!r}; a fit is "
             "measured for Hessians of the original model: hessian=original, sketch_a or sketch_b, or fit_sequences=0"
         )
+    if settings.get("sequences") is not None and settings["stream"] != "original":
+        raise InputError(
+            f"hessian.sequences is {settings['sequences']} and hessian.stream {settings['stream']!r}; only Hessians of "
+            "the original model are made of a part of the calibration sequences: use data.calibration_sequences"
+        )
     if _sketch(settings) is None:
         return
     if settings["input"] not in ("sketch", "moment"):
@@ -71,6 +77,8 @@ def provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str,
     """Collect what the store lacks of what `settings` asks for. Raises the errors of the collections."""
     batch = min(settings["batch"], tokens.sequences)
     sketch = _sketch(settings)
+    if settings.get("sequences") is not None:
+        tokens = _first(tokens, settings["sequences"], "hessian.sequences")
     who = identity(model.fingerprint["sha256"])
     keys: list[str] = []
 
@@ -96,6 +104,10 @@ def provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str,
     keys.append(key)
     budget = settings["budget_gb"] * 1e9
     work = len(sketch.passes) * len(ranges(model.params["blocks"], budget)) * tokens.sequences
+    prefixes = {
+        size: store.key(who, _first(tokens, size, "hessian.prefixes").sha256, sketch.text(), batch)
+        for size in settings.get("prefixes") or ()
+    }
     with Progress("sketch", work) as progress:
         load = collect_into(
             store,
@@ -108,6 +120,7 @@ def provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str,
             budget=budget,
             checkpoint=settings["checkpoint_s"],
             moments=needed,
+            prefixes=prefixes,
             progress=lambda done, total: progress.update(done),
         )
     if not by_moment:
@@ -120,6 +133,16 @@ def provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str,
         return {name: dataclasses.replace(h, output=outputs[name].output) for name, h in needed(index).items()}
 
     return Provided(mixed, None, tuple(keys))
+
+
+def _first(tokens: Any, count: int, what: str) -> Any:
+    """The stream of the first `count` sequences."""
+    if not 0 < count <= tokens.sequences:
+        raise InputError(
+            f"{what} has {count} and there are {tokens.sequences} calibration sequences; it takes 1 to "
+            f"{tokens.sequences}, or raise data.calibration_sequences"
+        )
+    return TokenStream.of(tokens.tokens[:count], {**tokens.description, "first": count})
 
 
 def fits(

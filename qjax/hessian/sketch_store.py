@@ -6,13 +6,13 @@ import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from qjax.errors import ArtifactError
+from qjax.errors import ArtifactError, InputError
 from qjax.hessian.sketch import Sketch
 from qjax.hessian.sketch_collect import Sums, empty_sums, finish_sums, known_factors, ranges, sketch_pass
 from qjax.hessian.statistics import Hessian
@@ -36,6 +36,7 @@ def collect_into(
     budget: float,
     checkpoint: float,
     moments: Callable[[int], dict[str, Hessian]] | None = None,
+    prefixes: Mapping[int, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Callable[[int], dict[str, Hessian]]:
     """Make sure that the sketch of every block is stored under `key`; returns the loader of a block by index.
@@ -46,7 +47,13 @@ def collect_into(
       checkpoint: seconds between checkpoints of the sums. A killed collection continues from the last one, and ends in
         the same bytes.
       moments: `H_in = E[x xᵀ]` of a block, which sketch A starts from.
+      prefixes: keys under which the sketches of the first so many sequences are stored too, to the bytes of a
+        collection of their own.
+
+    Raises InputError for prefixes that the pass has no sums of.
     """
+    prefixes = prefixes or {}
+    _check_prefixes(prefixes, sketch, len(tokens), batch)
     last = len(sketch.passes) - 1
     plan = ranges(params["blocks"], budget)
     total = len(sketch.passes) * len(plan) * len(tokens)
@@ -55,11 +62,15 @@ def collect_into(
         own = key if number == last else f"{key}/pass_{number}"
         for position, part in enumerate(plan):
             finished = (number * len(plan) + position) * len(tokens)
-            if all(store.load(own, index) is not None for index in part):
+            if all(store.load(k, index) is not None for k in (own, *prefixes.values()) for index in part):
                 continue
             folder = store.path / key / "partial"
             name = f"pass_{number}_blocks_{part.start}_{part.stop}"
             found = _resume(folder, name, part)
+            if found is not None and any(
+                store.load(k, index) is None for size, k in prefixes.items() if size <= found[0] for index in part
+            ):
+                found = None  # the sums of that prefix are gone
             start, sums = found or (0, {index: empty_sums(params["blocks"][index], update) for index in part})
             known = None if before is None else (lambda index, load=before: known_factors(load(index)))
             saved = time.monotonic()
@@ -70,6 +81,9 @@ def collect_into(
             for done in steps:
                 if progress is not None:
                     progress(finished + done, total)
+                if done in prefixes:
+                    for index in part:
+                        store.save(prefixes[done], index, finish_sums(sums[index], index, None, done))
                 if done < len(tokens) and time.monotonic() - saved >= checkpoint:
                     _save(folder, name, done, sums)
                     saved = time.monotonic()
@@ -81,6 +95,20 @@ def collect_into(
     for number in range(last):
         shutil.rmtree(store.path / key / f"pass_{number}", ignore_errors=True)
     return store.loader(key)
+
+
+def _check_prefixes(prefixes: Mapping[int, str], sketch: Sketch, sequences: int, batch: int) -> None:
+    if prefixes and (sketch.estimator != "sketch_b" or len(sketch.passes) > 1):
+        raise InputError(
+            f"hessian.prefixes is {sorted(prefixes)} with {sketch.estimator} in {len(sketch.passes)} passes; only one "
+            "pass of sketch_b has the sums of its prefixes: collect the others one by one with hessian.sequences"
+        )
+    for size in prefixes:
+        if not 0 < size < sequences or size % batch:
+            raise InputError(
+                f"hessian.prefixes has {size}; with {sequences} sequences in batches of {batch} it takes multiples of "
+                f"{batch} below {sequences}"
+            )
 
 
 def _save(folder: pathlib.Path, name: str, done: int, sums: dict[int, Sums]) -> None:

@@ -203,7 +203,7 @@ class Killed(Exception):
     pass
 
 
-def collect(store, model, tokens, sketch, key="k", budget=1e9, die_after=None, checkpoint=1e-9):
+def collect(store, model, tokens, sketch, key="k", budget=1e9, die_after=None, checkpoint=1e-9, prefixes=None):
     def progress(done, total):
         assert 0 < done <= total
         if die_after is not None and done >= die_after:
@@ -223,6 +223,7 @@ def collect(store, model, tokens, sketch, key="k", budget=1e9, die_after=None, c
         budget=budget,
         checkpoint=checkpoint,
         moments=moments,
+        prefixes=prefixes,
         progress=progress,
     )
 
@@ -249,6 +250,37 @@ def test_a_killed_collection_ends_in_the_same_bytes(model, tokens, tmp_path, ske
         collect(killed, model, tokens, sketch)
     assert files(killed) == files(whole) and len(files(whole)) == 2
     assert sorted(p.name for p in (killed.path / "k").iterdir()) == ["block_0000.safetensors", "block_0001.safetensors"]
+
+
+def test_one_pass_also_stores_the_sketches_of_its_prefixes(model, tokens, tmp_path):
+    whole, alone = HessianStore(tmp_path / "a"), HessianStore(tmp_path / "b")
+    with pytest.raises(Killed):  # after the first prefix is stored and before the second
+        collect(whole, model, tokens, Sketch(), die_after=3, prefixes={2: "two", 4: "four"})
+    collect(whole, model, tokens, Sketch(), prefixes={2: "two", 4: "four"})
+    for key, size in (("two", 2), ("four", 4)):
+        collect(alone, model, tokens[:size], Sketch(), key=key)
+        assert files(whole, key) == files(alone, key) and len(files(whole, key)) == 2
+    collect(alone, model, tokens, Sketch())
+    assert files(whole) == files(alone)
+    first = whole.path / "two" / "block_0001.safetensors"
+    kept = first.read_bytes()
+    first.unlink()  # what was stored and is gone is collected again
+    collect(whole, model, tokens, Sketch(), prefixes={2: "two", 4: "four"})
+    assert first.read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("sketch", "size", "message"),
+    [
+        (Sketch(), 3, "hessian.prefixes has 3; with 5 sequences in batches of 2 it takes multiples of 2 below 5"),
+        (Sketch(), 6, "below 5"),
+        (Sketch(rounds=2), 2, "only one pass of sketch_b has the sums of its prefixes"),
+        (Sketch("sketch_a", rounds=2), 2, "only one pass of sketch_b"),
+    ],
+)
+def test_prefixes_that_no_sums_belong_to(model, tokens, tmp_path, sketch, size, message):
+    with pytest.raises(InputError, match=message):
+        collect(HessianStore(tmp_path), model, tokens[:5], sketch, prefixes={size: "p"})
 
 
 def test_a_small_budget_repeats_the_pass_for_fewer_blocks(model, tokens, tmp_path):
@@ -337,6 +369,7 @@ def test_errors_say_what_is_allowed(model, tokens):
         ({"input": "both"}, "hessian.input is 'both'; allowed are sketch and moment"),
         ({"stream": "quantized"}, "use hessian.input=moment, or hessian.stream=original"),
         ({"budget_gb": 0}, "hessian.budget_gb is 0; it is positive"),
+        ({"stream": "quantized", "input": "moment", "sequences": 4}, "use data.calibration_sequences"),
     ]:
         with pytest.raises(InputError, match=message):
             check_settings(settings | change)
