@@ -42,7 +42,7 @@ class Provided:
 def _sketch(settings: Mapping[str, Any]) -> Sketch | None:
     if settings["estimator"] == "input":
         return None
-    return Sketch(settings["estimator"], settings["rounds"], settings["labels"], settings["seed"])
+    return Sketch(**{name: settings[name] for name in ("estimator", "rounds", "labels", "seed", "compute")})
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

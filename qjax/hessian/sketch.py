@@ -24,6 +24,7 @@ __all__ = ["Sketch", "gram_is_cheaper", "increments"]
 _PIECE = 192  # columns of a block of a symmetric product; narrower ones save less than they cost
 _precise = jax.lax.Precision.HIGHEST
 LABELS = ("sampled", "data")
+COMPUTE = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +37,15 @@ class Sketch:
         sketch_a: half-steps that renew H_in = E[x xᵀ] (the first), H_out, H_in, ... in turn; at least 2.
       labels: "sampled" from the model's own softmax (the true Fisher), or the next token of the "data" (the empirical).
       seed: of the samples.
+      compute: dtype of activations, gradients and of what enters the matrix products; sums are float32. "bfloat16" is
+        faster where the device multiplies it faster; its rounding changes the factors by far less than another sample does.
     """
 
     estimator: str = "sketch_b"
     rounds: int = 1
     labels: str = "sampled"
     seed: int = 0
+    compute: str = "float32"
 
     def __post_init__(self) -> None:
         if self.estimator not in ("sketch_a", "sketch_b"):
@@ -51,6 +55,8 @@ class Sketch:
             raise InputError(f"hessian.rounds is {self.rounds}; {self.estimator} needs at least {least}")
         if self.labels not in LABELS:
             raise InputError(f"hessian.labels is {self.labels!r}; allowed are {', '.join(LABELS)}")
+        if self.compute not in COMPUTE:
+            raise InputError(f"hessian.compute is {self.compute!r}; allowed are {', '.join(COMPUTE)}")
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -61,7 +67,8 @@ class Sketch:
 
     def text(self) -> str:
         """All that identifies the sketch, for the store's key."""
-        return f"{self.estimator}:rounds={self.rounds}:labels={self.labels}:seed={self.seed}:draw=2"
+        text = f"{self.estimator}:rounds={self.rounds}:labels={self.labels}:seed={self.seed}:draw=2"
+        return text if self.compute == "float32" else f"{text}:compute={self.compute}"
 
 
 def gram_is_cheaper(length: int, m: int, n: int) -> bool:
@@ -81,29 +88,30 @@ def increments(
     """Sums over sequences of `Gᵀ H_out G` ("input") and `G H_in Gᵀ` ("output"), None meaning the identity.
 
     Every sequence contributes its own product (gradients are never added up before). The products are computed from
-    T × T Gram matrices or from G, whichever is cheaper for the shapes.
+    T × T Gram matrices or from G, whichever is cheaper for the shapes. Products take their operands in the dtype of x
+    and g and add up in float32.
     """
     _, length, n = x.shape
     m = g.shape[2]
-    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    h_in, h_out = (None if h is None else h.astype(x.dtype) for h in (h_in, h_out))
     want_in, want_out = update in ("both", "input"), update in ("both", "output")
     result = {}
     if not per_token and not gram_is_cheaper(length, m, n):
-        gradient = jnp.einsum("btm,btn->bmn", g, x, precision=_precise)
+        gradient = _einsum("btm,btn->bmn", g, x)
         if want_in:
-            left = gradient if h_out is None else _rows(h_out, gradient)
+            left = gradient if h_out is None else _einsum("ij,bjn->bin", h_out, gradient)
             result["input"] = _product(left.reshape(-1, n), gradient.reshape(-1, n))
         if want_out:
-            right = gradient if h_in is None else jnp.matmul(gradient, h_in, precision=_precise)
+            right = gradient if h_in is None else _einsum("bmi,in->bmn", gradient, h_in)
             result["output"] = _product(
                 jnp.swapaxes(right, 1, 2).reshape(-1, m), jnp.swapaxes(gradient, 1, 2).reshape(-1, m)
             )
         return result
     if want_in:
-        weighted = g if h_out is None else jnp.matmul(g, h_out, precision=_precise)
+        weighted = g if h_out is None else _einsum("bti,im->btm", g, h_out)
         result["input"] = _mixed(weighted, g, x, per_token)
     if want_out:
-        weighted = x if h_in is None else jnp.matmul(x, h_in, precision=_precise)
+        weighted = x if h_in is None else _einsum("bti,in->btn", x, h_in)
         result["output"] = _mixed(weighted, x, g, per_token)
     return result
 
@@ -112,14 +120,15 @@ def _mixed(a: Array, b: Array, x: Array, per_token: bool) -> Array:
     """`Σ xᵀ K x` over the batch, `K = a bᵀ` of each sequence or its diagonal."""
     width = x.shape[2]
     if per_token:
-        left = jnp.sum(a * b, axis=2, keepdims=True) * x
+        left = jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=2, keepdims=True).astype(x.dtype) * x
     else:
-        left = jnp.matmul(jnp.einsum("btm,bsm->bts", a, b, precision=_precise), x, precision=_precise)
+        left = _einsum("bts,bsn->btn", _einsum("btm,bsm->bts", a, b), x)
     return _product(left.reshape(-1, width), x.reshape(-1, width))
 
 
-def _rows(matrix: Array, batch: Array) -> Array:
-    return jnp.einsum("ij,bjn->bin", matrix, batch, precision=_precise)
+def _einsum(subscripts: str, a: Array, b: Array) -> Array:
+    """A product that adds up in float32, rounded once to the operands' dtype."""
+    return jnp.einsum(subscripts, a, b, precision=_precise, preferred_element_type=jnp.float32).astype(a.dtype)
 
 
 def _product(a: Float[Array, "rows n"], b: Float[Array, "rows n"]) -> Float[Array, "n n"]:
@@ -127,11 +136,13 @@ def _product(a: Float[Array, "rows n"], b: Float[Array, "rows n"]) -> Float[Arra
     n = a.shape[1]
     pieces = next((k for k in (6, 4, 3, 2) if n % k == 0 and n // k >= _PIECE), 1)
     if pieces == 1:
-        return jnp.matmul(a.T, b, precision=_precise)
+        return jnp.matmul(a.T, b, precision=_precise, preferred_element_type=jnp.float32)
     size = n // pieces
-    rows = []
+    rows, transposed = [], jax.lax.optimization_barrier(a.T)  # in memory: XLA's CPU products of aᵀ views are slower
     for i in range(pieces):
         end = (i + 1) * size
-        part = jnp.matmul(a[:, i * size : end].T, b[:, :end], precision=_precise)
+        part = jnp.matmul(
+            transposed[i * size : end], b[:, :end], precision=_precise, preferred_element_type=jnp.float32
+        )
         rows.append(jnp.pad(part, ((0, 0), (0, n - end))))
     return jnp.concatenate(rows)

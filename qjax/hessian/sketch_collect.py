@@ -116,7 +116,7 @@ def accumulate_sketch(
     back, gradients = pull(gradient)
     total, carry, bad = {}, {}, {}
     for name, site in LINEARS.items():
-        g = gradients[name].astype(jnp.float32) * mask[:, None, None]
+        g = gradients[name] * mask[:, None, None].astype(gradients[name].dtype)
         known = factors.get(name, {})
         added = increments(inputs[site], g, known.get("input"), known.get("output"), per_token=per_token, update=update)
         broken = ~jnp.all(jnp.isfinite(g), axis=(1, 2))
@@ -130,12 +130,11 @@ def accumulate_sketch(
     return Sums(total, carry, bad), back
 
 
-def activation_bytes(parameters: Any, config: ModelConfig, batch: int, length: int) -> int:
+def activation_bytes(parameters: Any, config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> int:
     """Memory of what one block keeps of a batch for its pullback."""
-    dtype = parameters["input_layernorm"].dtype
     width = parameters["input_layernorm"].shape[0]
     _, pull, inputs = jax.eval_shape(
-        functools.partial(probed, config=config), parameters, jax.ShapeDtypeStruct((batch, length, width), dtype)
+        functools.partial(probed, config=config), parameters, jax.ShapeDtypeStruct((batch, length, width), jnp.dtype(dtype))
     )
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     return max(size((pull, inputs)) - size(parameters), 0)  # the weights are kept anyway
@@ -169,11 +168,12 @@ def sketch_pass(
     known = {i: {} if factors is None else {k: dict(v) for k, v in factors(i).items()} for i in sums}
     root = jax.random.wrap_key_data(jax.device_put(np.array([number, sketch.seed], np.uint32)))
     held = sum(block_bytes(blocks[index]) for index in sums)
-    held += sum(activation_bytes(blocks[i], config, batch, tokens.shape[1]) for i in range(lowest, len(blocks)))
+    shape = batch, tokens.shape[1], sketch.compute
+    held += sum(activation_bytes(blocks[i], config, *shape) for i in range(lowest, len(blocks)))
     keep = held <= budget
     for offset, (part, mask) in enumerate(batches(tokens[start:], batch)):
         first = np.uint32(start + offset * batch)
-        x, kept = embed(params["embed"], part), []
+        x, kept = embed(params["embed"], part).astype(sketch.compute), []
         for index, parameters in enumerate(blocks):
             before = x
             x, pull, inputs = forward(parameters, before, config)

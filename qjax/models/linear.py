@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeAlias, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -29,4 +30,31 @@ def linear(
     """`x Wᵀ` in the dtype of `x` (a quantised weight is decoded on the fly and stays packed in memory)."""
     if isinstance(weight, Operator):
         return weight.matmul(x)
+    if x.dtype == jnp.bfloat16:
+        return _bfloat16(x, weight.astype(x.dtype))
     return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
+
+
+@jax.custom_vjp
+def _bfloat16(x: Array, weight: Array) -> Array:
+    """`x Wᵀ`, added up in float32, in both directions.
+
+    The derivative that JAX makes of such a product multiplies float32 by bfloat16, which a CPU does at half the speed.
+    """
+    return _sum("...i,oi->...o", x, weight)
+
+
+def _sum(subscripts: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _bfloat16(x, weight), (x, weight)
+
+
+def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weight = kept
+    return _sum("...o,oi->...i", gradient, weight), _sum("...o,...i->oi", gradient, x)
+
+
+_bfloat16.defvjp(_forward, _backward)

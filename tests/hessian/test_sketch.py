@@ -283,6 +283,19 @@ def test_prefixes_that_no_sums_belong_to(model, tokens, tmp_path, sketch, size, 
         collect(HessianStore(tmp_path), model, tokens[:5], sketch, prefixes={size: "p"})
 
 
+@pytest.mark.parametrize(("estimator", "rounds"), [("sketch_b", 1), ("sketch_a", 3)])
+def test_rounding_to_bfloat16_is_far_below_the_sampling_error(model, tokens, estimator, rounds):
+    def sketch(tokens, compute):
+        return hessian.collect(model, tokens, estimator, batch=3, rounds=rounds, labels="data", compute=compute)
+
+    exact, rounded, other = sketch(tokens[:3], "float32"), sketch(tokens[:3], "bfloat16"), sketch(tokens[3:6], "float32")
+    for name in exact:
+        for factor in ("input", "output"):
+            a, b, c = (np.asarray(getattr(h[name], factor)) for h in (exact, rounded, other))
+            assert b.dtype == np.float32
+            assert 0 < np.linalg.norm(a - b) < 0.2 * np.linalg.norm(a - c), (name, factor)
+
+
 def test_a_small_budget_repeats_the_pass_for_fewer_blocks(model, tokens, tmp_path):
     assert ranges(model.params["blocks"], 1) == [range(1, 2), range(1)]
     assert ranges(model.params["blocks"], 2 * block_bytes(model.params["blocks"][0])) == [range(2)]
@@ -358,6 +371,7 @@ def test_errors_say_what_is_allowed(model, tokens):
         "rounds": 1,
         "labels": "sampled",
         "seed": 0,
+        "compute": "float32",
         "input": "sketch",
         "budget_gb": 8,
         "checkpoint_s": 600,
@@ -368,6 +382,7 @@ def test_errors_say_what_is_allowed(model, tokens):
         ({"estimator": "sketch_c"}, "there are: input, sketch_a, sketch_b"),
         ({"input": "both"}, "hessian.input is 'both'; allowed are sketch and moment"),
         ({"stream": "quantized"}, "use hessian.input=moment, or hessian.stream=original"),
+        ({"compute": "float16"}, "hessian.compute is 'float16'; allowed are float32, bfloat16"),
         ({"budget_gb": 0}, "hessian.budget_gb is 0; it is positive"),
         ({"stream": "quantized", "input": "moment", "sequences": 4}, "use data.calibration_sequences"),
     ]:
