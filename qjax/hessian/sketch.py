@@ -38,7 +38,7 @@ class Sketch:
       labels: "sampled" from the model's own softmax (the true Fisher), or the next token of the "data" (the empirical).
       seed: of the samples.
       compute: dtype of activations, gradients and of what enters the matrix products; sums are float32. "bfloat16" is
-        faster where the device multiplies it faster; its rounding changes the factors by far less than another sample does.
+        faster where the device multiplies it faster; it changes the factors by far less than another sample does.
     """
 
     estimator: str = "sketch_b"

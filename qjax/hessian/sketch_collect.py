@@ -134,7 +134,9 @@ def activation_bytes(parameters: Any, config: ModelConfig, batch: int, length: i
     """Memory of what one block keeps of a batch for its pullback."""
     width = parameters["input_layernorm"].shape[0]
     _, pull, inputs = jax.eval_shape(
-        functools.partial(probed, config=config), parameters, jax.ShapeDtypeStruct((batch, length, width), jnp.dtype(dtype))
+        functools.partial(probed, config=config),
+        parameters,
+        jax.ShapeDtypeStruct((batch, length, width), jnp.dtype(dtype)),
     )
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     return max(size((pull, inputs)) - size(parameters), 0)  # the weights are kept anyway

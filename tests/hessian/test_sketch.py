@@ -288,7 +288,8 @@ def test_rounding_to_bfloat16_is_far_below_the_sampling_error(model, tokens, est
     def sketch(tokens, compute):
         return hessian.collect(model, tokens, estimator, batch=3, rounds=rounds, labels="data", compute=compute)
 
-    exact, rounded, other = sketch(tokens[:3], "float32"), sketch(tokens[:3], "bfloat16"), sketch(tokens[3:6], "float32")
+    exact, rounded = (sketch(tokens[:3], compute) for compute in ("float32", "bfloat16"))
+    other = sketch(tokens[3:6], "float32")
     for name in exact:
         for factor in ("input", "output"):
             a, b, c = (np.asarray(getattr(h[name], factor)) for h in (exact, rounded, other))
