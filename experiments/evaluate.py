@@ -80,7 +80,7 @@ def main(config: DictConfig) -> None:
     options = {key: value for key, value in settings["data"].items() if value is not None}
     tokens = data.load(tokenizer=model.tokenizer, vocab_size=model.config.vocab_size, seed=settings["seed"], **options)
     teacher = job.reference_states(model, tokens.evaluation, settings["batch"], cache)
-    report = job.compare(model, params, teacher, tokens.evaluation, settings["batch"])
+    report = job.compare(model, params, teacher, tokens.evaluation, settings["batch"], tokens.rows)
     report["whole_model_bytes"] = whole_model_bytes(params)
     finish(report, settings["out"])
 

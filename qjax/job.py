@@ -160,7 +160,9 @@ def run(job: Job) -> dict[str, Any] | None:
             elif job.finetune["name"] != "none":
                 if teacher is not None:
                     with watch.stage("evaluate"):
-                        before = compare(model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"])
+                        before = compare(
+                            model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"], tokens.rows
+                        )
                     tuning = {"before": before}
                 with watch.stage("finetune"):
                     tuned = finetune_model(
@@ -180,7 +182,9 @@ def run(job: Job) -> dict[str, Any] | None:
                 results["error_bound"] = _bound(quantized.reports, measured)
             if teacher is not None:
                 with watch.stage("evaluate"):
-                    results |= compare(model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"])
+                    results |= compare(
+                        model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"], tokens.rows
+                    )
                 if "before" in results.get("finetune", {}):
                     results["finetune"]["recovered"] = recovered(results["finetune"]["before"], results)
             with watch.stage("save"):
@@ -440,8 +444,15 @@ def _bound(reports: list[MatrixReport], measured: Mapping[str, Fit]) -> dict[str
     }
 
 
-def compare(model: models.Model, params: Any, teacher: Any, tokens: data.TokenStream, batch: int) -> dict[str, Any]:
-    """The evaluation of quantised parameters against the reference model and its states."""
+def compare(
+    model: models.Model,
+    params: Any,
+    teacher: Any,
+    tokens: data.TokenStream,
+    batch: int,
+    domains: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The evaluation of quantised parameters against the reference model and its states (`domains`: rows of each)."""
     with Progress("evaluate", model.config.num_layers) as progress:
         report = evaluate.evaluate(
             teacher,
@@ -451,6 +462,7 @@ def compare(model: models.Model, params: Any, teacher: Any, tokens: data.TokenSt
             model.config,
             batch=batch,
             progress=lambda done, total: progress.update(done),
+            domains=domains,
         )
     return report.to_dict()
 

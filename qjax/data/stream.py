@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from qjax.data.packing import interleave
 from qjax.errors import DataError, InputError
 
 __all__ = ["TokenSplit", "TokenStream", "Tokenizer", "check_disjoint", "check_vocabulary"]
@@ -73,6 +74,13 @@ class TokenSplit:
     calibration: TokenStream
     evaluation: TokenStream
     domains: dict[str, TokenStream]
+
+    @property
+    def rows(self) -> dict[str, np.ndarray]:
+        """Which rows of the evaluation windows belong to each domain."""
+        sizes = [stream.sequences for stream in self.domains.values()]
+        order = interleave([np.full((size, 1), index) for index, size in enumerate(sizes)])[:, 0]
+        return {name: np.flatnonzero(order == index) for index, name in enumerate(self.domains)}
 
 
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, name: str) -> None:

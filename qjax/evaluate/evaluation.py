@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ def evaluate(
     batch: int = BATCH,
     seed: int = 0,
     progress: Progress | None = None,
+    domains: Mapping[str, np.ndarray] | None = None,
 ) -> EvaluationReport:
     """Perplexity, KL to the reference and agreement of the model `params` on windows of tokens.
 
@@ -67,6 +69,7 @@ def evaluate(
         a `TeacherCache`.
       reference_head: `transformer.head` of the reference.
       seed: of the bootstrap's resamples.
+      domains: the rows of each domain's windows; with more than one domain their numbers are reported too.
 
     Raises InputError when the windows and `reference_hidden` differ in shape, NumericsError for non-finite logits.
     """
@@ -87,14 +90,21 @@ def evaluate(
     metrics = {name: np.concatenate([row[name] for row in rows])[: stream.sequences] for name in rows[0]}
     check_finite({"nll_reference": metrics["nll_reference"]}, "the reference model")
     check_finite({name: metrics[name] for name in ("nll", "kl")}, "the evaluated model")
-    return summarise(
-        metrics,
-        context_length=stream.length,
-        stride=stream.description.get("stride", stream.length),
-        bos=stream.description.get("bos", "unstated"),
-        tokens_sha256=stream.sha256,
-        seed=seed,
-    )
+    protocol = {
+        "context_length": stream.length,
+        "stride": stream.description.get("stride", stream.length),
+        "bos": stream.description.get("bos", "unstated"),
+        "tokens_sha256": stream.sha256,
+        "seed": seed,
+    }
+    report = summarise(metrics, **protocol)
+    if domains is None or len(domains) < 2:
+        return report
+    parts = {
+        name: summarise({key: values[rows] for key, values in metrics.items()}, **protocol).excerpt()
+        for name, rows in domains.items()
+    }
+    return dataclasses.replace(report, domains=parts)
 
 
 def perplexity(

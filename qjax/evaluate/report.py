@@ -25,6 +25,7 @@ class EvaluationReport:
         first of each window.
       bos: the BOS policy of the windows.  stride: source tokens from one window to the next.
       tokens_sha256: identity of the windows.
+      domains: the numbers of each domain of a mixture, empty for a single source.
     """
 
     perplexity: float
@@ -46,10 +47,18 @@ class EvaluationReport:
     stride: int
     bos: str
     tokens_sha256: str
+    domains: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def excerpt(self) -> dict[str, Any]:
+        """The numbers without the protocol, as JSON values."""
+        protocol = ("tokens_evaluation", "context_length", "stride", "bos", "tokens_sha256", "domains")
+        return {name: value for name, value in self.to_dict().items() if name not in protocol}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values (intervals as lists)."""
         fields = dataclasses.asdict(self)
+        if not self.domains:
+            del fields["domains"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 

@@ -225,6 +225,8 @@ def test_mixture_keeps_domains_apart(tmp_path, story):
     alone = take(path=story, calibration=12, evaluation=6)
     assert list(split.domains) == ["words", "noise"]
     np.testing.assert_array_equal(split.domains["words"].tokens, alone.evaluation.tokens)
+    np.testing.assert_array_equal(split.evaluation.tokens[split.rows["words"]], alone.evaluation.tokens)
+    assert sorted(np.concatenate(list(split.rows.values()))) == list(range(split.evaluation.sequences))
     rows = {row.tobytes() for row in split.calibration.tokens}
     assert len(rows) == 16 and {row.tobytes() for row in alone.calibration.tokens} < rows
     assert split.evaluation.tokens.shape == (8, 32)

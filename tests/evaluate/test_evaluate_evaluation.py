@@ -129,6 +129,19 @@ def test_numbers_agree_with_an_independent_float64_model():
     np.testing.assert_allclose(perplexity(OTHER, TOKENS, CONFIG, batch=3), report.perplexity, rtol=1e-5)
 
 
+def test_the_numbers_of_a_domain_are_those_of_its_windows_alone():
+    domains = {"even": np.arange(0, len(TOKENS), 2), "odd": np.arange(1, len(TOKENS), 2)}
+    found = run(domains=domains).domains
+    assert list(found) == ["even", "odd"]
+    for name, rows in domains.items():
+        alone = run(tokens=TOKENS[rows]).excerpt()
+        assert found[name].keys() == alone.keys() and found[name]["sequences"] == len(rows)
+        for key, value in alone.items():
+            np.testing.assert_allclose(found[name][key], value, rtol=1e-5, err_msg=key)
+    assert run(domains={"all": np.arange(len(TOKENS))}).domains == {}
+    assert "domains" not in run().to_dict() and "domains" in run(domains=domains).to_dict()
+
+
 @pytest.mark.parametrize("batch", [1, 3, 5, 8])
 def test_the_batch_does_not_change_the_numbers(batch):
     one, other = run(batch=2).to_dict(), run(batch=batch).to_dict()
