@@ -33,7 +33,7 @@ from qjax.recipe import Recipe
 from qjax.records import Records
 from qjax.run.fingerprint import device, versions
 from qjax.run.lock import RunLock
-from qjax.run.memory import shrinking
+from qjax.run.memory import return_freed_memory, returning_memory, shrinking
 from qjax.run.monitor import CompileCounter, Stopwatch, device_peak_memory_bytes, peak_memory_bytes
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
@@ -110,7 +110,7 @@ def run(job: Job) -> dict[str, Any] | None:
     A finished run is not repeated, a killed one continues.
     Raises the errors of `qjax.errors`; the run directory never looks finished unless it is.
     """
-    with CompileCounter() as compiles, RunLock(job.out):
+    with CompileCounter() as compiles, returning_memory(), RunLock(job.out):
         watch = Stopwatch(compiles)
         with watch.stage("load"):
             files = job.inputs.files(job.model["source"])
@@ -338,6 +338,7 @@ def _quantize_by(
     with watch.stage("quantize"), Progress(f"quantise {job.out.name}", matrices) as progress:
 
         def on_layer(report: MatrixReport, found: bool) -> None:
+            return_freed_memory()
             peaks[report.name] = peak_memory_bytes()
             place[0] = f"what follows {report.name}"
             progress.advance(note=f"{report.name} proxy loss {report.proxy_loss:.4f}")

@@ -187,6 +187,16 @@ def _undirected(weight: Array, hessian: Hessian) -> Array:
     return jnp.sum(jnp.square(weight)) * mean / jnp.maximum(quadratic(weight, hessian), jnp.finfo(jnp.float32).tiny)
 
 
+def _first_not_finite(matrix: np.ndarray, rows: int = 256) -> tuple[int, int] | None:
+    """Where the first value is that is not finite, some rows at a time."""
+    for start in range(0, len(matrix), rows):
+        finite = np.isfinite(matrix[start : start + rows])
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
+            return start + int(row), int(column)
+    return None
+
+
 def _validate(weight: Any, hessian: Hessian, name: str) -> None:
     shape = np.shape(weight)
     if len(shape) != 2 or 0 in shape:
@@ -211,8 +221,7 @@ def _validate(weight: Any, hessian: Hessian, name: str) -> None:
         if array is None:
             continue
         host = np.asarray(array)
-        if not np.all(np.isfinite(host)):
-            where = tuple(int(i) for i in np.argwhere(~np.isfinite(host))[0])
+        if (where := _first_not_finite(host)) is not None:
             raise NumericsError(
                 f"layer {name}: the {what} holds {host[where]} at {where}; "
                 "check the checkpoint, or the calibration data and its dtype"

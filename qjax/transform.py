@@ -29,10 +29,29 @@ def _pad(x: Array, *sizes: int) -> Array:
     return jnp.pad(x, widths) if any(after for _, after in widths) else x
 
 
+# How many rows of a large Hessian are rotated at a time: a rotation needs several times the memory of what it rotates.
+_ROWS = 1024
+
+
+def _rotated(rotation: Rotation, matrix: Array | None, into: Array, transposed: bool) -> Array:
+    """`matrix R`, or its transpose, written over `into` some rows at a time; `into R` without a matrix."""
+
+    def step(place: Array, into: Array) -> Array:
+        start = place * _ROWS
+        part = rotation.apply(jax.lax.dynamic_slice_in_dim(into if matrix is None else matrix, start, _ROWS))
+        return jax.lax.dynamic_update_slice_in_dim(into, part.T if transposed else part, start, axis=int(transposed))
+
+    return jax.lax.fori_loop(0, into.shape[0] // _ROWS, step, into)
+
+
 def _congruence(hessian: Array, rotation: Rotation | None, size: int) -> Array:
     """`Rᵀ H R` of the zero-padded H, for a symmetric H."""
     h = _pad(widened(hessian), size, size)
-    return h if rotation is None else rotation.apply(rotation.apply(h).T)
+    if rotation is None:
+        return h
+    if size <= _ROWS or size % _ROWS:
+        return rotation.apply(rotation.apply(h).T)
+    return _rotated(rotation, None, _rotated(rotation, h, jnp.zeros_like(h), transposed=True), transposed=False)
 
 
 @struct.dataclass

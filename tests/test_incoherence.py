@@ -309,3 +309,14 @@ def test_wrong_shapes(method, shape):
     assert transform.padded == (12, 24)
     with pytest.raises(InputError, match=r"of a \[11, 22\] matrix takes"):
         getattr(transform, method)(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "kronecker"])
+def test_a_hessian_rotated_some_rows_at_a_time_is_the_same(monkeypatch, kind):
+    _, h, _ = matrices(8, 24)
+    transform = draw(kind, 8, 24)
+    whole = transform.input_hessian(jnp.asarray(h, jnp.float32))
+    monkeypatch.setattr("qjax.transform._ROWS", 8)
+    np.testing.assert_allclose(transform.input_hessian(jnp.asarray(h, jnp.float32)), whole, rtol=0, atol=2e-6)
+    eye = np.asarray(transform.input(jnp.eye(24, dtype=jnp.float32)), np.float64)
+    np.testing.assert_allclose(whole, eye.T @ h @ eye, rtol=0, atol=1e-4 * np.abs(h).max())

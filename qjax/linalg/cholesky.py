@@ -8,6 +8,7 @@ Other platforms have a good factorisation of their own.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,33 +42,93 @@ def _inverse(lower: Float[Array, "b b"]) -> Float[Array, "b b"]:
 
 
 def _blocked_cholesky(matrix: Array, shift: Array, block: int) -> Array:
+    """The blocks of a whole number of `block` columns in one loop, what is left of them after it.
+
+    A switch holds, for every place of the loop, the products of that place's exact sizes; all else is in the program
+    once. (Unrolled, the program of 8192 columns took minutes to compile and hundreds of megabytes to keep.)
+    """
     n = matrix.shape[0]
+    count = n // block
+
+    def unexplained(start: int) -> Callable[[Array, Array, Array], Array]:
+        """The panel `[n, block]` that starts at `start`, zeros above, less what the finished columns explain."""
+
+        def panel(column: Array, row: Array, factor: Array) -> Array:
+            found = (column[start:] + row[:, start:].T) / 2
+            if start:
+                above = factor[start : start + block, :start]
+                found = found - jnp.matmul(factor[start:, :start], above.T, precision=_PRECISE)
+            return jnp.pad(found, ((start, 0), (0, 0)))
+
+        return panel
+
+    def finished(start: int) -> Callable[[Array, Array, Array], Array]:
+        """The columns of the factor: zeros, the corner, and the panel below it times the inverse of the corner."""
+        end = start + block
+
+        def columns(panel: Array, corner: Array, inverse: Array) -> Array:
+            below = jnp.matmul(panel[end:], inverse.T, precision=_PRECISE)
+            return jnp.concatenate([jnp.zeros((start, block), panel.dtype), corner, below])
+
+        return columns
+
+    starts = [i * block for i in range(count)]
+    panels, columns = [unexplained(start) for start in starts], [finished(start) for start in starts]
+
+    def step(place: Array, factor: Array) -> Array:
+        start = place * block
+        column = jax.lax.dynamic_slice_in_dim(matrix, start, block, axis=1)
+        row = jax.lax.dynamic_slice_in_dim(matrix, start, block, axis=0)
+        panel = jax.lax.switch(place, panels, column, row, factor)
+        corner = _corner(jax.lax.dynamic_slice_in_dim(panel, start, block, axis=0), shift)
+        found = jax.lax.switch(place, columns, panel, corner, _inverse(corner))
+        return jax.lax.dynamic_update_slice_in_dim(factor, found, start, axis=1)
+
     factor = jnp.zeros_like(matrix)
-    for start in range(0, n, block):  # unrolled, so that products have exact sizes
-        end = min(start + block, n)
-        panel = (matrix[start:, start:end] + matrix[start:end, start:].T) / 2  # never the whole matrix once more
-        if start:
-            panel = panel - jnp.matmul(factor[start:, :start], factor[start:end, :start].T, precision=_PRECISE)
-        width = end - start
-        corner = jnp.linalg.cholesky(panel[:width] + shift * jnp.eye(width, dtype=matrix.dtype))
-        factor = _put(factor, corner, start, start)
-        if end < n:
-            below = jnp.matmul(panel[width:], _inverse(corner).T, precision=_PRECISE)
-            factor = _put(factor, below, end, start)
-    return factor
+    factor = jax.lax.fori_loop(0, count, step, factor) if count else factor  # a loop is traced even for no turn
+    start = count * block
+    if start == n:
+        return factor
+    panel = (matrix[start:, start:] + matrix[start:, start:].T) / 2
+    if start:
+        panel = panel - jnp.matmul(factor[start:, :start], factor[start:, :start].T, precision=_PRECISE)
+    return _put(factor, _corner(panel, shift), start, start)
+
+
+def _corner(panel: Array, shift: Array) -> Array:
+    return jnp.linalg.cholesky(panel + shift * jnp.eye(panel.shape[0], dtype=panel.dtype))
 
 
 def _blocked_inverse(lower: Array, block: int) -> Array:
+    """As `_blocked_cholesky`, block row after block row."""
     n = lower.shape[0]
-    inverse = jnp.zeros_like(lower)
-    for start in range(0, n, block):
-        end = min(start + block, n)
-        corner = _inverse(lower[start:end, start:end])
-        inverse = _put(inverse, corner, start, start)
-        if start:
+    count = n // block
+
+    def finished(start: int) -> Callable[[Array, Array, Array], Array]:
+        """The rows from `start` on: `−L_kk⁻¹ Σ_i L_ki X_i`, `L_kk⁻¹`, zeros."""
+
+        def rows(lower: Array, inverse: Array, corner: Array) -> Array:
+            end = start + corner.shape[0]
             feedback = jnp.matmul(lower[start:end, :start], inverse[:start, :start], precision=_PRECISE)
-            inverse = _put(inverse, -jnp.matmul(corner, feedback, precision=_PRECISE), start, 0)
-    return inverse
+            left = -jnp.matmul(corner, feedback, precision=_PRECISE)
+            return jnp.concatenate([left, corner, jnp.zeros((end - start, n - end), lower.dtype)], axis=1)
+
+        return rows
+
+    branches = [finished(i * block) for i in range(count)]
+
+    def step(place: Array, inverse: Array) -> Array:
+        start = place * block
+        corner = _inverse(jax.lax.dynamic_slice(lower, (start, start), (block, block)))
+        rows = jax.lax.switch(place, branches, lower, inverse, corner)
+        return jax.lax.dynamic_update_slice_in_dim(inverse, rows, start, axis=0)
+
+    inverse = jnp.zeros_like(lower)
+    inverse = jax.lax.fori_loop(0, count, step, inverse) if count else inverse
+    start = count * block
+    if start == n:
+        return inverse
+    return _put(inverse, finished(start)(lower, inverse, _inverse(lower[start:, start:])), start, 0)
 
 
 @functools.partial(jax.jit, static_argnames=("block",))

@@ -23,7 +23,7 @@ _FIRST_ESCALATION = (
     1e-6  # where the escalation starts when no damping was asked for: about 10 units in the last place of float32
 )
 _SYMMETRY_TOLERANCE = 1e-4
-_CHECKED_ROWS = 1024
+_CHECKED_ROWS = 256
 
 
 class DampedFactor(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,10 @@ from jaxtyping import Array, Float
 
 from qjax.errors import InputError, NumericsError
 
-__all__ = ["block_ldl", "block_ldl_host", "block_udu", "factor_blocks", "invert_blocks", "unit_lower"]
+__all__ = ["block_ldl", "block_ldl_host", "block_udu", "factor_blocks", "invert_blocks", "times_blocks", "unit_lower"]
+
+# How many columns `times_blocks` multiplies at a time.
+_COLUMNS = 512
 
 
 def check_block(n: int, block: int) -> None:
@@ -74,14 +78,48 @@ def unit_lower(
             cholesky / pivot.reshape(1, n),
             jnp.square(pivot).reshape(n, 1, 1),
         )
-    else:
-        index = jnp.arange(count)
-        corners = cholesky.reshape(count, block, count, block)[index, :, index, :]
-        columns = cholesky.reshape(n, count, block)
-        lower = jnp.einsum("ngb,gbc->ngc", columns, invert_blocks(corners), precision="highest").reshape(n, n)
-        diagonal = jnp.einsum("bij,bkj->bik", corners, corners, precision="highest")
-    row, column = jnp.arange(n).reshape(n, 1), jnp.arange(n).reshape(1, n)
-    return jnp.where(row // block > column // block, lower, (row == column).astype(lower.dtype)), diagonal
+        row, column = jnp.arange(n).reshape(n, 1), jnp.arange(n).reshape(1, n)
+        return jnp.where(row > column, lower, (row == column).astype(lower.dtype)), diagonal
+    index = jnp.arange(count)
+    corners = cholesky.reshape(count, block, count, block)[index, :, index, :]
+    diagonal = jnp.einsum("bij,bkj->bik", corners, corners, precision="highest")
+
+    def strictly_lower(values: Array, start: Array) -> Array:
+        row = jnp.arange(n, dtype=start.dtype).reshape(n, 1)
+        column = start + jnp.arange(values.shape[1], dtype=start.dtype).reshape(1, -1)
+        return jnp.where(row // block > column // block, values, (row == column).astype(values.dtype))
+
+    return times_blocks(cholesky, invert_blocks(corners), strictly_lower), diagonal
+
+
+def times_blocks(
+    matrix: Float[Array, "m n"],
+    blocks: Float[Array, "blocks block block"],
+    after: Callable[[Array, Array], Array],
+) -> Float[Array, "m n"]:
+    """`A blockdiag(B_1 … B_k)`, a few hundred columns at a time, so that it can take the place of A in memory.
+
+    `after(columns, index of the first)` is applied to every piece of the product.
+    """
+    rows = matrix.shape[0]
+    count, block = blocks.shape[:2]
+    group = max(g for g in range(1, count + 1) if count % g == 0 and (g == 1 or g * block <= _COLUMNS))
+    width = group * block
+
+    def piece(start: Array, columns: Array, factors: Array) -> Array:
+        product = jnp.einsum("ngb,gbc->ngc", columns.reshape(rows, group, block), factors, precision="highest")
+        return after(product.reshape(rows, width), start)
+
+    if group == count:
+        return piece(jnp.int32(0), matrix, blocks)
+
+    def step(place: Array, matrix: Array) -> Array:
+        start = place * width
+        columns = jax.lax.dynamic_slice_in_dim(matrix, start, width, axis=1)
+        factors = jax.lax.dynamic_slice_in_dim(blocks, place * group, group)
+        return jax.lax.dynamic_update_slice_in_dim(matrix, piece(start, columns, factors), start, axis=1)
+
+    return jax.lax.fori_loop(0, count // group, step, matrix)
 
 
 @functools.partial(jax.jit, static_argnames=("block",))

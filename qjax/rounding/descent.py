@@ -14,7 +14,7 @@ from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
 from qjax.hessian.statistics import Hessian
 from qjax.linalg.damping import damped_factor, normalise
-from qjax.linalg.ldl import factor_blocks, invert_blocks
+from qjax.linalg.ldl import factor_blocks, invert_blocks, times_blocks
 from qjax.rounding.base import (
     ROUNDINGS,
     Rounded,
@@ -56,9 +56,13 @@ def coupling(hessian: Float[Array, "n n"], block: int) -> tuple[Float[Array, "n 
     factor = factor_blocks(hessian.reshape(count, block, count, block)[index, :, index, :])
     root = invert_blocks(factor)
     inverse = jnp.einsum("kab,kac->kbc", root, root, precision=precise)
-    matrix = jnp.einsum("nkb,kbc->nkc", hessian.reshape(n, count, block), inverse, precision=precise).reshape(n, n)
-    place = index.repeat(block)
-    return jnp.where(place.reshape(n, 1) == place.reshape(1, n), 0, matrix), factor
+
+    def without_diagonal(values: Array, start: Array) -> Array:
+        row = jnp.arange(n, dtype=start.dtype).reshape(n, 1)
+        column = start + jnp.arange(values.shape[1], dtype=start.dtype).reshape(1, -1)
+        return jnp.where(row // block == column // block, 0, values)
+
+    return times_blocks(hessian, inverse, without_diagonal), factor
 
 
 def split_codes(codes: Shaped[Array, "..."], count: int) -> Shaped[Array, "..."]:

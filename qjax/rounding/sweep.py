@@ -51,7 +51,7 @@ def widths(
         chain.append(group)
     if not chain or chain[-1] != block:
         chain.append(block)
-    # The widest level is unrolled by `sweep`: keep it to a few wide pieces, or one.
+    # Every place of the widest level has a product of its own in `sweep`: keep it to a few wide pieces, or one.
     return tuple(chain) if chain[0] >= 256 or chain[0] == columns else (columns, *chain)
 
 
@@ -127,32 +127,44 @@ def sweep(
 ) -> tuple[Array, Any]:
     """Round all columns: (codes `[n/block, ...]` of the column blocks in natural order, results of `enter` or None).
 
-    The widest level is unrolled, so that its matrix products have exact, triangular sizes: `m n² / 2` multiplications.
+    The widest level is one loop whose matrix products have exact, triangular sizes, `m n² / 2` multiplications: a
+    switch holds one product for every place of the loop, so the program has one copy of the levels below and not one
+    per place.
     """
     transposed = weight.T
-    count = weight.shape[1]
-    top = levels[0]
-    starts = list(range(0, count, top))
-    done: list[tuple[int, Array, Array, Any]] = []
-    for start in reversed(starts) if plan.reverse else starts:
-        part = transposed[start : start + top]
-        goal = part
-        if done:
-            errors = [error for _, error, _, _ in sorted(done, key=lambda item: item[0])]
-            first = min(item[0] for item in done)
-            rows = matrix[first : first + top * len(done), start : start + top]
-            goal = _feedback(part, rows, jnp.concatenate(errors))
-        own = matrix[start : start + top, start : start + top]
-        error, codes, inside = _inner(plan, levels, part, goal, own, jnp.int32(start), context)
-        done.append((start, error, codes, inside))
-    done.sort(key=lambda item: item[0])
-    codes = jnp.concatenate([codes for _, _, codes, _ in done])
-    inside = [item[3] for item in done]
-    if inside[0] is None:
-        return codes, None
-    if plan.enter_width == top:
-        inside = [jax.tree.map(lambda x: x[None], item) for item in inside]
-    return codes, jax.tree.map(lambda *xs: jnp.concatenate(xs), *inside)
+    count, top = weight.shape[1], levels[0]
+    if top == count:
+        _, codes, inside = _inner(plan, levels, transposed, transposed, matrix, jnp.int32(0), context)
+        return codes, inside
+
+    def feedback(start: int) -> Callable[[Array, Array], Array]:
+        """What the finished columns, all after (or before) this piece, add to its targets."""
+        finished = slice(start + top, count) if plan.reverse else slice(0, start)
+
+        def product(matrix: Array, error: Array) -> Array:
+            if finished.start == finished.stop:
+                return jnp.zeros((top, error.shape[1]), error.dtype)
+            return jnp.matmul(matrix[finished, start : start + top].T, error[finished], precision=precise)
+
+        return product
+
+    starts = range(0, count, top)
+    branches = [feedback(start) for start in starts]
+
+    def step(error: Array, piece: Array) -> tuple[Array, tuple[Array, Any]]:
+        start = piece * top
+        part = jax.lax.dynamic_slice_in_dim(transposed, start, top, axis=0)
+        goal = part + jax.lax.switch(piece, branches, matrix, error)
+        own = jax.lax.dynamic_slice(matrix, (start, start), (top, top))
+        found, codes, inside = _inner(plan, levels, part, goal, own, start, context)
+        return jax.lax.dynamic_update_slice_in_dim(error, found, start, axis=0), (codes, inside)
+
+    pieces = jnp.arange(len(starts), dtype=jnp.int32)
+    _, (codes, inside) = jax.lax.scan(step, jnp.zeros_like(transposed), pieces, reverse=plan.reverse)
+    codes = codes.reshape(-1, *codes.shape[2:])
+    if plan.enter_width is not None and top > plan.enter_width:  # flatten the stacks of groups below
+        inside = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), inside)
+    return codes, inside
 
 
 def resweep(

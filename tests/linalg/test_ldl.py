@@ -7,7 +7,8 @@ import pytest
 import scipy.linalg
 
 from qjax.errors import InputError, NumericsError
-from qjax.linalg.ldl import block_ldl, block_ldl_host, block_udu, factor_blocks, invert_blocks
+from qjax.linalg import ldl
+from qjax.linalg.ldl import block_ldl, block_ldl_host, block_udu, factor_blocks, invert_blocks, times_blocks
 
 
 def positive(n, seed=0, samples=None):
@@ -136,3 +137,14 @@ def test_small_blocks_are_factored_and_inverted_without_lapack(block):
     np.testing.assert_allclose(invert_blocks(factor) @ factor, np.tile(np.eye(block), (7, 1, 1)), atol=2e-5)
     assert "custom_call" not in jax.jit(factor_blocks).lower(jnp.asarray(matrices)).as_text()
     assert np.isnan(np.asarray(factor_blocks(-jnp.asarray(matrices)))).any()
+
+
+def test_products_with_blocks_in_place_are_those_of_the_whole(monkeypatch):
+    rng = np.random.default_rng(0)
+    matrix, blocks = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 24), (6, 4, 4)))
+    expected = np.asarray(matrix, np.float64) @ block_diagonal(blocks)
+    shifted = lambda part, start: part + start.astype(part.dtype)  # noqa: E731
+    for columns in (4, 8, 24):
+        monkeypatch.setattr(ldl, "_COLUMNS", columns)
+        found = times_blocks(jnp.asarray(matrix), jnp.asarray(blocks), shifted)
+        np.testing.assert_allclose(found, expected + np.arange(24) // columns * columns, rtol=0, atol=1e-5)
