@@ -19,7 +19,7 @@ from qjax.checks import check_reference, doubts
 from qjax.directory import RunDirectory
 from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
-from qjax.finetune import BlockReport, BlockSettings, Settings, lora
+from qjax.finetune import BlockReport, BlockSettings, lora
 from qjax.hessian.collect import layer_names
 from qjax.hessian.fit import Fit, error_bound, predicted_cost
 from qjax.hessian.provide import check_settings, fits, provide
@@ -37,7 +37,7 @@ from qjax.run.memory import return_freed_memory, returning_memory, shrinking
 from qjax.run.monitor import CompileCounter, Stopwatch, device_peak_memory_bytes, peak_memory_bytes
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
-from qjax.tuning import FINETUNE, finetune_model, recovered, save_adapters, stored_bits, whole_model_bytes
+from qjax.tuning import FINETUNE, finetune_model, recovered, save_adapters, settings_of, stored_bits, whole_model_bytes
 
 __all__ = ["IRRELEVANT", "Job", "compare", "reference_states", "run"]
 
@@ -54,8 +54,8 @@ class Job:
     Attributes:
       model: {"source", "dtype"}.  data: arguments of `qjax.data.load`.  hessian: {"estimator", "stream", "batch"}.
       evaluate: {"enabled", "batch"}.  memory: {"host_gb", "disk_gb"}.
-      finetune: {"name": "none"}, "block" with the options of `qjax.finetune.BlockSettings`, "e2e" or "lora" with those
-        of `qjax.finetune.Settings`.
+      finetune: {"name": "none"}, "block" with the options of `qjax.finetune.BlockSettings`, "e2e", "lora" or "qat" with
+        those of `qjax.finetune.Settings`, "pv" with those of `qjax.finetune.pv.Settings`.
       cache: folder shared between runs for Hessians and reference states.
       tracker: makes the tracker, given the run directory.
       inputs: the model and the tokens that jobs of one process share.
@@ -96,7 +96,7 @@ class Job:
                     f"{self.hessian['stream']!r}"
                 )
         elif self.finetune["name"] != "none":
-            Settings.of(self.finetune)
+            settings_of(self.finetune)
         for group, key in (("hessian", "batch"), ("evaluate", "batch")):
             if getattr(self, group)[key] < 1:
                 raise InputError(

@@ -69,17 +69,22 @@ class QuantizedMatrix:
         """Bits of the codebook's tables, counted once for a model that shares them."""
         return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.codebook))
 
-    def rotated(self) -> Float[Array, "padded_out padded_in"]:
-        """Q: the decoded matrix in the rotated basis, float32."""
-        values = self.codebook.dequantize(self.codebook.unpack(self.packed, self.transform.padded))
-        values = self.scaling.denormalize(values)
+    def codewords(self) -> Float[Array, "padded_out padded_in"]:
+        """The decoded values in units of the weight and in the order in which they were coded, float32."""
+        return self.scaling.denormalize(
+            self.codebook.dequantize(self.codebook.unpack(self.packed, self.transform.padded))
+        )
+
+    def rotated(self, values: Float[Array, "padded_out padded_in"] | None = None) -> Array:
+        """Q `[padded_out, padded_in]`: the decoded matrix, or `values` for its codewords, in the rotated basis."""
+        values = self.codewords() if values is None else values
         if self.permutation is None:
             return values
         return jnp.take(values, jnp.argsort(self.permutation), axis=1)
 
-    def dequantize(self) -> Float[Array, "out in"]:
-        """The dense matrix `diag(a) Uᵀ Q V diag(b)` in the original basis, float32."""
-        w = self.transform.weight_inverse(self.rotated())
+    def dequantize(self, values: Float[Array, "padded_out padded_in"] | None = None) -> Float[Array, "out in"]:
+        """The dense matrix `diag(a) Uᵀ Q V diag(b)` in the original basis, float32; with `values` for its codewords."""
+        w = self.transform.weight_inverse(self.rotated(values))
         w = w if self.output_gain is None else w * self.output_gain.astype(w.dtype).reshape(-1, 1)
         return _gained(w, self.input_gain)
 

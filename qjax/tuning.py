@@ -11,17 +11,30 @@ from typing import Any
 import jax
 
 from qjax import artifact, data
-from qjax.finetune import Settings, Step, Tuned, end_to_end, lora
+from qjax.finetune import Settings, Step, Tuned, end_to_end, lora, pv
 from qjax.hessian.store import identity
 from qjax.models import Model
 from qjax.quantized import QuantizedMatrix
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
 
-__all__ = ["FINETUNE", "finetune_model", "recovered", "save_adapters", "stored_bits", "whole_model_bytes"]
+__all__ = [
+    "FINETUNE",
+    "finetune_model",
+    "recovered",
+    "save_adapters",
+    "settings_of",
+    "stored_bits",
+    "whole_model_bytes",
+]
 
-FINETUNE = ("none", "block", "e2e", "lora")
+FINETUNE = ("none", "block", "e2e", "lora", "pv", "qat")
 _log = logging.getLogger("qjax")
+
+
+def settings_of(options: Mapping[str, Any]) -> Settings | pv.Settings:
+    """The settings of tuning a whole quantised model. Raises InputError for wrong ones."""
+    return pv.Settings.of(options) if options["name"] == "pv" else Settings.of(options)
 
 
 def finetune_model(
@@ -41,7 +54,7 @@ def finetune_model(
       options: of the `finetune` group.  text: of `qjax.data.load`; its calibration side is tuned on.
       cache: its folder `teachers` keeps the reference's states.  out: its folder `finetune` keeps checkpoints.
     """
-    settings = Settings.of(options)
+    settings = settings_of(options)
     tokens = data.load(
         tokenizer=model.tokenizer,
         vocab_size=model.config.vocab_size,
@@ -70,7 +83,8 @@ def finetune_model(
             tracker.log({"finetune/loss": step.loss, "finetune/validation": step.validation}, step=step.step)
             _log.info("%s", step)
 
-        tuned = end_to_end(
+        run: Any = pv.alternate if isinstance(settings, pv.Settings) else end_to_end
+        tuned: Tuned = run(
             model,
             params,
             tokens.calibration,

@@ -1,4 +1,4 @@
-"""Tuning of everything in a quantised model that is not a code."""
+"""Tuning of a quantised model: everything that is not a code, adapters over codes, and codes themselves."""
 
 from qjax.finetune.blockwise import BlockReport, BlockSettings, tune_block
 from qjax.finetune.checkpoint import Checkpoints

@@ -17,7 +17,7 @@ import numpy as np
 
 from qjax.data import TokenStream
 from qjax.errors import InputError
-from qjax.finetune import lora
+from qjax.finetune import latent, lora
 from qjax.finetune.checkpoint import Checkpoints
 from qjax.finetune.loop import Options, Result, Step, Task, tune
 from qjax.finetune.optimizer import Optimizer
@@ -38,6 +38,7 @@ class Settings:
     Attributes:
       tokens: tokens that are read, over all epochs.  sequences: different windows; None takes all there are.
       validation: further windows that choose the best.  topk: likeliest tokens of the teacher that count, None for all.
+      qat: tune the original weights, rounded in every pass, instead of what surrounds the codes.
     """
 
     rules: tuple[RateRule, ...]
@@ -55,6 +56,7 @@ class Settings:
     validate_every: int = 10
     checkpoint_every: int = 10
     lora: Mapping[str, Any] | None = None
+    qat: bool = False
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Settings:
@@ -149,6 +151,8 @@ def end_to_end(
     optimizer = Optimizer(steps=steps, **settings.optimizer)
     if settings.lora is not None:
         params = lora.adapted(params, wrapped_key(seed), **settings.lora)
+    if settings.qat:
+        params = latent.rounding_latents(params, reference.params)
     names = tunable(params)
     model = view(params, assign(settings.rules, names))
     found: dict[str, np.ndarray] = {}
@@ -193,6 +197,8 @@ def end_to_end(
     tuned = merged(params, model.layout, result.tuned)
     if settings.lora is not None:
         tuned = lora.filled(tuned, model.layout, result.tuned)
+    if settings.qat:
+        tuned = latent.closed(tuned, model.layout, result.tuned)
     return Tuned(tuned, _report(result, task, len(names)))
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "attached",
     "filled",
     "load",
+    "mapped",
     "merge",
     "merged",
     "save",
@@ -149,7 +150,7 @@ class Merged:
         return jnp.einsum("...i,oi->...o", x, self.dense.astype(x.dtype))
 
 
-def _mapped(params: Any, change: Callable[[str, Any], Any]) -> Any:
+def mapped(params: Any, change: Callable[[str, Any], Any]) -> Any:
     """`params` with `change(layer name, weight)` in place of every linear's weight."""
     blocks = []
     for index, block in enumerate(params["blocks"]):
@@ -183,7 +184,7 @@ def adapted(
         a = jax.random.normal(named_key(key, name), (rank, inner)) * inner**-0.5
         return LowRank(weight, a, jnp.zeros((out, rank)), alpha / rank)
 
-    result = _mapped(params, change)
+    result = mapped(params, change)
     if not found:
         raise InputError(
             f"finetune.lora.pattern {pattern!r} matches no quantised layer; names look like layers.0.mlp.up_proj"
@@ -202,7 +203,7 @@ def filled(params: Any, layout: Layout, tuned: Mapping[str, Any]) -> Any:
         whole: Any = weight
         return whole.replace(**{part: jax.device_put(value) for part, value in values.items() if value is not None})
 
-    return _mapped(params, change)
+    return mapped(params, change)
 
 
 def stripped(params: Any) -> Any:
@@ -212,7 +213,7 @@ def stripped(params: Any) -> Any:
         base = weight.base if isinstance(weight, LowRank) else weight
         return base.dense if isinstance(base, Decoded) else base
 
-    return _mapped(params, change)
+    return mapped(params, change)
 
 
 def adapters(params: Any) -> dict[str, LowRank]:
@@ -224,7 +225,7 @@ def adapters(params: Any) -> dict[str, LowRank]:
             found[name] = weight
         return weight
 
-    _mapped(params, look)
+    mapped(params, look)
     return found
 
 
@@ -246,7 +247,7 @@ def attached(params: Any, parts: Mapping[str, tuple[Any, Any, float]]) -> Any:
             )
         return LowRank(weight, jax.device_put(a), jax.device_put(b), scale)
 
-    result = _mapped(params, change)
+    result = mapped(params, change)
     if rest:
         raise InputError(f"adapters of layers that the model does not have: {', '.join(list(rest)[:4])}")
     return result
@@ -266,14 +267,12 @@ def unmerge(dense: Float[Array, "out in"], matrix: LowRank) -> Float[Array, "out
 
 def merged(params: Any) -> Any:
     """Adapted `params` with every adapted layer dense: no decoding and no thin products, at the price of memory."""
-    return _mapped(
-        params, lambda name, weight: Merged(merge(weight), weight) if isinstance(weight, LowRank) else weight
-    )
+    return mapped(params, lambda name, weight: Merged(merge(weight), weight) if isinstance(weight, LowRank) else weight)
 
 
 def unmerged(params: Any) -> Any:
     """The inverse of `merged`: the same codes and adapters, bit for bit."""
-    return _mapped(params, lambda name, weight: weight.layer if isinstance(weight, Merged) else weight)
+    return mapped(params, lambda name, weight: weight.layer if isinstance(weight, Merged) else weight)
 
 
 def save(path: str | pathlib.Path, params: Any, artifact_sha256: str) -> None:

@@ -42,7 +42,9 @@ __all__ = [
     "view",
 ]
 
-_TUNABLE = re.compile(r"(norm|bias|_gain|scaling\.relative|_proj\.weight|\.lora_[ab]|^embed|^head|^table\.\d+)$")
+_TUNABLE = re.compile(
+    r"(norm|bias|_gain|scaling\.relative|_proj\.weight|\.lora_[ab]|\.latent|^embed|^head|^table\.\d+)$"
+)
 _TABLE = ".codebook.table"
 Named = dict[str, Any]
 

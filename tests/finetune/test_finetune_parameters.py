@@ -7,7 +7,8 @@ import pytest
 
 from qjax import Hessian, artifact, codebooks, incoherence, models, quantize_matrix, rounding
 from qjax.errors import ArtifactError, InputError
-from qjax.finetune import RateRule, assign, gained, merged, tunable, view
+from qjax.finetune import Optimizer, Options, RateRule, assign, gained, merged, tunable, view
+from qjax.finetune.loop import train_step
 from qjax.finetune.parameters import Gained, hidden
 from qjax.models.transformer import block, embed
 from qjax.pipeline import replace_linears
@@ -172,3 +173,29 @@ def test_row_scales_can_be_tuned():
 
     slope = np.asarray(jax.grad(loss)(jnp.asarray(ready.scaling.relative)))
     assert slope.shape == np.shape(ready.scaling.relative) and np.all(slope > 0)
+
+
+def test_bfloat16_activations_tune_float32_masters_and_a_shared_table(model, quantized):
+    """Mixed precision: the first loss up to bfloat16's rounding, parameters and optimiser in float32, a lower end."""
+    rates = assign((RateRule("^table", 1e-2), RateRule("_gain$|norm$", 3e-3), RateRule(".", None)), tunable(quantized))
+    whole = view(quantized, rates)
+    tokens = np.random.default_rng(0).integers(0, 2048, (1, 4, 32)).astype(np.int32)
+    optimizer = Optimizer(steps=8)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        state = {"tuned": jax.tree.map(jnp.copy, whole.tuned), "optimizer": optimizer.init(whole.tuned)}
+        options = Options(loss="next_token", chunk=32, dtype=dtype)
+        static = {"layout": whole.layout, "config": model.config, "options": options, "optimizer": optimizer}
+        found = []
+        for _ in range(8):
+            state, loss, _ = train_step(state, whole.frozen, whole.rates, tokens, {}, None, **static)
+            found.append(float(loss))
+        losses[dtype] = found
+        floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        assert all(leaf.dtype == jnp.float32 for leaf in floats)
+        moved = np.abs(np.asarray(state["tuned"]["table.0"]) - np.asarray(whole.tuned["table.0"]))
+        assert np.mean(moved > 0) > 0.5
+    assert losses["bfloat16"][0] != losses["float32"][0]
+    np.testing.assert_allclose(losses["bfloat16"][0], losses["float32"][0], rtol=1e-2)
+    assert all(found[-1] < found[0] - 0.1 for found in losses.values()), losses
+    np.testing.assert_allclose(losses["bfloat16"][-1], losses["float32"][-1], rtol=2e-2)
