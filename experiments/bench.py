@@ -113,7 +113,7 @@ def main(config: DictConfig) -> None:
         "matrix": (_matrix, matrix.lines, _verdict, 2),
         "codebook": (_codebook, codebook.lines, lambda _: [], 1),
         "two_sided": (_two_sided, two_sided.lines, lambda _: [], 2),
-        "decode": (_decode, decode.lines, lambda _: [], 1),
+        "decode": (_decode, decode.lines, decode.verdict, 1),
         "finetune": (_finetune, finetune.lines, lambda _: [], 2),
         "kernels": (_kernels, lambda results: kernels.lines(results[0]), lambda _: [], 2),
     }

@@ -1,4 +1,11 @@
-"""Which implementation of an operation runs: the best for the backend, always ending in XLA."""
+"""Which implementation of an operation runs: the first for the backend that can, always ending in XLA.
+
+On a GPU there are two kernels of some operations, "pallas_gpu" (Triton) and "mosaic_gpu". With `implementation=None`
+Triton's runs where this jax has that backend and the kernel takes the shapes, for it runs on all GPUs since Ampere;
+then Mosaic's, which needs Hopper. Neither is known to be the faster one until `python -m pallas_kernels.bench --tune`
+has timed both on a kind of device: what it finds, kept in `tuned.json`, puts Mosaic first for that device, code and
+shape.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +14,12 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-__all__ = ["IMPLEMENTATIONS", "KernelError", "backend", "choose", "disabled"]
+__all__ = ["IMPLEMENTATIONS", "KernelError", "backend", "choose", "disabled", "runnable"]
 
-IMPLEMENTATIONS = ("pallas_gpu", "pallas_tpu", "xla")
+IMPLEMENTATIONS = ("pallas_gpu", "mosaic_gpu", "pallas_tpu", "xla")
 """All names that `implementation` takes."""
 
-_BACKENDS = {"pallas_gpu": ("gpu", "cuda"), "pallas_tpu": ("tpu",)}
+_BACKENDS = {"pallas_gpu": ("gpu", "cuda"), "mosaic_gpu": ("gpu", "cuda"), "pallas_tpu": ("tpu",)}
 
 
 class KernelError(ValueError):
@@ -32,13 +39,20 @@ def backend() -> str:
     return device if isinstance(device, str) else device.platform
 
 
+def runnable(kernels: Mapping[str, Callable[[], str | None]]) -> list[str]:
+    """The kernels that can run here, in their order."""
+    here = backend()
+    return [name for name, obstacle in kernels.items() if here in _BACKENDS[name] and obstacle() is None]
+
+
 def choose(op: str, implementation: str | None, kernels: Mapping[str, Callable[[], str | None]]) -> str:
     """The name of the implementation that runs.
 
     Args:
       op: named in messages.
       implementation: what the caller asked for; None is the first kernel that can run, else "xla".
-      kernels: by name, a function that says why the kernel cannot run these shapes, None when it can.
+      kernels: by name, the first choice first, a function that says why the kernel cannot run these shapes, None when
+        it can.
 
     Raises KernelError for an unknown name and for a named kernel that cannot run. `QJAX_DISABLE_KERNELS=1` makes every
     choice "xla", named or not.

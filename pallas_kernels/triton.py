@@ -1,9 +1,9 @@
 """The Pallas Triton backend in one place: whether this jax has it, and its parameters.
 
-All GPU kernels here use it. Pallas' other GPU backend, Mosaic, names the layout of every array by hand: the trellis'
-change of axes between two steps and the slices of rows that decoding takes have no layout there, short of inline MLIR
-that no interpreter runs. Triton finds the layouts itself, runs on GPUs before Hopper too, and its kernels are tested
-without a device by interpretation. It is deprecated from jax 0.11 on; where it is gone, operations fall back to XLA.
+Every operation has a kernel for it: Triton finds the layouts of arrays itself, runs on GPUs before Hopper too, and can
+look values up in a table, which Pallas' other GPU backend, Mosaic (`mosaic_gpu.py`), cannot. The trellis search changes
+axes between two steps, for which Mosaic has no layout. Triton is deprecated from jax 0.11 on; where it is gone,
+operations fall back to Mosaic, then to XLA.
 """
 
 from __future__ import annotations

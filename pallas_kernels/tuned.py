@@ -17,7 +17,7 @@ import jax
 
 from pallas_kernels.dispatch import KernelError
 
-__all__ = ["PATH", "blocks", "device_kind", "load", "store"]
+__all__ = ["PATH", "adopt", "blocks", "device_kind", "load", "mosaic_first", "store"]
 
 PATH = pathlib.Path(__file__).resolve().parent / "tuned.json"
 
@@ -45,8 +45,22 @@ def load(path: pathlib.Path = PATH) -> dict[str, dict[str, dict[str, dict[str, i
 
 def blocks(operation: str, key: str, default: Mapping[str, int], kind: str | None = None) -> dict[str, int]:
     """The default, with what was tuned for this key and the device kind (None: the default device's) in its place."""
-    own = load().get(device_kind() if kind is None else kind, {}).get(operation, {}).get(key, {})
+    known = load().get(device_kind() if kind is None else kind, {}).get(operation, {}).get(key, {})
+    own = {**known, **(_ADOPTED.get(operation, {}).get(key, {}) if kind is None else {})}
     return {**default, **{name: size for name, size in own.items() if name in default}}
+
+
+_ADOPTED: dict[str, dict[str, dict[str, int]]] = {}
+
+
+def adopt(operation: str, found: Mapping[str, Mapping[str, int]]) -> None:
+    """Use what was just found on the default device in this process, before any file has it."""
+    _ADOPTED.setdefault(operation, {}).update({key: dict(own) for key, own in found.items()})
+
+
+def mosaic_first(operation: str, key: str) -> bool:
+    """Whether Mosaic's kernel was measured to be faster than Triton's on the default device's kind."""
+    return bool(blocks(f"{operation} first choice", key, {"mosaic_gpu": 0})["mosaic_gpu"])
 
 
 def store(operation: str, found: Mapping[str, Mapping[str, int]], kind: str, path: pathlib.Path = PATH) -> None:

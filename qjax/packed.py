@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from pallas_kernels.dequant_matmul import PackedMatrix, matmul, repack, repack_lattice, repack_trellis
+from pallas_kernels.dequant_matmul import (
+    PackedMatrix,
+    RowMatrix,
+    matmul,
+    prepared,
+    repack,
+    repack_lattice,
+    repack_trellis,
+)
 from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS
 from pallas_kernels.dequant_matmul.tables import TRELLISES
 from pallas_kernels.dequant_matmul.trellis import CODES
@@ -30,7 +38,7 @@ __all__ = ["PackedLinear", "obstacle", "pack", "pack_model"]
 class PackedLinear:
     """`W ≈ diag(a) Uᵀ Q V diag(b)` with Q repacked for the kernels; see `QuantizedMatrix`."""
 
-    weight: PackedMatrix
+    weight: PackedMatrix | RowMatrix
     transform: Transform
     permutation: Leaf = None
     output_gain: Leaf = None
@@ -112,7 +120,7 @@ def pack(matrix: QuantizedMatrix) -> PackedLinear | QuantizedMatrix:
         weight = _scalar(
             matrix.packed, matrix.scaling, bits=book.bits, shape=shape, group=matrix.scaling.group, first=book.first
         )
-    return PackedLinear(weight, matrix.transform, matrix.permutation, matrix.output_gain, matrix.input_gain)
+    return PackedLinear(prepared(weight), matrix.transform, matrix.permutation, matrix.output_gain, matrix.input_gain)
 
 
 def pack_model(params: Any) -> Any:

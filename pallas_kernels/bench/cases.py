@@ -12,7 +12,10 @@ from pallas_kernels.dequant_matmul import PackedMatrix, from_codes, repack_latti
 from pallas_kernels.dequant_matmul.specs import Spec
 from pallas_kernels.dequant_matmul.tables import LATTICES, TRELLISES
 
-__all__ = ["LAYER", "describe", "packed"]
+__all__ = ["LAYER", "RATE", "describe", "packed"]
+
+RATE = {"gpu": 1e12, "tpu": 5e11, "cpu": 3e9}
+"""Bytes per second, roughly: how many calls fill the least time of a repeat."""
 
 LAYER = {
     "q": (4096, 4096),

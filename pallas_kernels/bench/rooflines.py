@@ -12,9 +12,11 @@ import numpy as np
 
 from pallas_kernels.bench.timing import chained
 from pallas_kernels.dequant_matmul.decode import block_weights
-from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS, PackedMatrix
+from pallas_kernels.dequant_matmul.layout import BLOCK, LANES, ROWS, PackedMatrix
+from pallas_kernels.dequant_matmul.pallas_mosaic_gpu import decoder
+from pallas_kernels.dequant_matmul.rows import to_rows
 
-__all__ = ["ROUND_OPS", "Rooflines", "decode_ops", "integer_rounds", "measure"]
+__all__ = ["ROUND_OPS", "Rooflines", "decode_ops", "integer_rounds", "measure", "row_ops"]
 
 _ROUNDS = 64
 ROUND_OPS = 3
@@ -96,7 +98,25 @@ def decode_ops(weight: PackedMatrix) -> dict[str, float]:
         lookup = None if table is None else lambda first, _, index: table.reshape(-1)[index.astype(jnp.int32) + first]
         return list(block_weights(parts, following, tree, lambda _: (scale, offset), lookup))
 
-    closed = jax.make_jaxpr(block)(parts, parts[0], line, line, tree.table)
+    return _counted(jax.make_jaxpr(block)(parts, parts[0], line, line, tree.table), ROWS * lanes, BLOCK * lanes)
+
+
+def row_ops(weight: PackedMatrix) -> dict[str, float]:
+    """The same of the Mosaic GPU kernel's own decoder, which leaves the scale to the sums unless there are groups."""
+    rows = jax.eval_shape(to_rows, weight)
+    first = jax.ShapeDtypeStruct((rows.first.shape[2], ROWS), jnp.uint32)
+    rest = jax.ShapeDtypeStruct((weight.bits - 1, LANES, ROWS), jnp.uint32)
+
+    def half(first: Any, rest: Any, half: Any) -> Any:
+        value = decoder(first, rest, rows, half)
+        return [value(t).astype(jnp.float16) for t in range(ROWS)]
+
+    closed = jax.make_jaxpr(half)(first, rest, jax.ShapeDtypeStruct((), jnp.int32))
+    return _counted(closed, LANES * ROWS, LANES * ROWS * ROWS)
+
+
+def _counted(closed: Any, least: int, weights: int) -> dict[str, float]:
+    """Operations by kind, of arrays of at least `least` values, over the number of weights."""
     found: collections.Counter[str] = collections.Counter()
 
     def count(jaxpr: Any) -> None:
@@ -105,10 +125,10 @@ def decode_ops(weight: PackedMatrix) -> dict[str, float]:
             for one in inner:
                 count(getattr(one, "jaxpr", one))
             name, out = equation.primitive.name, equation.outvars[0].aval
-            if inner or name not in _COUNTED or out.size < ROWS * lanes:
+            if inner or name not in _COUNTED or out.size < least:
                 continue
             integer = jnp.issubdtype(equation.invars[-1].aval.dtype, jnp.integer) and name in _INTEGER
             found["gather" if name == "gather" else "integer" if integer else "other"] += out.size
 
     count(closed.jaxpr)
-    return {f"{name}_ops_per_weight": found[name] / (BLOCK * lanes) for name in ("integer", "gather", "other")}
+    return {f"{name}_ops_per_weight": found[name] / weights for name in ("integer", "gather", "other")}

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
@@ -22,29 +21,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dequant_matmul, hadamard, tuned, viterbi
-from pallas_kernels.bench.cases import LAYER, describe, packed
-from pallas_kernels.bench.rooflines import Rooflines, decode_ops, measure
+from pallas_kernels import dequant_matmul, gram, hadamard, tuned, viterbi
+from pallas_kernels.bench.cases import LAYER, RATE, describe, packed
+from pallas_kernels.bench.checks import checks, gram_kernels, search_operands
+from pallas_kernels.bench.rooflines import Rooflines, decode_ops, measure, row_ops
 from pallas_kernels.bench.timing import HOW, chained, ring
-from pallas_kernels.dequant_matmul import pallas_gpu, pallas_tpu, reference
+from pallas_kernels.bench.tuning import tune
+from pallas_kernels.dequant_matmul import reference
 from pallas_kernels.dequant_matmul import specs as products
 from pallas_kernels.dequant_matmul.specs import Spec
-from pallas_kernels.dispatch import backend, choose
+from pallas_kernels.dispatch import backend
+from pallas_kernels.gram import specs as grams
 from pallas_kernels.hadamard import reference as hadamard_reference
 from pallas_kernels.hadamard import specs as transforms
 from pallas_kernels.viterbi import reference as viterbi_reference
 from pallas_kernels.viterbi import specs as searches
 
 __all__ = ["Settings", "lines", "run"]
-
-_RATE = {"gpu": 1e12, "tpu": 5e11, "cpu": 3e9}
-"""Bytes per second, roughly: how many calls fill the least time of a repeat."""
-_TUNED = (
-    Spec(4, 1, 8192, 8192),
-    Spec(2, 1, 8192, 8192),
-    Spec(2, 1, 8192, 8192, None, "mul1"),
-    Spec(2, 16, 8192, 8192, None, "mul1"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,63 +59,6 @@ class Settings:
     out: pathlib.Path | None = None
 
 
-def _error(found: Any, expected: Any) -> float:
-    """The largest difference over the largest value; infinite when anything is not finite."""
-    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
-    worst = np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30)
-    return float(worst) if np.isfinite(worst) else math.inf
-
-
-def _check_product(spec: Spec, dtype: Any) -> tuple[str, float, float]:
-    weight = packed(spec, jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (spec.batch, spec.inner), jnp.float32).astype(dtype)
-    dense = np.asarray(jax.jit(lambda w: reference.dequantize(w).astype(dtype))(weight).astype(jnp.float32), np.float64)
-    expected = np.asarray(x.astype(jnp.float32), np.float64) @ dense
-    name = dequant_matmul.chosen(spec.batch, dtype, weight)
-    return name, _error(jax.jit(dequant_matmul.matmul)(x, weight).astype(jnp.float32), expected), _limit(dtype)
-
-
-def _limit(dtype: Any) -> float:
-    return 1e-5 if dtype == jnp.float32 else 1e-2
-
-
-def _check_transform(spec: transforms.Spec, dtype: Any) -> tuple[str, float, float]:
-    x = jax.random.normal(jax.random.key(0), (spec.rows, spec.n), jnp.float32).astype(dtype)
-    matrix = np.asarray(hadamard_reference.sylvester(spec.block), np.float64) / math.sqrt(spec.block)
-    expected = np.asarray(x.astype(jnp.float32), np.float64).reshape(spec.rows, -1, spec.block) @ matrix
-    found = jax.jit(functools.partial(hadamard.hadamard, block=spec.block))(x).astype(jnp.float32)
-    return hadamard.chosen(spec.block, dtype), _error(found, expected.reshape(spec.rows, spec.n)), _limit(dtype)
-
-
-def _search_operands(spec: searches.Spec) -> tuple[Any, Any, Any]:
-    x = jax.random.normal(jax.random.key(0), (spec.steps, spec.V, spec.batch), jnp.float32)
-    lut = jax.random.normal(jax.random.key(1), (2**spec.L, spec.V), jnp.float32)
-    return x, lut, jnp.zeros((2 ** (spec.L - spec.b), spec.batch), jnp.float32)
-
-
-def _check_search(spec: searches.Spec) -> tuple[str, float, float]:
-    """The path's own cost, summed in float64, against the reference's least cost: better than equal states."""
-    x, lut, cost = _search_operands(spec)
-    least, _, _ = jax.jit(viterbi_reference.search, static_argnums=2)(x, lut, spec.b, cost, None)
-    found, _, states = jax.jit(viterbi.search, static_argnums=2)(x, lut, spec.b, cost)
-    path = np.asarray(lut, np.float64)[np.asarray(states)].transpose(0, 2, 1) - np.asarray(x, np.float64)
-    own = np.square(path).sum(axis=(0, 1))
-    name = viterbi.chosen(2**spec.L, spec.b)
-    return name, max(_error(found, least), _error(own, least)), 1e-5
-
-
-def _checks() -> Iterator[tuple[str, Callable[[], tuple[str, float, float]]]]:
-    half = [jnp.bfloat16, jnp.float32]
-    for spec in (*products.TESTS, *products.TRELLIS_TESTS, *products.TABLE_TESTS):
-        for dtype in half:
-            yield f"product {describe(spec)}, {dtype.__name__}", functools.partial(_check_product, spec, dtype)
-    for own in transforms.TESTS:
-        for dtype in half:
-            yield f"hadamard {own}, {dtype.__name__}", functools.partial(_check_transform, own, dtype)
-    for search in searches.TESTS:
-        yield f"viterbi {search}", functools.partial(_check_search, search)
-
-
 def _dense(shape: tuple[int, int], key: jax.Array) -> jax.Array:
     return jax.random.normal(key, shape[::-1], jnp.bfloat16)
 
@@ -132,7 +68,7 @@ def _times(programs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _time_product(spec: Spec, limits: Rooflines, settings: Settings) -> dict[str, Any]:
-    rate = _RATE[backend()]
+    rate = RATE[backend()]
     x = jax.random.normal(jax.random.key(1), (spec.batch, spec.inner), jnp.bfloat16)
     first = packed(spec, jax.random.key(0))
     weights = ring(functools.partial(packed, spec), first.nbytes, settings.ring_bytes)
@@ -143,20 +79,34 @@ def _time_product(spec: Spec, limits: Rooflines, settings: Settings) -> dict[str
         "unfused": chained(reference.matmul, x, weights, expected=4 * dense_bytes / rate),
         "dense": chained(lambda x, w: jnp.matmul(x, w), x, dense, expected=dense_bytes / rate),
     }
-    ops = decode_ops(first)
+    name, ops = dequant_matmul.chosen(spec.batch, jnp.bfloat16, first), {"kernel": decode_ops(first)}
+    for other in dequant_matmul.available(spec.batch, jnp.bfloat16, first):
+        if other == "mosaic_gpu":
+            ops[other] = row_ops(first)
+        if other != name or name == "mosaic_gpu":
+            own = [dequant_matmul.to_rows(w) for w in weights] if other == "mosaic_gpu" else weights
+            step = functools.partial(dequant_matmul.matmul, implementation=other)
+            timed[other] = chained(step, x, own, expected=first.nbytes / rate)
+    if name == "mosaic_gpu":  # as it runs on a matrix that was prepared
+        timed["kernel"], ops["kernel"] = timed["mosaic_gpu"], ops["mosaic_gpu"]
     activations = 2 * spec.batch * (spec.out + spec.inner)
     moved = first.nbytes + activations
     of_bytes = moved / limits.bytes_per_second
-    of_ops = ops["integer_ops_per_weight"] * spec.out * spec.inner / limits.integer_ops_per_second
+    of_ops = ops["kernel"]["integer_ops_per_weight"] * spec.out * spec.inner / limits.integer_ops_per_second
     seconds = timed["kernel"].median
     return {
         "op": "dequant_matmul",
         "what": describe(spec),
         "spec": dataclasses.asdict(spec),
-        "implementation": dequant_matmul.chosen(spec.batch, jnp.bfloat16, first),
+        "implementation": name,
         **_times(timed),
         "bytes": moved,
-        **ops,
+        **ops["kernel"],
+        "instructions": {
+            "per_weight": ops,
+            "counted": "in the traced program, before any compiler",
+            "budget_per_weight": limits.integer_ops_per_second * spec.bits / 8 / limits.bytes_per_second,
+        },
         "roofline_microseconds": {"bytes": of_bytes * 1e6, "integer_ops": of_ops * 1e6},
         "of_roofline": max(of_bytes, of_ops) / seconds,
         "speedup_over_dense": timed["dense"].median / seconds,
@@ -181,7 +131,7 @@ def _time_layer(code: str | None, bits: int, settings: Settings) -> dict[str, An
     def dense(key: jax.Array) -> Any:
         return {name: _dense(shape, key) / np.float32(shape[1]).astype(jnp.bfloat16) for name, shape in LAYER.items()}
 
-    rate = _RATE[backend()]
+    rate = RATE[backend()]
     weights = ring(quantised, count * bits // 8, settings.ring_bytes)
     wide = ring(dense, 2 * count, settings.ring_bytes)
     few = count * bits / 8 / rate
@@ -203,19 +153,28 @@ def _time_transform(spec: transforms.Spec, limits: Rooflines, settings: Settings
     shape = (spec.rows, spec.n)
     rows = ring(lambda key: jax.random.normal(key, shape, jnp.bfloat16), moved // 2, settings.ring_bytes)
     x = jnp.zeros((1, 1), jnp.bfloat16)
-    expected = 2 * moved / _RATE[backend()]
+    expected = 2 * moved / RATE[backend()]
     timed = {
         name: chained(lambda x, rows, f=f: f(rows + x, spec.block), x, rows, expected=expected)
         for name, f in (("kernel", hadamard.hadamard), ("xla", hadamard_reference.hadamard))
     }
+    chosen = hadamard.chosen(spec.block, jnp.bfloat16)
+    for name in hadamard.available(spec.block, jnp.bfloat16):
+        if name != chosen:
+            f = functools.partial(hadamard.hadamard, block=spec.block, implementation=name)
+            timed[name] = chained(lambda x, rows, f=f: f(rows + x), x, rows, expected=expected)
     limit = moved / limits.bytes_per_second
     return {
         "op": "hadamard",
         "what": f"hadamard of {spec.block}, {spec.rows}x{spec.n}",
         "spec": dataclasses.asdict(spec),
-        "implementation": hadamard.chosen(spec.block, jnp.bfloat16),
+        "implementation": chosen,
         **_times(timed),
         "bytes": moved,
+        "instructions": {
+            "multiply_adds_per_value": sum(hadamard.factors(spec.block)),
+            "counted": "by formula: the orders of the two factors",
+        },
         "roofline_microseconds": {"bytes": limit * 1e6},
         "of_roofline": limit / timed["kernel"].median,
         "speedup_over_xla": timed["xla"].median / timed["kernel"].median,
@@ -223,7 +182,7 @@ def _time_transform(spec: transforms.Spec, limits: Rooflines, settings: Settings
 
 
 def _time_search(spec: searches.Spec, settings: Settings) -> dict[str, Any]:
-    x, lut, cost = _search_operands(spec)
+    x, lut, cost = search_operands(spec)
     states = spec.steps * spec.batch * 2**spec.L
     name = viterbi.chosen(2**spec.L, spec.b)
 
@@ -245,8 +204,34 @@ def _time_search(spec: searches.Spec, settings: Settings) -> dict[str, Any]:
         "spec": dataclasses.asdict(spec),
         "implementation": name,
         **_times(timed),
+        "instructions": {
+            "ops_per_state": 3 * spec.V + 2,
+            "counted": "by formula: V differences, V products, V sums, a minimum and a choice",
+        },
         "state_evaluations_per_second": {key: states / own.median for key, own in timed.items()},
         "weights_per_second": {key: spec.steps * spec.V * spec.batch / own.median for key, own in timed.items()},
+    }
+
+
+def _time_gram(spec: grams.Spec, settings: Settings) -> dict[str, Any]:
+    """The lower triangle by every kernel and by XLA, beside XLA's whole product: what decides whether it is used."""
+    flops = spec.rows * spec.n * (spec.n + 1)
+    make = lambda key: jax.random.normal(key, (spec.rows, spec.n), jnp.bfloat16)  # noqa: E731
+    rows = ring(make, 2 * spec.rows * spec.n, settings.ring_bytes)
+    expected = flops / (1e11 if backend() == "cpu" else 3e14)
+    x, names = jnp.zeros((1, 1), jnp.bfloat16), gram_kernels(jnp.bfloat16)
+    steps: dict[str, Callable[[Any], Any]] = {name: functools.partial(gram.gram, implementation=name) for name in names}
+    steps["dense"] = lambda x: jnp.matmul(x.T, x, preferred_element_type=jnp.float32)
+    timed = {name: chained(lambda x, w, f=f: f(w + x), x, rows, expected=expected) for name, f in steps.items()}
+    timed["kernel"] = timed[names[0]]
+    return {
+        "op": "gram",
+        "what": f"lower triangle of {spec.n}x{spec.n} from {spec.rows} rows",
+        "spec": dataclasses.asdict(spec),
+        "implementation": names[0],
+        **_times(timed),
+        "instructions": {"multiply_adds": flops // 2, "counted": "by formula: rows n (n + 1) / 2"},
+        "speedup_over_dense": timed["dense"].median / timed["kernel"].median,
     }
 
 
@@ -266,39 +251,14 @@ def _benches(settings: Settings, limits: Rooflines) -> Iterator[tuple[str, Calla
     if not quick:
         for code, bits in ((None, 2), ("mul1", 2), (None, 4)):
             yield f"layer {code or 'scalar'} {bits} bits", functools.partial(_time_layer, code, bits, settings)
+    for triangle in grams.TESTS[:1] if quick else grams.BENCHES:
+        yield f"gram {triangle}", functools.partial(_time_gram, triangle, settings)
     for transform in transforms.TESTS[:1] if quick else transforms.BENCHES:
         yield f"hadamard {transform}", functools.partial(_time_transform, transform, limits, settings)
     yield from (product(spec) for spec in own if spec not in square)
     if not quick:
         for search in searches.BENCHES[2:]:
             yield f"viterbi {search}", functools.partial(_time_search, search, settings)
-
-
-def _tune(settings: Settings, until: float) -> dict[str, dict[str, int]]:
-    """The best of a kernel's CANDIDATES for each of a few shapes, by its key."""
-    name = choose("dequant_matmul", None, {"pallas_gpu": lambda: None, "pallas_tpu": lambda: None})
-    if name == "xla":
-        return {}
-    found: dict[str, dict[str, int]] = {}
-    for spec in _TUNED:
-        weights = ring(functools.partial(packed, spec), packed(spec, jax.random.key(0)).nbytes, settings.ring_bytes)
-        x = jax.random.normal(jax.random.key(1), (spec.batch, spec.inner), jnp.bfloat16)
-        kernel = pallas_gpu if name == "pallas_gpu" else pallas_tpu
-        key = pallas_gpu.key(spec.batch, weights[0]) if name == "pallas_gpu" else pallas_tpu.key(weights[0])
-        best = math.inf
-        for blocks in kernel.CANDIDATES:
-            if time.monotonic() > until:
-                return found
-            step = functools.partial(kernel.matmul, blocks=blocks)
-            try:
-                seconds = chained(step, x, weights, expected=weights[0].nbytes / _RATE[backend()], repeats=3).median
-            except Exception as error:
-                print(f"tune {key} {blocks}: {type(error).__name__}", flush=True)
-                continue
-            if seconds < best:
-                best, found[key] = seconds, dict(blocks)
-                print(f"tune {key} {blocks}: {seconds * 1e6:.1f} µs", flush=True)
-    return found
 
 
 def _surroundings() -> dict[str, Any]:
@@ -330,7 +290,7 @@ def run(settings: Settings) -> dict[str, Any]:
             new.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
             new.replace(settings.out)
 
-    for what, check in _checks():
+    for what, check in checks():
         if time.monotonic() > until:
             record["left_out"].append(what)
             continue
@@ -349,10 +309,11 @@ def run(settings: Settings) -> dict[str, Any]:
     print("{} checks, {} failed, {:.0f} s".format(*passed), flush=True)
     save()
     if settings.tune:
-        best = _tune(settings, begun + 0.5 * settings.seconds)
-        record["tuned"] = best
-        if best and settings.out is not None:
-            tuned.store("dequant_matmul", best, tuned.device_kind(), settings.out.with_name("tuned.json"))
+        record["tuned"] = tune(settings.ring_bytes, begun, begun + 0.6 * settings.seconds)
+        for operation, best in record["tuned"].items():
+            tuned.adopt(operation, best)
+            if settings.out is not None:
+                tuned.store(operation, best, tuned.device_kind(), settings.out.with_name("tuned.json"))
         save()
     big = backend() != "cpu" and not settings.quick
     limits = measure(1 << 30 if big else 1 << 22, 1 << 26 if big else 1 << 16)
@@ -367,6 +328,7 @@ def run(settings: Settings) -> dict[str, Any]:
             record["failed"].append({"what": what, "reason": f"{type(raised).__name__}: {raised}"[:500]})
             print(f"FAILED {what}: {type(raised).__name__}", flush=True)
             continue
+        result["measured_on"] = f"{record['device']}, jax {record['jax']}"
         record["benches"].append(result)
         print(f"{result['what']}: {result['kernel']['microseconds_median']:.1f} µs", flush=True)
         save()
@@ -376,7 +338,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def lines(record: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """(headers, rows) of the benchmarks, for printing."""
-    headers = ("what", "runs on", "µs", "dense µs", "unfused µs", "limit µs", "of limit", "note")
+    headers = ("what", "runs on", "µs", "dense µs", "unfused µs", "limit µs", "of limit", "note", "measured on")
     rows = []
     for result in record["benches"]:
         micro = lambda name, result=result: (  # noqa: E731
@@ -384,9 +346,14 @@ def lines(record: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]
         )
         limit = result.get("roofline_microseconds")
         rates = result.get("state_evaluations_per_second")
-        note = "" if rates is None else f"{rates['kernel']:.2e} states/s"
+        notes = [] if rates is None else [f"{rates['kernel']:.2e} states/s"]
         if "integer_ops_per_weight" in result:
-            note = f"{result['integer_ops_per_weight']:.1f} integer operations a weight"
+            allowed = result["instructions"]["budget_per_weight"]
+            notes = [
+                f"{result['integer_ops_per_weight']:.1f} integer operations a weight, {allowed:.2f} in the bytes' time"
+            ]
+        others = [name for name in ("pallas_gpu", "mosaic_gpu") if name in result and name != result["implementation"]]
+        notes += [f"{name} {micro(name)} µs" for name in others]
         rows.append(
             (
                 result["what"],
@@ -396,7 +363,8 @@ def lines(record: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]
                 micro("unfused") or micro("xla"),
                 "" if limit is None else f"{max(limit.values()):.1f}",
                 f"{result['of_roofline']:.2f}" if "of_roofline" in result else "",
-                note,
+                "; ".join(notes),
+                result.get("measured_on", ""),
             )
         )
     return headers, rows

@@ -4,57 +4,100 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.dequant_matmul import pallas_gpu, pallas_tpu, reference, streaming
+from pallas_kernels import tuned
+from pallas_kernels.dequant_matmul import pallas_gpu, pallas_mosaic_gpu, pallas_tpu, reference, streaming
 from pallas_kernels.dequant_matmul.layout import PackedMatrix
-from pallas_kernels.dispatch import KernelError, choose
+from pallas_kernels.dequant_matmul.rows import RowMatrix, from_rows, to_rows
+from pallas_kernels.dispatch import KernelError, choose, runnable
 
-__all__ = ["chosen", "matmul"]
+__all__ = ["available", "chosen", "matmul", "prepared"]
 
 
-def _xla(x: Array, weight: PackedMatrix) -> Array:
+def _generic(weight: PackedMatrix | RowMatrix) -> PackedMatrix:
+    return from_rows(weight) if isinstance(weight, RowMatrix) else weight
+
+
+def _xla(x: Array, weight: PackedMatrix | RowMatrix) -> Array:
+    weight = _generic(weight)
     return (streaming if streaming.suits(x.shape[0], x.dtype, weight) else reference).matmul(x, weight)
 
 
-_RUN = {"pallas_gpu": pallas_gpu.matmul, "pallas_tpu": pallas_tpu.matmul, "xla": _xla}
+_RUN: dict[str, Callable[..., Array]] = {
+    "pallas_gpu": pallas_gpu.matmul,
+    "mosaic_gpu": pallas_mosaic_gpu.matmul,
+    "pallas_tpu": pallas_tpu.matmul,
+    "xla": _xla,
+}
 
 
-def chosen(batch: int, dtype: Any, weight: PackedMatrix, implementation: str | None = None) -> str:
+def _obstacles(batch: int, dtype: Any, weight: PackedMatrix | RowMatrix) -> dict[str, Callable[[], str | None]]:
+    """By kernel, the first choice first, what says why it cannot run."""
+    kernels: dict[str, Callable[[], str | None]] = dict.fromkeys(
+        ("pallas_gpu", "pallas_tpu"), lambda: "the matrix is arranged for mosaic_gpu"
+    )
+    mosaic = functools.partial(pallas_mosaic_gpu.obstacle, batch, dtype, weight)
+    if isinstance(weight, PackedMatrix):
+        kernels = {
+            "pallas_gpu": functools.partial(pallas_gpu.obstacle, batch, weight),
+            "mosaic_gpu": mosaic,
+            "pallas_tpu": functools.partial(pallas_tpu.obstacle, batch, dtype, weight),
+        }
+    if tuned.mosaic_first("dequant_matmul", pallas_mosaic_gpu.key(batch, weight)):
+        kernels = {"mosaic_gpu": mosaic, **kernels}
+    return {**kernels, "mosaic_gpu": mosaic}
+
+
+def available(batch: int, dtype: Any, weight: PackedMatrix | RowMatrix) -> list[str]:
+    """All kernels that can run here for `batch` rows of `dtype`; XLA always can."""
+    return runnable(_obstacles(batch, dtype, weight))
+
+
+def chosen(batch: int, dtype: Any, weight: PackedMatrix | RowMatrix, implementation: str | None = None) -> str:
     """The implementation that runs for `batch` rows of `dtype`. Raises KernelError."""
-    kernels = {
-        "pallas_gpu": functools.partial(pallas_gpu.obstacle, batch, weight),
-        "pallas_tpu": functools.partial(pallas_tpu.obstacle, batch, dtype, weight),
-    }
-    return choose("dequant_matmul", implementation, kernels)
+    return choose("dequant_matmul", implementation, _obstacles(batch, dtype, weight))
+
+
+_arrange = jax.jit(to_rows)
+
+
+def prepared(weight: PackedMatrix, implementation: str | None = None) -> PackedMatrix | RowMatrix:
+    """The matrix in the order of the kernel that decodes one row of bfloat16: to be called once, before many products.
+
+    It is the matrix itself except for mosaic_gpu, which would rearrange it in every product. Raises KernelError.
+    """
+    return _arrange(weight) if chosen(1, jnp.bfloat16, weight, implementation) == "mosaic_gpu" else weight
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _apply(x: Array, weight: PackedMatrix, name: str) -> Array:
+def _apply(x: Array, weight: PackedMatrix | RowMatrix, name: str) -> Array:
     return _RUN[name](x, weight)
 
 
-def _forward(x: Array, weight: PackedMatrix, name: str) -> tuple[Array, tuple[Array, PackedMatrix]]:
+def _forward(x: Array, weight: PackedMatrix | RowMatrix, name: str) -> tuple[Array, tuple[Array, Any]]:
     return _apply(x, weight, name), (x, weight)
 
 
-def _backward(name: str, kept: tuple[Array, PackedMatrix], y: Array) -> tuple[Any, Any]:
-    return jax.vjp(reference.matmul, *kept)[1](y)
+def _backward(name: str, kept: tuple[Array, Any], y: Array) -> tuple[Any, Any]:
+    return jax.vjp(lambda x, weight: reference.matmul(x, _generic(weight)), *kept)[1](y)
 
 
 _apply.defvjp(_forward, _backward)
 
 
 def matmul(
-    x: Float[Array, "*batch in"], weight: PackedMatrix, implementation: str | None = None
+    x: Float[Array, "*batch in"], weight: PackedMatrix | RowMatrix, implementation: str | None = None
 ) -> Float[Array, "*batch out"]:
     """`y = x Wᵀ`, `W = scale · code + offset`, in the dtype of x (float32, bfloat16 or float16).
 
-    W is decoded in float32, rounded to the dtype of x, and products are summed in float32. Differentiable in x, scale
+    W is decoded in float32, rounded to the dtype of x, and products are summed in float32 (mosaic_gpu rounds W only
+    where it has groups). Differentiable in x, scale
     and offset. Raises KernelError when x has not `in` columns, or a named implementation cannot run.
     """
     if x.shape[-1] != weight.shape[1]:

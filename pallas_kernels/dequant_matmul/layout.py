@@ -99,12 +99,16 @@ def planes(bits: int) -> list[int]:
     return [w for w in (8, 4, 2, 1) if bits & w]
 
 
-def slab_values(parts: Sequence[Array], bits: int, j: int) -> Array:
-    """Codes of inputs `16 j … 16 j + 15` of a block, float32 `[16, lanes]`, from its `bits` pieces `[16, lanes]`."""
+def slab_values(parts: Sequence[Array], bits: int, j: int, shift: Array | None = None) -> Array:
+    """Codes of inputs `16 j … 16 j + 15` of a block, float32 `[16, lanes]`, from its `bits` pieces `[16, lanes]`.
+
+    With `shift`, 0 or 16, those of slab `j + shift`.
+    """
     code, first, low = None, 0, 0
     for width in planes(bits):
         part = parts[first + j % width]
-        value = (part >> np.uint32(j - j % width)) & np.uint32(2**width - 1)
+        own = np.uint32(j - j % width)
+        value = (part >> (own if shift is None else shift + own)) & np.uint32(2**width - 1)
         code = value if code is None else code | (value << np.uint32(low))
         first, low = first + width, low + width
     assert code is not None

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["BENCHES", "TABLE_BENCHES", "TABLE_TESTS", "TESTS", "TRELLIS_BENCHES", "TRELLIS_TESTS", "Spec"]
+__all__ = [
+    "BENCHES",
+    "MOSAIC_BENCHES",
+    "MOSAIC_TESTS",
+    "TABLE_BENCHES",
+    "TABLE_TESTS",
+    "TESTS",
+    "TRELLIS_BENCHES",
+    "TRELLIS_TESTS",
+    "Spec",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +76,23 @@ TABLE_BENCHES = tuple(
     for bits, code in ((2, "e8p"), (3, "e8p_rvq"), (4, "e8p_rvq"), (2, "hyb"))
     for batch in (1, 16)
 )
+
+MOSAIC_TESTS = (
+    Spec(3, 5, 256, 1024),
+    Spec(4, 16, 200, 700, 128),
+    Spec(3, 1, 144, 1024, None, "3inst"),
+    Spec(2, 5, 48, 592, None, "1mad"),
+    Spec(1, 1, 128, 512, None, "mul1"),
+    Spec(8, 1, 128, 512),
+)
+"""Of the codes that need no table: two planes, groups, every trellis code, one row and several, padding."""
+
+MOSAIC_BENCHES = (
+    Spec(2, 1, 8192, 8192),
+    Spec(4, 16, 8192, 8192, 128),
+    Spec(3, 8, 14336, 4096),
+    Spec(2, 1, 8192, 8192, None, "mul1"),
+    Spec(2, 16, 8192, 8192, None, "1mad"),
+    Spec(3, 1, 8192, 8192, None, "3inst"),
+)
+"""Some of the shapes above, for the kernel that needs Hopper."""

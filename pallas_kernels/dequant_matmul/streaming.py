@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.dequant_matmul import trellis
+from pallas_kernels.dequant_matmul import tables, trellis
 from pallas_kernels.dequant_matmul.decode import by_slabs
 from pallas_kernels.dequant_matmul.layout import BLOCK, ROWS, SLABS, PackedMatrix, planes
 from pallas_kernels.dispatch import backend
@@ -30,7 +30,7 @@ LARGEST_BATCH = 8
 
 def suits(batch: int, dtype: Any, weight: PackedMatrix) -> bool:
     """Whether `matmul` is what XLA should run: on a CPU, for few rows of float32."""
-    coded = weight.code is None or weight.code in trellis.CODES
+    coded = weight.code is None or weight.code in trellis.CODES or weight.code == "e8p"
     return backend() == "cpu" and 0 < batch <= LARGEST_BATCH and dtype == jnp.float32 and coded
 
 
@@ -38,7 +38,8 @@ def matmul(x: Float[Array, "batch in"], weight: PackedMatrix) -> Float[Array, "b
     """`x Wᵀ` in float32, with sums in another order than the reference's."""
     blocks, batch = weight.words.shape[0], x.shape[0]
     inputs = by_slabs(x, weight, batch).reshape(blocks, batch, SLABS, ROWS).transpose(0, 2, 1, 3)[..., None]
-    sums = _trellis_sums(inputs, weight) if weight.code is not None else _scalar_sums(inputs, weight)
+    sums_of = {None: _scalar_sums, "e8p": _lattice_sums}.get(weight.code, _trellis_sums)
+    sums = sums_of(inputs, weight)
     # A product with ones, not a sum: XLA would join a sum with all that is added up, and not vectorise the whole.
     y = jnp.einsum("brl,r->bl", sums, jnp.ones(ROWS, jnp.float32), precision="highest")
     if weight.scale.shape[:2] == (1, 1):
@@ -131,5 +132,44 @@ def _trellis_sums(x: Float[Array, "blocks slabs batch 16 1"], weight: PackedMatr
         rows = -(-rest // SLABS)
         last = jnp.zeros((batch, rows, lanes), jnp.float32)
         last = jax.lax.fori_loop(0, 2, functools.partial(add, start=whole, rows=rows), last)
+        acc = acc + jnp.pad(last, ((0, 0), (0, ROWS - rows), (0, 0)))
+    return acc
+
+
+def _lattice_sums(x: Float[Array, "blocks slabs batch 16 1"], weight: PackedMatrix) -> Float[Array, "batch 16 lanes"]:
+    """`Σ value · x` of E8P by rows of a piece: entries are looked up first, for no vector unit follows a look-up.
+
+    A value is half a nibble and a constant that eight inputs share, so the constant meets their sum.
+    """
+    blocks, _, batch = x.shape[:3]
+    lanes = weight.words.shape[2]
+    whole, rest = divmod(weight.shape[1], BLOCK)
+    pieces = weight.words.reshape(blocks, 2, ROWS, lanes)
+    by_code = x.reshape(blocks, 4, 8, batch, ROWS, 1)
+    shared = jnp.sum(by_code, axis=2)
+    table = weight.table.reshape(-1)
+
+    def lookup(_: int, __: int, index: Array) -> Array:
+        return jnp.take(table, index.astype(jnp.int32), mode="clip")
+
+    def add(k: Array, acc: Array, start: int, rows: int) -> Array:
+        """Adds the first `rows` rows of one code of a block, 8 inputs each."""
+        block, q = start + k // 4, k % 4
+        words = jax.lax.dynamic_slice(pieces, (block, q // 2, 0, 0), (1, 1, rows, lanes))[0, 0]
+        codes = (words >> (q % 2 * 16).astype(jnp.uint32)) & np.uint32(0xFFFF)
+        nibbles, constant = jax.lax.optimization_barrier(tables.e8p_nibbles(codes, lookup))
+        inputs = jax.lax.dynamic_slice(by_code, (block, q, 0, 0, 0, 0), (1, 1, 8, batch, rows, 1))[0, 0]
+        sums = jax.lax.dynamic_slice(shared, (block, q, 0, 0, 0), (1, 1, batch, rows, 1))[0, 0]
+        acc = acc + constant[None] * sums
+        for i, place in enumerate(tables.NIBBLES):
+            acc = acc + tables.nibble(nibbles, place)[None] * inputs[i]
+        return acc
+
+    acc = jnp.zeros((batch, ROWS, lanes), jnp.float32)
+    acc = jax.lax.fori_loop(0, 4 * whole, functools.partial(add, start=0, rows=ROWS), acc)
+    if rest:
+        rows = -(-rest // SLABS)
+        last = jnp.zeros((batch, rows, lanes), jnp.float32)
+        last = jax.lax.fori_loop(0, 4, functools.partial(add, start=whole, rows=rows), last)
         acc = acc + jnp.pad(last, ((0, 0), (0, ROWS - rows), (0, 0)))
     return acc

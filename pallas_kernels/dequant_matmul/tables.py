@@ -34,7 +34,18 @@ from pallas_kernels.dequant_matmul.layout import (
 )
 from pallas_kernels.dispatch import KernelError
 
-__all__ = ["LATTICES", "TRELLISES", "decoder", "e8p_values", "hyb_values", "repack_lattice", "table_lines"]
+__all__ = [
+    "LATTICES",
+    "NIBBLES",
+    "TRELLISES",
+    "decoder",
+    "e8p_nibbles",
+    "e8p_values",
+    "hyb_values",
+    "nibble",
+    "repack_lattice",
+    "table_lines",
+]
 
 TRELLISES = ("hyb",)
 LATTICES = ("e8p", "e8p_rvq")
@@ -62,7 +73,7 @@ def _spread(byte: Array) -> Array:
     return (byte | (byte << np.uint32(3))) & np.uint32(0x11111111)
 
 
-def _e8p_nibbles(codes: Array, lookup: Lookup) -> tuple[Array, Array]:
+def e8p_nibbles(codes: Array, lookup: Lookup) -> tuple[Array, Array]:
     """(signed nibbles, the constant `shift − 4` of all eight) of 16-bit codes; higher bits of a code are ignored."""
     byte = codes & np.uint32(255)
     parity = byte ^ (byte >> np.uint32(4))
@@ -74,14 +85,15 @@ def _e8p_nibbles(codes: Array, lookup: Lookup) -> tuple[Array, Array]:
     return nibbles, np.float32(-3.75) - parity.astype(jnp.int32).astype(jnp.float32) * np.float32(0.5)
 
 
-def _nibble(nibbles: Array, place: int) -> Array:
+def nibble(nibbles: Array, place: int) -> Array:
+    """Half of the nibble at a place, float32: a value without its constant."""
     return ((nibbles >> np.uint32(4 * place)) & np.uint32(15)).astype(jnp.int32).astype(jnp.float32) * np.float32(0.5)
 
 
 def e8p_values(codes: Array, lookup: Lookup) -> list[Array]:
     """The eight coordinates of 16-bit codes in the low half of words, float32."""
-    nibbles, constant = _e8p_nibbles(codes, lookup)
-    return [_nibble(nibbles, place) + constant for place in NIBBLES]
+    nibbles, constant = e8p_nibbles(codes, lookup)
+    return [nibble(nibbles, place) + constant for place in NIBBLES]
 
 
 def decoder(
@@ -107,18 +119,18 @@ def decoder(
         q, i = divmod(j, 8)
         if q not in kept:
             kept.clear()
-            kept[q] = list(_e8p_nibbles(parts[q // 2] >> np.uint32(16 * (q % 2)), lookup))
+            kept[q] = list(e8p_nibbles(parts[q // 2] >> np.uint32(16 * (q % 2)), lookup))
             if weight.bits == 3:
                 code = (parts[2] >> np.uint32(8 * q)) & np.uint32(255)
                 kept[q].append(lookup(_ENTRIES, _ENTRIES, code))
             if weight.bits == 4:
-                kept[q] += _e8p_nibbles(parts[2 + q // 2] >> np.uint32(16 * (q % 2)), lookup)
+                kept[q] += e8p_nibbles(parts[2 + q // 2] >> np.uint32(16 * (q % 2)), lookup)
         nibbles, constant, *residual = kept[q]
-        value = _nibble(nibbles, NIBBLES[i]) + constant
+        value = nibble(nibbles, NIBBLES[i]) + constant
         if weight.bits == 3:
-            return value + (_nibble(residual[0], i) - np.float32(4)) * np.float32(weight.residual)
+            return value + (nibble(residual[0], i) - np.float32(4)) * np.float32(weight.residual)
         if weight.bits == 4:
-            return value + (_nibble(residual[0], NIBBLES[i]) + residual[1]) * np.float32(weight.residual)
+            return value + (nibble(residual[0], NIBBLES[i]) + residual[1]) * np.float32(weight.residual)
         return value
 
     return hyb if weight.code in TRELLISES else lattice

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import KernelError, choose
-from pallas_kernels.hadamard import pallas_gpu, pallas_tpu, reference
+from pallas_kernels import tuned
+from pallas_kernels.dispatch import KernelError, choose, runnable
+from pallas_kernels.hadamard import pallas_gpu, pallas_mosaic_gpu, pallas_tpu, reference
 
-__all__ = ["chosen", "hadamard"]
+__all__ = ["available", "chosen", "hadamard"]
 
-_RUN = {"pallas_gpu": pallas_gpu.hadamard, "pallas_tpu": pallas_tpu.hadamard, "xla": reference.hadamard}
+_KERNELS = {"pallas_gpu": pallas_gpu, "mosaic_gpu": pallas_mosaic_gpu, "pallas_tpu": pallas_tpu}
+_RUN = {**{name: kernel.hadamard for name, kernel in _KERNELS.items()}, "xla": reference.hadamard}
+
+
+def _obstacles(block: int, dtype: Any) -> dict[str, Callable[[], str | None]]:
+    """By kernel, the first choice first, what says why it cannot run."""
+    kernels: dict[str, Callable[[], str | None]] = {
+        name: functools.partial(kernel.obstacle, block, dtype) for name, kernel in _KERNELS.items()
+    }
+    if tuned.mosaic_first("hadamard", f"order {block}"):
+        kernels = {"mosaic_gpu": kernels["mosaic_gpu"], **kernels}
+    return kernels
+
+
+def available(block: int, dtype: Any) -> list[str]:
+    """All kernels that can run here for the order `block`; XLA always can."""
+    return runnable(_obstacles(block, dtype))
 
 
 def chosen(block: int, dtype: Any, implementation: str | None = None) -> str:
     """The implementation that runs for the order `block`. Raises KernelError."""
-    kernels = {"pallas_gpu": pallas_gpu.obstacle, "pallas_tpu": pallas_tpu.obstacle}
-    return choose("hadamard", implementation, {k: functools.partial(f, block, dtype) for k, f in kernels.items()})
+    return choose("hadamard", implementation, _obstacles(block, dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

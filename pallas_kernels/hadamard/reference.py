@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-__all__ = ["hadamard", "sylvester"]
+__all__ = ["factors", "hadamard", "sylvester"]
 
 _RADIX_BITS = 5  # few passes with a small dense factor beat log2(n) butterflies on a CPU
 
@@ -22,6 +22,12 @@ def sylvester(order: int) -> np.ndarray:
     matrix = 1 - 2 * odd.astype(np.float32)
     matrix.setflags(write=False)
     return matrix
+
+
+def factors(block: int) -> tuple[int, ...]:
+    """The orders of the factors that the GPU kernels multiply by, one up to 128, else two: multiply-adds per value."""
+    left = 1 << (block.bit_length() // 2)
+    return (block,) if block <= 128 else (left, block // left)
 
 
 def hadamard(x: Float[Array, "*batch n"], block: int) -> Float[Array, "*batch n"]:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.dequant_matmul import from_codes, matmul, repack_trellis
+from pallas_kernels.bench.cases import packed as random_matrix
+from pallas_kernels.dequant_matmul import matmul
+from pallas_kernels.dequant_matmul.specs import Spec
 from qjax import artifact, models
 from qjax.bench.timing import compiled, interleaved
 from qjax.errors import InputError
@@ -18,13 +20,13 @@ from qjax.models.next_token import Sampling, next_token
 from qjax.models.transformer import LINEARS, embed, head
 from qjax.packed import PackedLinear, pack_model
 
-__all__ = ["lines", "matvec", "model"]
+__all__ = ["lines", "matvec", "model", "verdict"]
 
 _COPIES = 8  # of every matrix, multiplied one after the other: a model's weights are not in the caches either
 
 
 def matvec(size: tuple[int, int], bits: int, code: str | None, repeats: int = 5) -> dict[str, Any]:
-    """Seconds of `x Wᵀ` for one row of float32 x: a scalar grid (or a trellis `code`, L = 16) and dense float32.
+    """Seconds of `x Wᵀ` for one row of float32 x: a scalar grid, or a `code` (e8p, a trellis with L = 16), and dense.
 
     Raises InputError for fewer than one repeat.
     """
@@ -33,15 +35,10 @@ def matvec(size: tuple[int, int], bits: int, code: str | None, repeats: int = 5)
     out, inner = size
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, inner), np.float32)
-    one = jnp.ones((1, 1))
 
     def packed() -> Any:
-        if code is None:
-            codes = rng.integers(0, 2**bits, (out, inner), np.uint8)
-            return jax.jit(lambda c: from_codes(c, bits, one, one))(codes)
-        name = code
-        words = rng.integers(0, 2**32, out * inner * bits // 32, np.uint32)
-        return jax.jit(lambda w: repack_trellis(w, bits, (out, inner), one, name, 16))(words)
+        spec = Spec(bits, 1, out, inner, None, code)
+        return random_matrix(spec, jax.random.key(int(rng.integers(2**31))))
 
     def dense() -> Any:
         return jax.device_put(rng.standard_normal((out, inner), np.float32))
@@ -65,6 +62,7 @@ def matvec(size: tuple[int, int], bits: int, code: str | None, repeats: int = 5)
         "seconds_per_product": {name: timing.median / _COPIES for name, timing in timings.items()},
         "bytes": {"packed": kinds["packed"][0][0].nbytes, "dense": 4 * out * inner},
         "speedup": timings["packed"].relative(timings["dense"]),
+        "asked": {"speedup": 1.5} if (bits, code, size) == (4, None, (4096, 4096)) else None,
     }
 
 
@@ -91,7 +89,25 @@ def model(folder: str, reference: str, tokens: int = 32, repeats: int = 3) -> di
         "tokens_per_second": {name: tokens / timing.median for name, timing in timings.items()},
         "bytes": sizes,
         "speedup": timings["packed"].relative(timings["dense"]),
+        "asked": {"speedup": 1.0, "memory": 0.25},
     }
+
+
+def verdict(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What is asked of decoding on a CPU, one line each: a speed-up, and for a model a share of the weights' bytes."""
+    found = []
+    for result in results:
+        asked = result["asked"]
+        if asked is None:
+            continue
+        share = result["bytes"]["packed"] / result["bytes"]["dense"]
+        met = result["speedup"] >= asked["speedup"] and share <= asked.get("memory", 1.0)
+        memory = f", {share:.3f} of its weights' bytes (asked: at most {asked['memory']})" if "memory" in asked else ""
+        found.append(
+            f"{result['what']}: {result['speedup']:.2f} times the speed of dense float32 "
+            f"(asked: at least {asked['speedup']}){memory}: {'reached' if met else 'NOT reached'}"
+        )
+    return found
 
 
 def _linears(params: Any) -> list[Any]:

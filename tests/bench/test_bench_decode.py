@@ -13,7 +13,7 @@ from qjax.pipeline import replace_linears
 from qjax.quantize import quantize_matrix
 
 
-@pytest.mark.parametrize(("bits", "code"), [(4, None), (2, "mul1")])
+@pytest.mark.parametrize(("bits", "code"), [(4, None), (2, "mul1"), (2, "e8p")])
 def test_a_record_of_products(bits, code):
     record = decode.matvec((32, 64), bits, code, repeats=2)
     assert record["bytes"]["dense"] == 4 * 32 * 64 and record["speedup"] > 0
@@ -48,6 +48,16 @@ def test_a_record_of_a_model(tmp_path):
     assert record["bytes"]["packed"] < record["bytes"]["dense"] / 4
     assert all(rate > 0 for rate in record["tokens_per_second"].values())
     assert decode.lines([record])[1][0][0] == "tiny, 3 tokens"
+
+
+def test_what_is_asked_is_said_with_both_of_its_parts():
+    bytes_of = {"packed": 20, "dense": 100}
+    model = {"what": "a model", "speedup": 1.2, "asked": {"speedup": 1.0, "memory": 0.25}, "bytes": bytes_of}
+    slow, large = {**model, "speedup": 0.9}, {**model, "bytes": {"packed": 30, "dense": 100}}
+    product = {"what": "a matrix", "speedup": 1.6, "asked": {"speedup": 1.5}, "bytes": bytes_of}
+    found = decode.verdict([model, slow, large, product, {**product, "asked": None}])
+    assert [line.endswith(": reached") for line in found] == [True, False, False, True]
+    assert "1.20 times the speed of dense float32 (asked: at least 1.0), 0.200 of its weights' bytes" in found[0]
 
 
 def test_refusals():

@@ -8,7 +8,7 @@ import pytest
 from qjax import hessian, models
 from qjax.errors import ArtifactError, DataError, InputError, NumericsError
 from qjax.hessian import HessianStore
-from qjax.hessian.accumulate import accumulate, empty, finish
+from qjax.hessian.accumulate import _second_moment, accumulate, empty, finish
 from qjax.hessian.collect import batches
 from qjax.hessian.store import pack_triangle, unpack_triangle
 from qjax.models.transformer import LINEARS, SITES, block_inputs, embed
@@ -144,3 +144,19 @@ def test_everything_that_matters_is_in_the_address(tmp_path):
         len({base, store.key("n", "t", "input", 8), store.key("m", "u", "input", 8), store.key("m", "t", "input", 4)})
         == 4
     )
+
+
+def test_the_environment_names_what_computes_second_moments(monkeypatch):
+    rows = np.random.default_rng(0).standard_normal((40, 24)).astype(np.float32)
+    expected = rows.astype(np.float64).T @ rows
+    found = {}
+    for name in ("", "xla"):
+        monkeypatch.setenv("QJAX_GRAM", name)
+        found[name] = np.asarray(jax.jit(lambda x: _second_moment(x))(jnp.asarray(rows)))
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-5)
+    assert np.array_equal(found["xla"], found["xla"].T)
+    monkeypatch.setenv("QJAX_GRAM", "triangle")
+    with pytest.raises(
+        ValueError, match="gram has no implementation 'triangle'; there are mosaic_gpu, pallas_tpu, xla"
+    ):
+        _second_moment(jnp.asarray(rows))

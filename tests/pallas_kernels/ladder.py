@@ -9,18 +9,29 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType
 
-__all__ = ["compiled_for_tpu", "exported", "hbm_bytes", "tpu_interpreter"]
+__all__ = [
+    "compiled_for_tpu",
+    "exported",
+    "gpu_interpreter",
+    "hbm_bytes",
+    "mosaic_bytes",
+    "races_found",
+    "tpu_interpreter",
+]
 
 TRITON_CALL = "__gpu$xla.gpu.triton"
-
+MOSAIC_CALL = "mosaic_gpu_v2"
 
 _DEVICES = {"cuda": ("NVIDIA H100 80GB HBM3", 132), "tpu": ("TPU v5 lite", 1), "v6e": ("TPU v6 lite", 1)}
 
@@ -35,20 +46,43 @@ def _device(name: str) -> Iterator[None]:
         yield
 
 
-def exported(platform: str, function: Callable[..., Any], *arguments: Any) -> str:
-    """The module that `function` lowers to for "cuda" or "tpu": fails where Pallas' lowering to that platform does."""
+def exported(platform: str, function: Callable[..., Any], *arguments: Any, call: str | None = None) -> str:
+    """The module that `function` lowers to for "cuda" or "tpu": fails where Pallas' lowering to that platform does.
+
+    `call` is what the kernel is called by, Triton's or the TPU's unless told otherwise.
+    """
     check = jax.export.DisabledSafetyCheck.custom_call(TRITON_CALL)
     specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
     with _device(platform):
         out = jax.export.export(jax.jit(function), platforms=[platform], disabled_checks=[check])(*specs)
     text = out.mlir_module()
-    assert (TRITON_CALL if platform == "cuda" else "tpu_custom_call") in text
+    assert (call or (TRITON_CALL if platform == "cuda" else "tpu_custom_call")) in text
     return text
 
 
 def tpu_interpreter(detect_races: bool = False) -> pltpu.InterpretParams:
     """TPU interpretation with the memories of a TPU, NaN wherever nothing was written."""
     return pltpu.InterpretParams(uninitialized_memory="nan", detect_races=detect_races)
+
+
+def races_found(interpreter: Any) -> bool:
+    """Whether the last kernel run by an interpreter that detects races had one: of itself it only prints that."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as of_tpu
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as of_gpu
+
+    assert interpreter.detect_races
+    state = of_tpu.races if isinstance(interpreter, pltpu.InterpretParams) else of_gpu.get_races()
+    assert state is not None
+    return state.races_found
+
+
+def gpu_interpreter(detect_races: bool = False) -> Any:
+    """Interpretation of Mosaic GPU kernels with the memories, copies and barriers of a GPU, NaN where unwritten."""
+    try:
+        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams  # public from jax 0.11
+    except ImportError:
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    return InterpretGPUParams(uninitialized_memory="nan", detect_races=detect_races)
 
 
 @contextlib.contextmanager
@@ -82,7 +116,6 @@ def hbm_bytes(function: Callable[..., Any], *arguments: Any) -> int:
     A block moves when its index differs from that of the grid step before, the last grid axis running fastest.
     """
     total = 0
-    original = pl.pallas_call
 
     def recorded(kernel: Any, **options: Any) -> Any:
         def call(*operands: Any) -> Any:
@@ -93,7 +126,8 @@ def hbm_bytes(function: Callable[..., Any], *arguments: Any) -> int:
                 size = math.prod(n or 1 for n in spec.block_shape) * array.dtype.itemsize
                 indices = (spec.index_map(*step) for step in itertools.product(*map(range, options["grid"])))
                 total += size * sum(1 for _ in itertools.groupby(indices))
-            return original(kernel, **options)(*operands)
+            # what the kernel computes is for other tests: its body is not traced
+            return jax.tree.map(lambda own: jnp.zeros(own.shape, own.dtype), options["out_shape"])
 
         return call
 
@@ -101,3 +135,85 @@ def hbm_bytes(function: Callable[..., Any], *arguments: Any) -> int:
         patch.setattr(pl, "pallas_call", recorded)
         jax.eval_shape(function, *arguments)
     return total
+
+
+_SHARED_OPERAND = 1 << 20
+"""Bytes of an operand that stays in a GPU's second cache after its first reading, tens of times as large."""
+
+
+def mosaic_bytes(function: Callable[..., Any], *arguments: Any, uniform: bool = False) -> int:
+    """Bytes that the Mosaic GPU kernel of `function` moves between device memory and chip.
+
+    The kernel's body runs as plain Python once for every program of the grid, on references that only have shapes: what
+    it and its pipelines copy is added up. An operand of at most 1 MiB counts once, however many programs read it.
+    `uniform`: all programs do the same, so that one is run and multiplied.
+    """
+    read: dict[Any, int] = {}
+    written = 0
+
+    def reference(name: Any, shape: Any, dtype: Any) -> Any:
+        own = mock.MagicMock(shape=tuple(shape), dtype=dtype, label=name)
+        own.at.__getitem__.return_value = own  # a slice of it is itself: sizes are taken from the other side of a copy
+        own.__getitem__.return_value = jnp.zeros(shape, dtype)
+        return own
+
+    def copied_in(source: Any, shape: Any) -> None:
+        size = math.prod(n or 1 for n in shape) * jnp.dtype(source.dtype).itemsize
+        read[source.label] = read.get(source.label, 0) + size
+
+    def copied_out(source: Any, _: Any) -> None:
+        nonlocal written
+        written += math.prod(source.shape) * jnp.dtype(source.dtype).itemsize
+
+    def pipeline(_: Any, grid: Any, in_specs: Any, **__: Any) -> Any:
+        def run(*operands: Any) -> None:
+            for spec, operand in zip(in_specs, operands, strict=True):
+                for _ in range(math.prod(grid)):  # every step fetches every block
+                    copied_in(operand, spec.block_shape)
+
+        return run
+
+    def kernel(body: Any, out_type: Any, grid: Any, grid_names: Any, scratch_types: Any, **_: Any) -> Any:
+        def call(*operands: Any) -> Any:
+            nonlocal written
+            ins = [reference(i, a.shape, a.dtype) for i, a in enumerate(operands)]
+            scratch = {
+                name: reference(name, getattr(t, "shape", ()), getattr(t, "dtype", jnp.int32))
+                for name, t in scratch_types.items()
+            }
+            out = reference("out", out_type.shape, out_type.dtype)
+            programs = list(itertools.product(*map(range, grid)))
+            for at in programs[:1] if uniform else programs:
+                names = dict(zip(grid_names, at, strict=True))
+                with pytest.MonkeyPatch.context() as inner:
+                    inner.setattr(jax.lax, "axis_index", lambda name, names=names: names[name])
+                    inner.setattr(jax.lax, "axis_size", lambda name: grid[grid_names.index(name)])
+                    inner.setattr(jax.lax, "fori_loop", _python_loop)
+                    inner.setattr(jax.lax, "div", lambda a, b: a // b)
+                    body(*ins, out, **scratch)
+            times = len(programs) if uniform else 1
+            written *= times
+            for label, operand in enumerate(operands):
+                size = operand.size * operand.dtype.itemsize
+                own = times * read.get(label, 0)
+                read[label] = size if own > size and size <= _SHARED_OPERAND else own
+            return jnp.zeros(out_type.shape, out_type.dtype)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plgpu, "kernel", kernel)
+        patch.setattr(plgpu, "emit_pipeline", pipeline)
+        patch.setattr(plgpu, "copy_gmem_to_smem", lambda source, target, _: copied_in(source, target.shape))
+        patch.setattr(plgpu, "copy_smem_to_gmem", copied_out)
+        for name in ("commit_smem", "wait_smem_to_gmem", "wgmma", "wgmma_wait", "barrier_wait"):
+            patch.setattr(plgpu, name, lambda *_, **__: None)
+        patch.setattr(pl, "run_scoped", lambda f, acc: f(reference("accumulator", acc.shape, jnp.float32)))
+        jax.eval_shape(function, *arguments)
+    return sum(read.values()) + written
+
+
+def _python_loop(start: int, stop: Any, body: Callable[..., Any], carry: Any) -> Any:
+    for i in range(int(start), int(stop)):
+        carry = body(i, carry)
+    return carry

@@ -106,8 +106,9 @@ def test_interpreted(kernel, spec, dtype):
 @pytest.mark.parametrize("spec", TESTS[1:3], ids=str)
 def test_interpreted_as_a_tpu_with_unwritten_memory_nan(spec):
     x, weight = packed(spec)
-    found = pallas_tpu.matmul(jnp.asarray(x), weight, interpret=ladder.tpu_interpreter(detect_races=True))
-    check(found, x, weight, jnp.float32)
+    interpreter = ladder.tpu_interpreter(detect_races=True)
+    check(pallas_tpu.matmul(jnp.asarray(x), weight, interpret=interpreter), x, weight, jnp.float32)
+    assert not ladder.races_found(interpreter)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

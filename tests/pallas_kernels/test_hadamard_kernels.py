@@ -49,8 +49,9 @@ def test_small_orders_interpreted_on_the_gpu_kernel():
 @pytest.mark.parametrize("spec", TESTS[:2], ids=str)
 def test_interpreted_as_a_tpu_with_unwritten_memory_nan(spec):
     x = inputs(spec)
-    found = pallas_tpu.hadamard(x, spec.block, interpret=ladder.tpu_interpreter(detect_races=True))
-    check(found, x, spec.block, jnp.float32)
+    interpreter = ladder.tpu_interpreter(detect_races=True)
+    check(pallas_tpu.hadamard(x, spec.block, interpret=interpreter), x, spec.block, jnp.float32)
+    assert not ladder.races_found(interpreter)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,6 +69,15 @@ def test_lowers(kernel, platform, spec, dtype):
 def test_compiles_for_tpu(topology, spec, dtype):
     x = jax.ShapeDtypeStruct((spec.rows, spec.n), dtype)
     ladder.compiled_for_tpu(topology, functools.partial(pallas_tpu.hadamard, block=spec.block), x)
+
+
+@pytest.mark.parametrize("spec", [BENCHES[1], Spec(256, 4096, 4096), Spec(256, 14336, 128)], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_moves_its_bytes_once(kernel, spec):
+    x = jax.ShapeDtypeStruct((spec.rows, spec.n), jnp.bfloat16)
+    moved = ladder.hbm_bytes(functools.partial(KERNELS[kernel], block=spec.block), x)
+    factors = 4 * 2 * 128**2  # of ±1, at most 128 × 128 each, read beside x
+    assert 4 * spec.rows * spec.n < moved <= 1.1 * 4 * spec.rows * spec.n + factors
 
 
 def test_is_its_own_derivative():

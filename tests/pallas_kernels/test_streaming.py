@@ -1,11 +1,15 @@
 """Products on a CPU that decode in registers, against the reference that decodes first."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.bench.cases import packed
 from pallas_kernels.dequant_matmul import dequantize, from_codes, matmul, reference, repack_trellis, streaming
+from pallas_kernels.dequant_matmul.specs import Spec
 from pallas_kernels.dequant_matmul.trellis import CODES
 
 
@@ -51,6 +55,16 @@ def test_trellises(code, bits, L, batch, out, inner):
     scale = rng.uniform(0.5, 1.5, (out, 1)).astype(np.float32)
     weight = jax.jit(lambda w, s: repack_trellis(w, bits, (out, inner), s, code, L))(words, scale)
     x = rng.standard_normal((batch, inner)).astype(np.float32)
+    close(jax.jit(matmul)(x, weight), x, weight)
+
+
+@pytest.mark.parametrize(("batch", "out", "inner"), [(1, 144, 1096), (3, 16, 520)])
+def test_lattices(batch, out, inner):
+    weight = packed(Spec(2, batch, out, inner, None, "e8p"), jax.random.key(0))
+    scale = np.random.default_rng(0).uniform(0.5, 1.5, weight.scale.shape).astype(np.float32)
+    weight = dataclasses.replace(weight, scale=jnp.asarray(scale))
+    x = np.random.default_rng(1).standard_normal((batch, inner)).astype(np.float32)
+    assert streaming.suits(batch, x.dtype, weight)
     close(jax.jit(matmul)(x, weight), x, weight)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import tuned
-from pallas_kernels.bench import Settings, cases, lines, rooflines, run, suite, timing
+from pallas_kernels.bench import Settings, cases, checks, lines, rooflines, run, suite, timing, tuning
 from pallas_kernels.dequant_matmul import dequantize
 from pallas_kernels.dequant_matmul.specs import Spec
 
@@ -22,10 +22,12 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 def few(monkeypatch):
     """One check of each operation."""
     chosen = {}
-    for what, check in suite._checks():
+    for what, check in suite.checks():
         chosen.setdefault(what.split()[0], (what, check))
-    monkeypatch.setattr(suite, "_checks", lambda: iter(chosen.values()))
-    monkeypatch.setattr(suite, "_benches", lambda s, limits, own=suite._benches: list(own(s, limits))[:3])
+    monkeypatch.setattr(suite, "checks", lambda: iter(chosen.values()))
+    kinds = ("viterbi", "gram", "hadamard", "scalar")
+    some = lambda s, limits, own=suite._benches: [b for b in own(s, limits) if b[0].startswith(kinds)][:4]  # noqa: E731
+    monkeypatch.setattr(suite, "_benches", some)
 
 
 @pytest.mark.slow
@@ -33,36 +35,39 @@ def test_the_record_of_a_quick_run(few, tmp_path):
     out = tmp_path / "kernels.json"
     record = run(Settings(quick=True, ring_bytes=1 << 16, out=out))
     assert json.loads(out.read_text()) == json.loads(json.dumps(record))
-    assert record["failed"] == record["left_out"] == [] and len(record["checks"]) == 3
+    assert record["failed"] == record["left_out"] == [] and len(record["checks"]) == 4
     assert all(check["implementation"] == "xla" and check["error"] < check["limit"] for check in record["checks"])
     assert any(check["error"] > 0 for check in record["checks"])
     assert record["rooflines"]["bytes_per_second"] > 1e8 and record["rooflines"]["integer_ops_per_second"] > 1e7
     products = [result for result in record["benches"] if result["op"] == "dequant_matmul"]
+    assert len(products) == 1
     for result in products:
         assert result["speedup_over_dense"] == pytest.approx(
             result["dense"]["microseconds_median"] / result["kernel"]["microseconds_median"]
         )
         assert result["of_roofline"] > 0
+        assert result["instructions"]["budget_per_weight"] > 0 and result["instructions"]["per_weight"]["kernel"]
+    assert all(result["measured_on"].endswith(f"jax {record['jax']}") for result in record["benches"])
     headers, rows = lines(record)
-    assert len(rows) == len(record["benches"]) == 3 and all(len(row) == len(headers) for row in rows)
+    assert len(rows) == len(record["benches"]) == 4 and all(len(row) == len(headers) for row in rows)
 
 
 def test_a_wrong_kernel_and_one_that_raises_are_named(monkeypatch, capsys):
     def broken():
         raise ValueError("does not lower")
 
-    monkeypatch.setattr(suite, "_checks", lambda: iter([("bad", lambda: ("xla", 0.5, 1e-5)), ("worse", broken)]))
+    monkeypatch.setattr(suite, "checks", lambda: iter([("bad", lambda: ("xla", 0.5, 1e-5)), ("worse", broken)]))
     monkeypatch.setattr(suite, "_benches", lambda *_: iter([("none", broken)]))
     record = run(Settings(quick=True))
     assert [f["what"] for f in record["failed"]] == ["bad", "worse", "none"]
     assert record["failed"][1]["reason"] == "ValueError: does not lower"
     assert "FAILED bad: xla, error 5.00e-01" in capsys.readouterr().out
-    assert suite._error([1.0, jnp.nan], [1.0, 2.0]) == float("inf")
+    assert checks.error([1.0, jnp.nan], [1.0, 2.0]) == float("inf")
 
 
 def test_what_time_forbids_is_listed(few):
     record = run(Settings(seconds=0, quick=True))
-    assert len(record["left_out"]) == 6 and not record["checks"] and not record["benches"]
+    assert len(record["left_out"]) == 8 and not record["checks"] and not record["benches"]
 
 
 @pytest.mark.parametrize("code", [None, "mul1", "hyb", "e8p"])
@@ -75,6 +80,12 @@ def test_random_matrices_have_the_scale_of_weights(code):
 def test_operations_of_a_decoder_are_counted():
     plain = rooflines.decode_ops(cases.packed(Spec(4, 1, 128, 512), suite.jax.random.key(0)))
     assert 1 <= plain["integer_ops_per_weight"] <= 2 and plain["gather_ops_per_weight"] == 0  # a shift and a mask
+    assert rooflines.row_ops(cases.packed(Spec(4, 1, 128, 512), suite.jax.random.key(0)))["integer_ops_per_weight"] == 2
+    generic, rows = (
+        f(cases.packed(Spec(2, 1, 128, 512, None, "3inst"), suite.jax.random.key(0)))["integer_ops_per_weight"]
+        for f in (rooflines.decode_ops, rooflines.row_ops)
+    )
+    assert rows < generic / 2  # float16 sums and windows shared by the states that begin in them
     trellis = rooflines.decode_ops(cases.packed(Spec(2, 1, 128, 512, None, "1mad"), suite.jax.random.key(0)))
     assert trellis["integer_ops_per_weight"] > plain["integer_ops_per_weight"] + 5
     lattice = rooflines.decode_ops(cases.packed(Spec(2, 1, 128, 512, None, "e8p"), suite.jax.random.key(0)))
@@ -101,6 +112,26 @@ def test_tuned_sizes_are_stored_and_found(tmp_path, monkeypatch):
     path.write_text('{"Some GPU": {"op": {"a": {"tile": 0}}}}')
     with pytest.raises(ValueError, match=r"tuned.json: blocks \{'tile': 0\} are not positive"):
         tuned.blocks("op", "a", {"tile": 64}, "Some GPU")
+
+
+def test_tuning_takes_the_fastest_and_survives_what_does_not_compile(capsys):
+    def seconds_of(blocks):
+        if blocks["tile"] == 8:
+            raise ValueError("too small")
+        return {16: 3e-6, 32: 1e-6, 64: 2e-6}[blocks["tile"]]
+
+    candidates = [{"tile": tile} for tile in (8, 16, 32, 64)]
+    later = timing.time.monotonic() + 1e6
+    assert tuning.fastest(candidates, seconds_of, later, "op") == ({"tile": 32}, 1e-6)
+    assert "tune op {'tile': 8}: ValueError" in capsys.readouterr().out
+    assert tuning.fastest(candidates, seconds_of, 0.0, "op") == ({}, float("inf"))
+    seconds = {
+        "a": {"mosaic_gpu": 1.0, "pallas_gpu": 2.0},
+        "b": {"mosaic_gpu": 2.0, "pallas_gpu": 1.0},
+        "c": {"mosaic_gpu": 1.0},
+    }
+    assert tuning.mosaic_first(seconds) == {"a": {"mosaic_gpu": 1}}  # of c only one is known
+    assert tuning.tune(1 << 10, 0.0, later) == {}  # nothing to tune on a CPU
 
 
 def test_the_script_needs_jax_alone(tmp_path):

@@ -134,7 +134,9 @@ def test_interpreted(kernel, spec):
 @pytest.mark.parametrize("spec", [TABLE_TESTS[1], TABLE_TESTS[4]], ids=str)
 def test_interpreted_as_a_tpu_with_unwritten_memory_nan(spec):
     x, dense, weight = stored(spec)
-    check(pallas_tpu.matmul(x, weight, interpret=ladder.tpu_interpreter()), x, dense)
+    interpreter = ladder.tpu_interpreter(detect_races=True)
+    check(pallas_tpu.matmul(x, weight, interpret=interpreter), x, dense)
+    assert not ladder.races_found(interpreter)
 
 
 @pytest.mark.parametrize("spec", [*TABLE_TESTS[1:3], TABLE_TESTS[4], *TABLE_BENCHES[::6]], ids=str)

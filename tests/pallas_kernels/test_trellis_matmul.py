@@ -73,7 +73,9 @@ def test_interpreted(kernel, spec):
 
 def test_interpreted_as_a_tpu_with_unwritten_memory_nan():
     x, dense, weight = stored(TRELLIS_TESTS[1])
-    check(pallas_tpu.matmul(x, weight, interpret=ladder.tpu_interpreter()), x, dense)
+    interpreter = ladder.tpu_interpreter(detect_races=True)
+    check(pallas_tpu.matmul(x, weight, interpret=interpreter), x, dense)
+    assert not ladder.races_found(interpreter)
 
 
 @pytest.mark.parametrize("spec", [TRELLIS_TESTS[2], *TRELLIS_BENCHES[:4]], ids=str)

@@ -69,6 +69,18 @@ def test_lowers_for_cuda(spec):
     assert "viterbi_forward" in text and "viterbi_trace_back" in text
 
 
+@pytest.mark.parametrize("spec", [BENCHES[1], BENCHES[3]], ids=str)
+def test_moves_every_choice_once_out_and_once_in(spec):
+    """Beside the operands and the results: a byte per edge and step, written by the search and read on the way back."""
+    edges = 2 ** (spec.L - spec.b)
+    x = jax.ShapeDtypeStruct((spec.steps, spec.V, spec.batch), jnp.float32)
+    lut, start = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2**spec.L, spec.V), (edges, spec.batch)))
+    moved = ladder.hbm_bytes(lambda *given: pallas_gpu.search(*given[:2], spec.b, given[2], None), x, lut, start)
+    own = 4 * (spec.steps * spec.V * spec.batch + 2**spec.L * spec.V + 2 * edges * spec.batch)
+    paths = 4 * (spec.steps + 2) * (spec.batch + 31)  # whole programs of 32 sequences
+    assert own <= moved <= 1.1 * (own + 2 * spec.steps * spec.batch * edges + paths)
+
+
 @pytest.mark.parametrize(
     ("L", "b", "reason"), [(8, 5, "at most 4"), (6, 4, "at least as many edges"), (16, 0, "do not fit")]
 )
