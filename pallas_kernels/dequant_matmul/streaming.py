@@ -139,7 +139,7 @@ def _trellis_sums(x: Float[Array, "blocks slabs batch 16 1"], weight: PackedMatr
 def _lattice_sums(x: Float[Array, "blocks slabs batch 16 1"], weight: PackedMatrix) -> Float[Array, "batch 16 lanes"]:
     """`Σ value · x` of E8P by rows of a piece: entries are looked up first, for no vector unit follows a look-up.
 
-    A value is half a nibble and a constant that eight inputs share, so the constant meets their sum.
+    A value is half a nibble and a constant that eight inputs share: inputs are halved, the constant meets their sum.
     """
     blocks, _, batch = x.shape[:3]
     lanes = weight.words.shape[2]
@@ -147,6 +147,7 @@ def _lattice_sums(x: Float[Array, "blocks slabs batch 16 1"], weight: PackedMatr
     pieces = weight.words.reshape(blocks, 2, ROWS, lanes)
     by_code = x.reshape(blocks, 4, 8, batch, ROWS, 1)
     shared = jnp.sum(by_code, axis=2)
+    by_code = by_code * np.float32(0.5)
     table = weight.table.reshape(-1)
 
     def lookup(_: int, __: int, index: Array) -> Array:
@@ -162,7 +163,8 @@ def _lattice_sums(x: Float[Array, "blocks slabs batch 16 1"], weight: PackedMatr
         sums = jax.lax.dynamic_slice(shared, (block, q, 0, 0, 0), (1, 1, batch, rows, 1))[0, 0]
         acc = acc + constant[None] * sums
         for i, place in enumerate(tables.NIBBLES):
-            acc = acc + tables.nibble(nibbles, place)[None] * inputs[i]
+            whole_nibble = (nibbles >> np.uint32(4 * place)) & np.uint32(15)
+            acc = acc + whole_nibble.astype(jnp.int32).astype(jnp.float32)[None] * inputs[i]
         return acc
 
     acc = jnp.zeros((batch, ROWS, lanes), jnp.float32)

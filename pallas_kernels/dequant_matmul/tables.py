@@ -42,7 +42,6 @@ __all__ = [
     "e8p_nibbles",
     "e8p_values",
     "hyb_values",
-    "nibble",
     "repack_lattice",
     "table_lines",
 ]
@@ -85,15 +84,14 @@ def e8p_nibbles(codes: Array, lookup: Lookup) -> tuple[Array, Array]:
     return nibbles, np.float32(-3.75) - parity.astype(jnp.int32).astype(jnp.float32) * np.float32(0.5)
 
 
-def nibble(nibbles: Array, place: int) -> Array:
-    """Half of the nibble at a place, float32: a value without its constant."""
+def _nibble(nibbles: Array, place: int) -> Array:
     return ((nibbles >> np.uint32(4 * place)) & np.uint32(15)).astype(jnp.int32).astype(jnp.float32) * np.float32(0.5)
 
 
 def e8p_values(codes: Array, lookup: Lookup) -> list[Array]:
     """The eight coordinates of 16-bit codes in the low half of words, float32."""
     nibbles, constant = e8p_nibbles(codes, lookup)
-    return [nibble(nibbles, place) + constant for place in NIBBLES]
+    return [_nibble(nibbles, place) + constant for place in NIBBLES]
 
 
 def decoder(
@@ -126,11 +124,11 @@ def decoder(
             if weight.bits == 4:
                 kept[q] += e8p_nibbles(parts[2 + q // 2] >> np.uint32(16 * (q % 2)), lookup)
         nibbles, constant, *residual = kept[q]
-        value = nibble(nibbles, NIBBLES[i]) + constant
+        value = _nibble(nibbles, NIBBLES[i]) + constant
         if weight.bits == 3:
-            return value + (nibble(residual[0], i) - np.float32(4)) * np.float32(weight.residual)
+            return value + (_nibble(residual[0], i) - np.float32(4)) * np.float32(weight.residual)
         if weight.bits == 4:
-            return value + (nibble(residual[0], NIBBLES[i]) + residual[1]) * np.float32(weight.residual)
+            return value + (_nibble(residual[0], NIBBLES[i]) + residual[1]) * np.float32(weight.residual)
         return value
 
     return hyb if weight.code in TRELLISES else lattice
