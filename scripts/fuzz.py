@@ -1,6 +1,6 @@
 """Damage valid model files and read them: a typed error or a whole result, in bounded time and memory, nothing else.
 
-    python scripts/fuzz.py --inputs 1000000 [--seed 1] [--reader gguf|index|tokenizer|artifact]
+    python scripts/fuzz.py --inputs 1000000 --workers 2 [--seed 1] [--reader gguf|index|tokenizer|artifact]
 
 Four readers: a GGUF file (header, configuration, tokenizer, every tensor), a folder with a safetensors index and two
 shards, `tokenizer.json` and piece lists, and an artifact. An input is a valid file with some of its bytes changed, cut
@@ -13,6 +13,7 @@ the size of the files and a fixed allowance, a file opened outside the folder, a
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import gc
 import json
 import os
@@ -20,6 +21,7 @@ import pathlib
 import pickle
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +32,7 @@ from typing import Any
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+NAMES = ("gguf", "index", "tokenizer", "artifact")
 SECONDS = 1.0
 ALLOWANCE = 4 << 20  # of the interpreter and the libraries, independent of the input
 _EDGES = [0, 1, 2, 7, 8, 31, 32, 127, 128, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64 - 1]
@@ -50,6 +53,11 @@ _TOKENS = [
     b"../",
     b"/etc/passwd",
 ]
+
+
+def in_memory() -> str | None:
+    """A folder in memory where there is one: an input is written and read in a third of the time."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
@@ -234,7 +242,7 @@ def readers(folder: pathlib.Path, only: str | None = None) -> list[Reader]:
             weights.read(name)
 
     made: list[Reader] = []
-    for name in ("gguf", "index", "tokenizer", "artifact"):
+    for name in NAMES:
         if only not in (None, name):
             continue
         place = folder / name
@@ -354,29 +362,75 @@ def fuzz(reader: Reader, inputs: int, seed: int, watch: Watch, seconds: float = 
     return {**counts, "seconds": time.monotonic() - begun, "wrong": wrong}
 
 
+# Inputs per second on one idle core differ by as much; shares of equal size would leave one core with the artifacts.
+PIECE = 25_000
+
+
+def told(reader: Reader, found: dict[str, Any]) -> None:
+    """Print what one round of a reader gave."""
+    print(
+        f"{reader.name}: {found['inputs']} inputs ({found['refused']} refused, {found['read']} read) in "
+        f"{found['seconds']:.0f} s; slowest {found['slowest']:.3f} s, "
+        f"largest {found['largest'] / 2**20:.1f} MiB of files of {reader.bytes / 2**20:.2f} MiB; "
+        f"{len(found['wrong'])} wrong",
+        flush=True,
+    )
+    for line in found["wrong"]:
+        print(f"  {line}", flush=True)
+
+
+def side_by_side(names: list[str], inputs: int, seed: int, workers: int, seconds: float) -> int:
+    """Pieces of every reader's share in processes of their own, `workers` at a time; how many processes failed.
+
+    A process that has not answered long after its piece should be done counts as a hang.
+    """
+    share, rest = divmod(inputs, len(names))
+    pieces = [
+        (name, seed + 1_000_003 * number, min(PIECE, share + (index < rest) - start))
+        for index, name in enumerate(names)
+        for number, start in enumerate(range(0, share + (index < rest), PIECE))
+    ]
+
+    def one(piece: tuple[str, int, int]) -> bool:
+        name, own_seed, count = piece
+        command = [sys.executable, __file__, "--reader", name, "--inputs", str(count), "--seed", str(own_seed)]
+        command += ["--seconds", str(seconds)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120 + count * SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            print(f"{name}, seed {own_seed}: a hang: no end after {120 + count * SECONDS:.0f} s", flush=True)
+            return False
+        print(done.stdout.rstrip(), flush=True)
+        if done.returncode not in (0, 1):  # it crashed
+            print(f"{name}, seed {own_seed}: ended by {done.returncode}: {done.stderr[-2000:]}", flush=True)
+        return done.returncode == 0
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        fine = list(pool.map(one, sorted(pieces, key=lambda piece: piece[0] != "artifact")))  # the slowest first
+    print(f"{sum(count for _, _, count in pieces)} inputs, {fine.count(False)} of {len(fine)} processes failed")
+    return fine.count(False)
+
+
 def main() -> int:
     """Run what the command line asks for; 1 when something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=10_000, help="over all readers")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reader", choices=["gguf", "index", "tokenizer", "artifact"], default=None)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for every reader")
+    parser.add_argument("--reader", choices=NAMES, default=None)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for every reader, or piece with --workers")
+    parser.add_argument("--workers", type=int, default=1, help="processes at a time, 25,000 inputs each")
     options = parser.parse_args()
+    if options.workers > 1:
+        names = list(NAMES) if options.reader is None else [options.reader]
+        return int(side_by_side(names, options.inputs, options.seed, options.workers, options.seconds) > 0)
     bad, watch = 0, Watch()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
         made = readers(pathlib.Path(folder) / "files", options.reader)
-        for reader in made:
-            found = fuzz(reader, options.inputs // len(made), options.seed, watch, options.seconds)
+        share, rest = divmod(options.inputs, len(made))
+        for index, reader in enumerate(made):
+            found = fuzz(reader, share + (index < rest), options.seed, watch, options.seconds)
             bad += len(found["wrong"])
-            print(
-                f"{reader.name}: {found['inputs']} inputs ({found['refused']} refused, {found['read']} read) in "
-                f"{found['seconds']:.0f} s; slowest {found['slowest']:.3f} s, "
-                f"largest {found['largest'] / 2**20:.1f} MiB of files of {reader.bytes / 2**20:.2f} MiB; "
-                f"{len(found['wrong'])} wrong",
-                flush=True,
-            )
-            for line in found["wrong"]:
-                print(f"  {line}", flush=True)
+            told(reader, found)
     return int(bad > 0)
 
 

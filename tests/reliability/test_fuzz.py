@@ -6,7 +6,9 @@ import pathlib
 import pickle
 import random
 import re
+import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -36,8 +38,9 @@ def watch():
 
 
 @pytest.fixture(scope="module")
-def readers(tmp_path_factory):
-    return {reader.name: reader for reader in fuzz.readers(tmp_path_factory.mktemp("fuzz") / "files")}
+def readers():
+    with tempfile.TemporaryDirectory(dir=fuzz.in_memory()) as folder:
+        yield {reader.name: reader for reader in fuzz.readers(pathlib.Path(folder) / "files")}
 
 
 @pytest.mark.parametrize("name", ["gguf", "index", "tokenizer", "artifact"])
@@ -109,6 +112,24 @@ def test_the_harness_sees_what_is_wrong(readers, watch, tmp_path):
         reader = fuzz.Reader("tokenizer", good.folder, sorted(good.valid), bad)
         found = fuzz.fuzz(reader, 1, seed=0, watch=watch)
         assert len(found["wrong"]) == 1 and message in found["wrong"][0], found["wrong"]
+
+
+def test_a_run_in_several_processes_counts_all_inputs_and_sees_crashes_and_hangs(monkeypatch, capsys):
+    commands = []
+
+    def run(command, **options):
+        commands.append(dict(zip(command[2::2], command[3::2], strict=True)))
+        if commands[-1]["--reader"] == "index":
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        code = {"tokenizer": -11, "gguf": 1}.get(commands[-1]["--reader"], 0)
+        return subprocess.CompletedProcess(command, code, "out", "err")
+
+    monkeypatch.setattr(fuzz.subprocess, "run", run)
+    assert fuzz.side_by_side(["gguf", "index", "tokenizer", "artifact"], 100_002, 3, 2, 9.0) == 5
+    assert sum(int(command["--inputs"]) for command in commands) == 100_002
+    assert len({(command["--reader"], command["--seed"]) for command in commands}) == len(commands) == 6
+    text = capsys.readouterr().out
+    assert "index, seed 3: a hang" in text and "tokenizer, seed 3: ended by -11: err" in text
 
 
 def test_damage_is_the_same_for_the_same_seed():
