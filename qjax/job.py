@@ -14,6 +14,7 @@ from typing import IO, Any, TypeAlias
 import jax
 
 from qjax import artifact, data, evaluate, models
+from qjax.activations import Place, placed
 from qjax.blockwise import quantize_and_tune
 from qjax.checks import check_reference, doubts
 from qjax.directory import RunDirectory
@@ -26,8 +27,9 @@ from qjax.hessian.provide import check_settings, fits, provide
 from qjax.hessian.store import HessianStore, identity
 from qjax.inputs import Inputs
 from qjax.models.weights import tensor_shapes
+from qjax.needs import estimated, place
 from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
-from qjax.preflight import Estimate, check, estimate
+from qjax.preflight import Estimate
 from qjax.quantize import MatrixReport
 from qjax.recipe import Recipe
 from qjax.records import Records
@@ -53,7 +55,7 @@ class Job:
 
     Attributes:
       model: {"source", "dtype"}.  data: arguments of `qjax.data.load`.  hessian: {"estimator", "stream", "batch"}.
-      evaluate: {"enabled", "batch"}.  memory: {"host_gb", "disk_gb"}.
+      evaluate: {"enabled", "batch"}.  memory: {"device_gb", "host_gb", "disk_gb"}.
       finetune: {"name": "none"}, "block" with the options of `qjax.finetune.BlockSettings`, "e2e", "lora" or "qat" with
         those of `qjax.finetune.Settings`, "pv" with those of `qjax.finetune.pv.Settings`.
       cache: folder shared between runs for Hessians and reference states.
@@ -117,12 +119,19 @@ def run(job: Job) -> dict[str, Any] | None:
             tokens = job.inputs.tokens(job.model["source"], job.seed, job.data)
             plans = job.recipe.plan(layer_names(files.config))
             _fits(tokens, files.config)
-            need = _estimate(job, files.config, plans, tokens)
-        _announce(job, files, tokens, need)
+            need = estimated(
+                model=job.model,
+                hessian=job.hessian,
+                finetune=job.finetune,
+                config=files.config,
+                plans=plans,
+                tokens=tokens,
+                streamed=_streams(job),
+            )
+        where = _announce(job, files, tokens, need)
         notes = doubts(files.config, tokens.calibration, files.tokenizer, job.data.get("bos", "none"))
         for note in notes:
             print(f"warning: {note}", flush=True)
-        check(need, job.out, host_gb=job.memory["host_gb"], disk_gb=job.memory["disk_gb"])
         if job.dry_run:
             print("dry run: nothing was computed")
             return None
@@ -151,9 +160,10 @@ def run(job: Job) -> dict[str, Any] | None:
                     teacher = reference_states(model, tokens.evaluation, job.evaluate["batch"], job.cache)
                     limit = job.evaluate.get("sanity_perplexity")
                     check_reference(model, teacher, tokens.evaluation, job.evaluate["batch"], limit)
-            quantized, peaks, block_reports, measured = _quantize(
-                job, model, tokens, records, need.matrices, watch, tracker
-            )
+            with placed(where):
+                quantized, peaks, block_reports, measured = _quantize(
+                    job, model, tokens, records, need.matrices, watch, tracker
+                )
             tuning: dict[str, Any] = {}
             if job.finetune["name"] == "block":
                 tuning = {"finetune": {"blocks": block_reports}}
@@ -222,27 +232,17 @@ def _fits(tokens: data.TokenSplit, config: models.ModelConfig) -> None:
         )
 
 
-def _estimate(job: Job, config: models.ModelConfig, plans: Mapping[str, Any], tokens: data.TokenSplit) -> Estimate:
-    return estimate(
-        config,
-        plans,
-        bytes_per_parameter=4 if job.model["dtype"] == "float32" else 2,
-        calibration=tokens.calibration.tokens.shape,
-        evaluation=tokens.evaluation.tokens.shape,
-        batch=min(job.hessian["batch"], tokens.calibration.sequences),
-        stored_hessians=job.hessian["stream"] == "original",
-        streamed=_streams(job),
-    )
-
-
-def _announce(job: Job, files: models.ModelFiles, tokens: data.TokenSplit, need: Estimate) -> None:
+def _announce(job: Job, files: models.ModelFiles, tokens: data.TokenSplit, need: Estimate) -> Place:
+    """Say what the run will need and where its activations lie. Raises RunError when that does not fit."""
     print(f"{files.name} ({files.description}) -> {job.out}")
     print(
         f"calibration {tokens.calibration.tokens.size} tokens, evaluation {tokens.evaluation.tokens.size}, "
         f"length {tokens.calibration.length}"
     )
-    for line in need.lines():
+    where = place(need, job.out, job.memory, job.finetune)
+    for line in need.lines(where):
         print(line, flush=True)
+    return Place(where, job.out if where == "disk" else None)
 
 
 def _fingerprint(job: Job, model_sha256: str, tokens: data.TokenSplit) -> dict[str, Any]:

@@ -263,3 +263,35 @@ def test_a_sweep_shares_its_process_and_reports(tmp_path, cache):
 def test_a_dry_run_only_plans(tmp_path, cache, capsys):
     assert job.run(entry_point.job_of(settings(tmp_path / "dry", cache, "dry_run=true"))) is None
     assert "28 matrices" in capsys.readouterr().out and not (tmp_path / "dry" / "results.json").exists()
+
+
+def test_activations_on_disk_and_on_the_device_give_the_same_artifact(finished, tmp_path, cache, monkeypatch, capsys):
+    out, results = finished
+    expected = json.loads((out / "artifact" / "model.json").read_text())["sha256"]
+    for where, words in (("disk", "on disk"), ("device", "on the device")):
+        monkeypatch.setattr(job, "place", lambda *_, where=where: where)
+        other = tmp_path / where
+        found = job.run(entry_point.job_of(settings(other, cache, "bits=4")))
+        assert json.loads((other / "artifact" / "model.json").read_text())["sha256"] == expected
+        assert found["kl_mean"] == results["kl_mean"] and words in capsys.readouterr().out
+        assert sorted(path.name for path in other.iterdir()) == sorted(path.name for path in out.iterdir())
+
+
+def test_the_plan_counts_sketches_and_tuning(tmp_path, cache, capsys):
+    from qjax.hessian.sketch_collect import block_bytes
+
+    def predicted(*overrides):
+        job.run(entry_point.job_of(settings(tmp_path / "plan", cache, "dry_run=true", "evaluate=none", *overrides)))
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("predicted"))
+        return [float(word) for word in line.replace(",", "").split() if word[0].isdigit()]
+
+    plain = predicted("hessian=original")
+    model = models.load("tiny")
+    blocks = sum(map(block_bytes, model.params["blocks"]))  # all sums of a pass, a pair of float32 for every entry
+    narrow, wide = (predicted("hessian=sketch_b", f"hessian.budget_gb={budget}") for budget in (1e-6, 8))
+    assert wide[0] - narrow[0] == pytest.approx(blocks * 3 / 4 / 2**30, abs=0.011)  # tiny has four blocks
+    assert wide[1] > plain[1] + blocks / 4 / 2**30  # the triangles of the store
+    tuned, adapted = predicted("finetune=e2e"), predicted("finetune=lora", "finetune.lora.rank=512")
+    assert tuned[0] > plain[0] and adapted[0] > tuned[0]
+    device = predicted("memory.device_gb=50")
+    assert device == plain or device[0] == pytest.approx(plain[0], abs=0.02)

@@ -9,10 +9,13 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from qjax import activations
+from qjax.activations import Activations
 from qjax.errors import DataError, InputError, NumericsError
 from qjax.hessian.accumulate import CROSS, Moments, accumulate, accumulate_pair, empty, finish
 from qjax.hessian.statistics import Hessian
 from qjax.models.config import ModelConfig
+from qjax.models.linear import HostOrDevice
 from qjax.models.transformer import LINEARS, embed
 
 __all__ = [
@@ -34,29 +37,32 @@ def layer_names(config: ModelConfig) -> list[str]:
     return [f"layers.{i}.{linear}" for i in range(config.num_layers) for linear in LINEARS]
 
 
-def batches(sequences: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches(sequences: Activations, batch: int) -> Iterator[tuple[HostOrDevice, np.ndarray]]:
     """Equal batches along the first axis and their masks; the last one is padded by repetition with mask 0."""
     for start in range(0, len(sequences), batch):
         part = sequences[start : start + batch]
         mask = np.ones(batch, np.float32)
         mask[len(part) :] = 0
         if len(part) < batch:
+            part = np.asarray(part)
             part = np.concatenate([part, np.repeat(part[:1], batch - len(part), axis=0)])
         yield part, mask
 
 
-def embedded(table: Any, tokens: Int[np.ndarray, "sequences length"], batch: int) -> np.ndarray:
-    """The embedding vectors of all sequences, on the host: the input of the first block."""
-    parts = [np.asarray(embed(table, part))[: int(mask.sum())] for part, mask in batches(tokens, batch)]
-    return np.concatenate(parts)
+def embedded(table: Any, tokens: Int[np.ndarray, "sequences length"], batch: int) -> Activations:
+    """The embedding vectors of all sequences, where activations are placed: the input of the first block."""
+    x = activations.empty((*tokens.shape, table.shape[1]), table.dtype)
+    for number, (part, mask) in enumerate(batches(tokens, batch)):
+        activations.put(x, number * batch, int(mask.sum()), embed(table, part))
+    return x
 
 
 def block_hessians(
-    parameters: Any, x: np.ndarray, config: ModelConfig, *, index: int, batch: int
+    parameters: Any, x: Activations, config: ModelConfig, *, index: int, batch: int
 ) -> dict[str, Hessian]:
     """`H = E[x xᵀ]` of every linear of block `index`; linears that share an input share the array.
 
-    `x` are the block's inputs `[sequences, length, width]` on the host.
+    `x` are the block's inputs `[sequences, length, width]`, wherever they lie.
     Raises NumericsError naming the first linear whose input is not finite.
     """
     moments = empty(config)
@@ -71,45 +77,50 @@ def block_hessians(
 
 
 def block_hessians_and_outputs(
-    parameters: Any, x: np.ndarray, config: ModelConfig, *, index: int, batch: int
-) -> tuple[dict[str, Hessian], np.ndarray]:
+    parameters: Any, x: Activations, config: ModelConfig, *, index: int, batch: int
+) -> tuple[dict[str, Hessian], Activations]:
     """The result of `block_hessians`, and the block's outputs `[sequences, length, width]` from the same pass."""
-    moments, outputs = empty(config), []
-    for part, mask in batches(x, batch):
+    moments, outputs = empty(config), activations.like(x)
+    for number, (part, mask) in enumerate(batches(x, batch)):
         moments, y = accumulate(moments, parameters, part, mask, config, propagate=True)
-        outputs.append(np.asarray(y)[: int(mask.sum())])
+        assert y is not None
+        activations.put(outputs, number * batch, int(mask.sum()), y)
 
     def broken(part: np.ndarray) -> bool:
         alone, _ = accumulate(empty(config), parameters, part, np.ones(batch, np.float32), config, propagate=True)
         return bool(finish(alone)[2])
 
-    return _hessians(moments, index, lambda: _first(broken, x, batch=batch)), np.concatenate(outputs)
+    return _hessians(moments, index, lambda: _first(broken, x, batch=batch)), outputs
 
 
 def block_hessians_of_two_streams(
-    parameters: Any, x: np.ndarray, z: np.ndarray, config: ModelConfig, *, index: int, batch: int
-) -> tuple[dict[str, Hessian], np.ndarray]:
+    parameters: Any, x: Activations, z: Activations, config: ModelConfig, *, index: int, batch: int
+) -> tuple[dict[str, Hessian], Activations]:
     """`H = E[z zᵀ]` and `C = E[x zᵀ]` of every linear, and the original block's outputs for x.
 
     x are the block's inputs in the original model, z those in the quantised stream.
     """
-    moments, outputs = empty(config, cross=True), []
-    for (part, mask), (changed, _) in zip(batches(x, batch), batches(z, batch), strict=True):
+    moments, outputs = empty(config, cross=True), activations.like(x)
+    pairs = zip(batches(x, batch), batches(z, batch), strict=True)
+    for number, ((part, mask), (changed, _)) in enumerate(pairs):
         moments, y = accumulate_pair(moments, parameters, part, changed, mask, config)
-        outputs.append(np.asarray(y)[: int(mask.sum())])
+        activations.put(outputs, number * batch, int(mask.sum()), y)
 
     def broken(part: np.ndarray, changed: np.ndarray) -> bool:
         ones = np.ones(batch, np.float32)
         return bool(finish(accumulate_pair(empty(config, cross=True), parameters, part, changed, ones, config)[0])[2])
 
-    return _hessians(moments, index, lambda: _first(broken, x, z, batch=batch)), np.concatenate(outputs)
+    return _hessians(moments, index, lambda: _first(broken, x, z, batch=batch)), outputs
 
 
-def _first(broken: Callable[..., bool], *streams: np.ndarray, batch: int) -> int | None:
+def _first(broken: Callable[..., bool], *streams: Activations, batch: int) -> int | None:
     """The first sequence that is broken when it fills a whole batch alone, so that no new program is compiled."""
-    for sequence in range(len(streams[0])):
-        if broken(*(np.repeat(x[sequence : sequence + 1], batch, axis=0) for x in streams)):
-            return sequence
+    parts = zip(*(batches(x, batch) for x in streams), strict=True)
+    for number, group in enumerate(parts):
+        whole = [np.asarray(part) for part, _ in group]
+        for row in range(int(group[0][1].sum())):
+            if broken(*(np.repeat(part[row : row + 1], batch, axis=0) for part in whole)):
+                return number * batch + row
     return None
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from qjax import activations
+from qjax.activations import Activations
 from qjax.errors import ArtifactError
 from qjax.hessian.collect import batches, block_hessians_and_outputs, embedded
 from qjax.hessian.statistics import Hessian
 from qjax.models.config import ModelConfig
 from qjax.models.transformer import LINEARS, SITES, block
-from qjax.run.atomic import read_safetensors, write_safetensors
+from qjax.run.atomic import read_safetensors, verified_metadata, write_safetensors
 from qjax.run.fingerprint import digest
 
 __all__ = ["HessianStore", "identity", "pack_triangle", "unpack_triangle"]
@@ -68,6 +70,14 @@ class HessianStore:
     def _file(self, key: str, index: int) -> pathlib.Path:
         return self.path / key / f"block_{index:04d}.safetensors"
 
+    def whole(self, key: str, index: int) -> bool:
+        """Whether a block is stored, by its checksum and what it is, without making its Hessians."""
+        try:
+            metadata = verified_metadata(self._file(key, index))
+        except ArtifactError:
+            return False
+        return metadata.get("block", str(index)) == str(index) and metadata.get("key", key) == key
+
     def load(self, key: str, index: int) -> dict[str, Hessian] | None:
         """The Hessians of one block by linear, or None when they are absent or damaged."""
         file = self._file(key, index)
@@ -113,9 +123,7 @@ class HessianStore:
         progress: Callable[[int, int], None] | None = None,
     ) -> Callable[[int], dict[str, Hessian]]:
         """Make sure that all blocks are stored, collecting what is missing; returns the loader of a block by index."""
-        present = [
-            self._file(key, index).exists() and self.load(key, index) is not None for index in range(config.num_layers)
-        ]
+        present = [self.whole(key, index) for index in range(config.num_layers)]
         if not all(present):
             last = max(index for index, there in enumerate(present) if not there)
             x = embedded(params["embed"], tokens, batch)
@@ -145,11 +153,10 @@ class HessianStore:
 
 
 def forward_block(
-    parameters: Any, x: np.ndarray, config: ModelConfig, batch: int, out: np.ndarray | None = None
-) -> np.ndarray:
-    """The outputs of one block for all sequences, on the host; in `out` when given, which may be x itself."""
-    out = np.empty_like(x) if out is None else out
+    parameters: Any, x: Activations, config: ModelConfig, batch: int, out: Activations | None = None
+) -> Activations:
+    """The outputs of one block for all sequences, where x is; in `out` when given, which may be x itself."""
+    out = activations.like(x) if out is None else out
     for start, (part, mask) in zip(range(0, len(x), batch), batches(x, batch), strict=True):
-        count = int(mask.sum())
-        out[start : start + count] = np.asarray(block(parameters, part, config))[:count]
+        activations.put(out, start, int(mask.sum()), block(parameters, part, config))
     return out

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ __all__ = [
     "read_json",
     "read_safetensors",
     "read_text",
+    "verified_metadata",
     "write_bytes",
     "write_json",
     "write_safetensors",
@@ -173,15 +175,35 @@ def read_safetensors(path: Path, sha256: str | None = None) -> tuple[dict[str, n
 
     Raises ArtifactError, naming the file, when it is missing, truncated, damaged, not safetensors or has no checksum.
     """
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:  # validates lengths, offsets and shapes
-            recorded = (file.metadata() or {}).get(_CHECKSUM)
-            if recorded is None:
+    with (
+        _explained_reading(path),
+        safetensors.safe_open(path, framework="numpy") as file,
+    ):  # validates lengths and shapes
+        recorded = (file.metadata() or {}).get(_CHECKSUM)
+        if recorded is None:
+            raise ArtifactError(f"{path}: has no checksum in its metadata; it was not written by qjax's runs")
+        if sha256 is not None and recorded != sha256:
+            raise ArtifactError(f"{path}: its SHA-256 is {recorded}, expected was {sha256}; it is another file")
+        metadata = _verified_metadata(path)
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - no iteration
+
+
+def verified_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file of `write_safetensors` after its checksum was verified; it is read a piece at a time.
+
+    Raises ArtifactError as `read_safetensors` does.
+    """
+    with _explained_reading(path):
+        with safetensors.safe_open(path, framework="numpy") as file:
+            if _CHECKSUM not in (file.metadata() or {}):
                 raise ArtifactError(f"{path}: has no checksum in its metadata; it was not written by qjax's runs")
-            if sha256 is not None and recorded != sha256:
-                raise ArtifactError(f"{path}: its SHA-256 is {recorded}, expected was {sha256}; it is another file")
-            metadata = _verified_metadata(path)
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - no iteration
+        return _verified_metadata(path)
+
+
+@contextlib.contextmanager
+def _explained_reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: there is no such file; check the path, or make it again") from error
     except OSError as error:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from qjax.errors import RunError
 
-__all__ = ["open_atomic", "remove_leftovers"]
+__all__ = ["explained", "open_atomic", "remove_leftovers"]
 
 Path = str | os.PathLike[str]
 
@@ -45,7 +45,7 @@ def _free_bytes(folder: pathlib.Path) -> int | None:
 
 
 @contextlib.contextmanager
-def _explained(path: pathlib.Path, size: int | None) -> Iterator[None]:
+def explained(path: pathlib.Path, size: int | None) -> Iterator[None]:
     """Turn an operating system error that a user can act on into a RunError that names the file."""
     try:
         yield
@@ -100,7 +100,7 @@ def open_atomic(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
     read-only or forbidden disk; `path` then keeps its old content.
     """
     path = pathlib.Path(path)
-    with _explained(path, size):
+    with explained(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = _open_temporary(path)
         file = os.fdopen(descriptor, "wb")
