@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -11,9 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import hydra
+import yaml
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments._kinds import check
+from experiments._refusals import explain
 from experiments._sweep import Sweep
 from qjax.errors import QjaxError
 from qjax.mesh import MeshSettings
@@ -22,6 +27,7 @@ from qjax.run.distributed import DistributedSettings, initialise
 __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "join", "mesh_of", "plain"]
 
 CONFIGS = str(pathlib.Path(__file__).resolve().parent.parent / "configs")
+_RAISE = "HYDRA_FULL_ERROR"
 
 
 class Terminated(BaseException):
@@ -43,6 +49,8 @@ def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[Dict
         def guarded(config: DictConfig) -> Any:
             previous = signal.signal(signal.SIGTERM, _terminated)
             try:
+                if not sweeps:  # a job of a sweep checks its own
+                    check(plain(config), config_name)
                 return function(config)
             except (QjaxError, OmegaConfBaseException) as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -57,17 +65,31 @@ def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[Dict
                 signal.signal(signal.SIGTERM, previous)
 
         program = hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(guarded)
-        if not sweeps:
-            return program
 
         @functools.wraps(function)
         def started() -> None:
-            with Sweep():
-                program()
+            with Sweep() if sweeps else contextlib.nullcontext():
+                _plainly(program, config_name)
 
         return started
 
     return decorate
+
+
+def _plainly(program: Callable[[], Any], config_name: str) -> None:
+    """Run a Hydra program; what Hydra refuses is one message that lists what exists, and an exit with 2."""
+    before = os.environ.get(_RAISE)
+    os.environ[_RAISE] = "1"  # Hydra then leaves its errors to us
+    try:
+        program()
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        print(f"error: {explain(error, sys.argv[1:], config_name)}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    finally:
+        if before is None:
+            os.environ.pop(_RAISE, None)
+        else:
+            os.environ[_RAISE] = before
 
 
 def plain(config: Any) -> Any:

@@ -13,7 +13,9 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import _sweep
+from experiments._devices import claim
 from experiments._entry import CONFIGS, cache_folder, compilation_cache, entry, plain
+from experiments._kinds import check
 from qjax import incoherence, job, rounding
 from qjax.codebooks.scaling import ScaleRule
 from qjax.errors import InputError
@@ -83,6 +85,7 @@ def default_out(settings: Mapping[str, Any]) -> str:
 def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs | None = None) -> job.Job:
     """A run's settings, checked, as the job they describe; `out` and `inputs` are given by a sweep."""
     settings = plain(config)
+    check(settings, "quantize")
     only(settings["allocate"], "allocate", {"name": "none"})
     only(settings["mesh"], "mesh", {"data": 1, "model": 1})
     out = out or pathlib.Path(settings["out"] or default_out(settings))
@@ -171,6 +174,7 @@ def main(config: DictConfig) -> float | None:
     """Run the job of a configuration."""
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return carry_out(job_of(config))
+    claim(str(HydraConfig.get().runtime.choices.get("hydra/launcher")))
     overrides = list(HydraConfig.get().overrides.task)
     settings = plain(config)
     out = pathlib.Path(settings["out"] or _sweep.directory(settings, overrides))

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qjax.errors import RunError
+from qjax.run.lock import turn
 
 __all__ = ["TeacherCache"]
 
@@ -47,6 +48,13 @@ class TeacherCache:
         found = self._read(name)
         if found is not None:
             return found
+        with turn(self.folder / f"{name}.lock"):  # jobs of a sweep that start together compute it once
+            found = self._read(name)
+            return self._store(name, model_fingerprint, tokens_sha256, compute) if found is None else found
+
+    def _store(
+        self, name: str, model_fingerprint: str, tokens_sha256: str, compute: Callable[[], np.ndarray]
+    ) -> np.ndarray:
         states = np.ascontiguousarray(compute(), dtype=np.float32)
         facts = {"model_fingerprint": model_fingerprint, "tokens_sha256": tokens_sha256, "shape": list(states.shape)}
         try:

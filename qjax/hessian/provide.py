@@ -17,6 +17,7 @@ from qjax.hessian.statistics import Hessian
 from qjax.hessian.store import HessianStore, identity
 from qjax.run.atomic import read_json, write_json
 from qjax.run.fingerprint import digest
+from qjax.run.lock import turn
 from qjax.run.progress import Progress
 
 __all__ = ["Provided", "check_settings", "fits", "provide"]
@@ -74,7 +75,16 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str, Any]) -> Provided:
-    """Collect what the store lacks of what `settings` asks for. Raises the errors of the collections."""
+    """Collect what the store lacks of what `settings` asks for. Raises the errors of the collections.
+
+    Processes that need the same collection take turns: the first collects, the others find it.
+    """
+    who = identity(model.fingerprint["sha256"])
+    with turn(store.path / f"{digest([who, tokens.sha256])[:16]}.lock"):
+        return _provide(store, model, tokens, settings)
+
+
+def _provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str, Any]) -> Provided:
     batch = min(settings["batch"], tokens.sequences)
     sketch = _sketch(settings)
     if settings.get("sequences") is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -9,11 +10,14 @@ import os
 import pathlib
 import socket
 import time
+from collections.abc import Iterator
 from types import TracebackType
+
+import jax
 
 from qjax.errors import RunError
 
-__all__ = ["RunLock"]
+__all__ = ["RunLock", "turn"]
 
 
 class RunLock:
@@ -61,6 +65,29 @@ class RunLock:
             os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)
             self._descriptor = None
+
+
+@contextlib.contextmanager
+def turn(file: pathlib.Path) -> Iterator[None]:
+    """Wait until no other process is in a block under the same lock file: what it put into a cache is then there.
+
+    Where the file system cannot lock, or the file cannot be made, the block runs at once: entries of the caches are
+    written whole, so that the worst is work done twice. The processes of one `jax.distributed` run do not wait for each
+    other either: they are in the block together.
+    """
+    if jax.process_count() > 1:
+        yield
+        return
+    descriptor = None
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _holder(descriptor: int) -> str:
