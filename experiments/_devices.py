@@ -1,4 +1,4 @@
-"""One device per job: a process of a parallel launcher takes a free device before JAX starts, and keeps it until it ends."""
+"""One device per job: a process of a parallel launcher takes a free one before JAX starts, and keeps it to its end."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def claim(
     wait_s: float = 86400.0,
     say: Callable[[str], None] = print,
 ) -> str | None:
-    """Take a device of this machine for this process: `cuda:1`; None for a launcher of one process, or without a choice.
+    """Take a device for this process: `cuda:1`; None for a launcher of one process, or where there is no choice.
 
     The kernel holds the lock (flock), so a killed job frees its device. More jobs than devices wait for their turn.
     A process that has a device keeps it, which a launcher that reuses processes needs. Raises RunError after `wait_s`.

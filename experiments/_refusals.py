@@ -28,12 +28,13 @@ def explain(error: Exception, arguments: Sequence[str], entry: str) -> str:
     if (
         "not in struct" in text
         or "Could not delete" in text
-        or "Could not find" in text
-        and "Available options" not in text
+        or ("Could not find" in text and "Available options" not in text)
     ):
         found = _NOT_THERE.search(text) or _KEY.search(text)
         if found and (name := found.group(1).rstrip(".")):
             return _absent(name, arguments, entry)
+    if isinstance(override := getattr(error, "override", None), str):
+        text = f"{override}: {text}"
     text = re.sub(r"\n+Config search path:.*", "", text, flags=re.S)
     text = re.sub(r"\n\s*(?:full_key|object_type|reference_type)=?:?[^\n]*", "", text)
     return re.sub(r"\nSee https?://\S+ for details", "", text).strip()

@@ -18,6 +18,7 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments._kinds import Mistyped
 from qjax.errors import InputError, QjaxError
 from qjax.job import IRRELEVANT
 from qjax.run.atomic import write_json
@@ -101,7 +102,8 @@ def attempt(
         failure.unlink(missing_ok=True)
         value = job()
     except Exception as error:
-        status = "not possible" if isinstance(error, InputError) else "failed"
+        impossible = isinstance(error, InputError) and not isinstance(error, Mistyped)
+        status = "not possible" if impossible else "failed"
         expected = isinstance(error, QjaxError | OmegaConfBaseException)
         text = str(error) if expected else f"{type(error).__name__}: {error}"
         facts |= {"status": status, "error": text, "seconds": round(time.time() - begun, 3)}

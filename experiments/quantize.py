@@ -82,6 +82,19 @@ def default_out(settings: Mapping[str, Any]) -> str:
     return "runs/" + "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in str(part)) for part in parts)
 
 
+def tracker_options(settings: Mapping[str, Any], *, swept: bool) -> dict[str, Any]:
+    """The tracker's options; a job of a sweep is in the group of the sweep's name, wandb gets tags to filter by."""
+    options = {key: value for key, value in settings["tracker"].items() if key != "name" and value is not None}
+    if swept:
+        options.setdefault("group", str(settings["sweep"]))
+    if settings["tracker"]["name"] == "wandb":
+        model = str(settings["model"]["source"]).rstrip("/").rsplit("/", 1)[-1]
+        named = [settings[group]["name"] for group in ("rounding", "codebook", "incoherence", "finetune", "recipe")]
+        tags = [model, f"{settings['bits']} bits", *(name for name in named if name != "none")]
+        options.setdefault("tags", list(dict.fromkeys(str(tag)[:64] for tag in tags)))  # wandb takes 64 characters
+    return options
+
+
 def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs | None = None) -> job.Job:
     """A run's settings, checked, as the job they describe; `out` and `inputs` are given by a sweep."""
     settings = plain(config)
@@ -95,7 +108,7 @@ def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs |
         settings["tracker"]["name"],
         run_name=out.name,
         config=settings,
-        **{key: value for key, value in settings["tracker"].items() if key != "name" and value is not None},
+        **tracker_options(settings, swept=inputs is not None),
     )
     return job.Job(
         model=settings["model"],

@@ -14,9 +14,10 @@ from experiments._entry import entry, plain
 from qjax import report
 from qjax.report.figure import draw
 from qjax.report.page import page
+from qjax.report.parquet import parquet_bytes
 from qjax.report.table import ordered
 from qjax.report.text import left_out
-from qjax.run.atomic import write_text
+from qjax.run.atomic import write_bytes, write_text
 
 __all__ = ["main"]
 
@@ -38,23 +39,26 @@ def show(table: report.Table) -> None:
 def main(config: DictConfig) -> None:
     """Print the comparison and, with `out`, save it as Markdown, CSV, a page and figures."""
     settings = plain(config)
-    runs, skipped = report.collect(settings["runs"])
+    runs, skipped = report.collect(settings["runs"], unfinished=settings["out"] is not None)
     runs = ordered(runs)
     table = report.comparison(runs)
-    show(table)
+    if runs:
+        show(table)
     for line in left_out(skipped):
         print(line, file=sys.stderr)
     if settings["out"] is None:
         return
     out = pathlib.Path(settings["out"])
     write_text(out / "report.csv", report.csv_text(runs))
+    if settings["parquet"]:
+        write_bytes(out / "report.parquet", parquet_bytes(runs))
     figures = []
     if settings["figure"] and any("kl_mean" in run.results for run in runs):
         figures = draw(runs, out)
     link = figures[0].name if figures else None
     write_text(out / "report.md", report.markdown(table, runs, skipped, link))
     write_text(out / "report.html", page(runs, skipped))
-    names = ("report.md", "report.csv", "report.html")
+    names = ("report.md", "report.csv", "report.html", *(["report.parquet"] if settings["parquet"] else []))
     print("written: " + ", ".join(str(out / name) for name in (*names, *(f.name for f in figures))))
 
 

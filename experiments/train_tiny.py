@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 import jax
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 import qjax
-from qjax.errors import QjaxError, RunError
+from experiments._entry import entry
+from qjax.errors import RunError
 from qjax.models.config import ModelConfig
 from qjax.models.export import rounded, write_directory
 from qjax.models.sampling import complete
@@ -147,14 +147,10 @@ def run(options: DictConfig) -> Path:
     return target
 
 
-@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train_tiny")
+@entry("train_tiny")
 def main(options: DictConfig) -> None:
     """Entry point: errors of qjax are printed without a traceback and exit with 2."""
-    try:
-        run(options)
-    except QjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(options)
 
 
 if __name__ == "__main__":

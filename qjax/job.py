@@ -204,6 +204,7 @@ def run(job: Job) -> dict[str, Any] | None:
             results |= _circumstances(job, model, tokens, watch, compiles)
             results = directory.write_results(_finite(results))
             tracker.summary(results)
+            tracker.artifact(directory.artifact, job.out.name)
             _log.info("finished")
             return results
         except BaseException as error:

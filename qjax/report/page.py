@@ -43,6 +43,8 @@ const v=r=>{const s=r.cells[i].textContent.replace('∞','Infinity'),n=parseFloa
 
 def page(runs: Sequence[Run], skipped: Sequence[Skipped]) -> str:
     """The whole page as text; names and settings are escaped, and nothing is loaded from elsewhere."""
+    if not runs:
+        return _document(f"<p>0 finished, {len(skipped)} unfinished or failed</p>{_lost(skipped)}", "")
     runs = ordered(runs)
     table = comparison(runs)
     methods = list(dict.fromkeys(method(run) for run in runs))
@@ -71,20 +73,29 @@ def page(runs: Sequence[Run], skipped: Sequence[Skipped]) -> str:
         f"{html.escape(json.dumps(dict(run.settings), indent=1, ensure_ascii=False, default=str))}</pre></details>"
         for index, run in enumerate(runs)
     )
-    lost = "".join(f"<li>{html.escape(f'{item.path}: {item.reason}')}</li>" for item in skipped)
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Comparison of runs</title>'
-        '<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        f"<style>{_STYLE}</style></head><body><main><h1>Comparison of runs</h1>"
-        f"<p>{len(runs)} finished, {len(skipped)} unfinished or failed</p>"
-        + (f"<h2>Unfinished or failed</h2><ul>{lost}</ul>" if lost else "")
-        + f'<div class="charts">{"".join(charts)}</div>{legend(methods)}<h2>Runs</h2>'
+    return _document(
+        f"<p>{len(runs)} finished, {len(skipped)} unfinished or failed</p>{_lost(skipped)}"
+        f'<div class="charts">{"".join(charts)}</div>{legend(methods)}<h2>Runs</h2>'
         '<label>Filter <input id="filter"></label>'
         '<div class="scroll" tabindex="0" role="region" aria-label="table of runs">'
         f'<table id="runs"><thead><tr>{head}</tr>'
         f"</thead><tbody>{rows}</tbody></table></div>"
         + (f"<h2>Relative proxy loss by layer, {low:.2g} to {high:.2g}</h2>{maps}" if maps else "")
-        + f"<h2>Time and memory</h2>{bars(runs, methods)}<h2>Settings</h2>{details}</main>"
-        f"<script>{_SCRIPT}</script></body></html>\n"
+        + f"<h2>Time and memory</h2>{bars(runs, methods)}<h2>Settings</h2>{details}",
+        f"<script>{_SCRIPT}</script>",
+    )
+
+
+def _lost(skipped: Sequence[Skipped]) -> str:
+    """What is unfinished or failed, and why; nothing when all is well."""
+    lost = "".join(f"<li>{html.escape(f'{item.path}: {item.reason}')}</li>" for item in skipped)
+    return f"<h2>Unfinished or failed</h2><ul>{lost}</ul>" if lost else ""
+
+
+def _document(body: str, script: str) -> str:
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Comparison of runs</title>'
+        '<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f"<style>{_STYLE}</style></head><body><main><h1>Comparison of runs</h1>{body}</main>{script}</body></html>\n"
     )

@@ -7,10 +7,12 @@ import glob
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qjax.errors import ArtifactError, InputError
+from qjax.run.atomic import read_json
 from qjax.run.sealed import read_sealed
 
 __all__ = ["METRICS", "Run", "Skipped", "collect", "find", "read"]
@@ -166,13 +168,28 @@ def _failure(file: pathlib.Path) -> str:
         return "failed: failure.json cannot be read; the command that started the run tries again"
 
 
+def _progress(path: pathlib.Path) -> str:
+    """How many matrices and blocks an unfinished run has stored, and when the last one was."""
+    files = list((path / "layers").glob("*.safetensors"))
+    if not files:
+        return ", no matrix is stored"
+    blocks = sum(file.name.startswith("block.") for file in files)
+    try:
+        last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(file.stat().st_mtime for file in files)))
+    except OSError:  # a run that goes on removed one meanwhile
+        last = "now"
+    return f", {len(files) - blocks} matrices of {blocks} finished blocks and the next are stored, the last at {last}"
+
+
 def read(path: pathlib.Path, name: str | None = None) -> Run:
     """The finished run in a directory. Raises ArtifactError when it is unfinished or its results are damaged."""
     file = path / "results.json"
     if not file.exists() and (path / "failure.json").exists():
         raise ArtifactError(_failure(path / "failure.json"))
     if not file.exists():
-        raise ArtifactError("unfinished: there is no results.json; the command that started the run continues it")
+        raise ArtifactError(
+            f"unfinished: there is no results.json{_progress(path)}; the command that started the run continues it"
+        )
     try:
         results = read_sealed(file)
     except ArtifactError as error:
@@ -191,10 +208,13 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
     return [os.path.relpath(path, common) if str(path) != common else path.name for path in resolved]
 
 
-def collect(sources: str | os.PathLike[str] | Sequence[str]) -> tuple[list[Run], list[Skipped]]:
+def collect(
+    sources: str | os.PathLike[str] | Sequence[str], *, unfinished: bool = False
+) -> tuple[list[Run], list[Skipped]]:
     """(finished runs, directories left out with the reason), sorted by path.
 
-    Raises InputError when a source matches nothing, or no run is finished (listing what is wrong with each).
+    Raises InputError when a source matches nothing, or no run is finished (listing what is wrong with each) unless
+    `unfinished` allows that.
     """
     paths = find(sources)
     runs: list[Run] = []
@@ -204,7 +224,7 @@ def collect(sources: str | os.PathLike[str] | Sequence[str]) -> tuple[list[Run],
             runs.append(read(path, name))
         except ArtifactError as error:
             skipped.append(Skipped(path, str(error)))
-    if not runs:
+    if not runs and not unfinished:
         reasons = "".join(f"\n  {item.path}: {item.reason}" for item in skipped)
         raise InputError(f"runs: none of the {len(skipped)} runs that were found is finished:{reasons}")
     return runs, skipped

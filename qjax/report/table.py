@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qjax.report.runs import Run
 
-__all__ = ["Table", "comparison", "differing", "number", "ordered", "references"]
+__all__ = ["Table", "comparison", "differing", "number", "ordered", "reference_names", "references"]
 
 _ABSENT = "–"
 _STAGES = ("hessians", "quantize", "evaluate")
@@ -110,9 +110,27 @@ def _seconds(value: float | None) -> str:
     return _ABSENT if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def _reference_cells(run: Run, headers: Sequence[str]) -> tuple[str, ...]:
+def reference_names(found: Mapping[tuple[Any, ...], Run]) -> list[str]:
+    """`tiny (reference)`; originals of one name get what tells them apart: type, evaluation tokens, context."""
+    names = []
+    for model, dtype, tokens, context in found:
+        rivals = [key for key in found if key[0] == model]
+        run = found[model, dtype, tokens, context]
+        parts = [str(dtype)] if len({key[1] for key in rivals}) > 1 else []
+        if len({key[2] for key in rivals}) > 1:
+            count, length = run.results.get("tokens_evaluation"), f" of context {context}" if context else ""
+            same = [key for key in rivals if found[key].results.get("tokens_evaluation") == count and key[3] == context]
+            mark = f" {str(tokens)[:8]}" if len({key[2] for key in same}) > 1 else ""
+            parts.append(f"{count if count else 'other'} tokens{length}{mark}")
+        elif len({key[3] for key in rivals}) > 1:
+            parts.append(f"context {context}")
+        names.append(f"{model} ({', '.join(['reference', *parts])})")
+    return names
+
+
+def _reference_cells(name: str, run: Run, headers: Sequence[str]) -> tuple[str, ...]:
     cells = {
-        "run": f"{run.model} (reference)",
+        "run": name,
         "model": run.model,
         "model MB": _megabytes(run.number("whole_model_bytes_reference")),
         "perplexity": _with_interval(run, "perplexity_reference"),
@@ -137,7 +155,9 @@ def comparison(runs: Sequence[Run]) -> Table:
         *(f"{stage} s" for stage in stages),
         *("total s", "peak GiB"),
     ]
-    rows = [_reference_cells(run, headers) for run in references(runs).values()]
+    originals = references(runs)
+    named = zip(reference_names(originals), originals.values(), strict=True)
+    rows = [_reference_cells(name, run, headers) for name, run in named]
     for run in runs:
         peak = run.number("peak_memory_bytes")
         rows.append(

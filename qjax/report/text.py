@@ -12,7 +12,7 @@ from typing import Any
 from qjax.report.runs import Run, Skipped
 from qjax.report.table import Table, references
 
-__all__ = ["aligned", "csv_text", "left_out", "markdown"]
+__all__ = ["aligned", "columns", "csv_text", "left_out", "markdown"]
 
 
 def aligned(table: Table) -> str:
@@ -65,10 +65,16 @@ def _machine(device: Mapping[str, Any]) -> str:
     return f"{device.get('count', 1)} × {device.get('kind', device.get('platform', '?'))}"
 
 
+def _left_out(skipped: Sequence[Skipped]) -> list[str]:
+    return [f"- `{item.path}`: {item.reason}" for item in skipped]
+
+
 def markdown(table: Table, runs: Sequence[Run], skipped: Sequence[Skipped], figure: str | None = None) -> str:
     """The report: the table, the figure (a relative path), what was measured how, and what was left out."""
     rule = [("---:" if right else "---") for right in table.numeric]
     parts = ["# Comparison of runs", ""]
+    if not runs:
+        return "\n".join([*parts, "Of the runs that were found none is finished:", "", *_left_out(skipped)]) + "\n"
     parts += [_escaped(table.headers), _escaped(rule), *map(_escaped, table.rows), ""]
     if figure is not None:
         parts += [f"![bits per weight against KL and perplexity]({figure})", ""]
@@ -81,32 +87,33 @@ def markdown(table: Table, runs: Sequence[Run], skipped: Sequence[Skipped], figu
         *_circumstances(runs),
     ]
     if skipped:
-        parts += ["", "Left out:", "", *(f"- `{item.path}`: {item.reason}" for item in skipped)]
+        parts += ["", "Left out:", "", *_left_out(skipped)]
     return "\n".join(parts) + "\n"
 
 
-def _columns(run: Run) -> dict[str, Any]:
-    columns: dict[str, Any] = {"run": run.name, "path": os.fspath(run.path)}
-    columns |= {f"settings.{key}": value for key, value in run.settings.items()}
+def columns(run: Run) -> dict[str, Any]:
+    """A run's settings and results, flat, under dotted names; intervals as two numbers."""
+    found: dict[str, Any] = {"run": run.name, "path": os.fspath(run.path)}
+    found |= {f"settings.{key}": value for key, value in run.settings.items()}
 
     def add(name: str, value: Any) -> None:
         if isinstance(value, Mapping):
             for key, entry in value.items():
                 add(f"{name}.{key}", entry)
         elif name.endswith("_interval") and isinstance(value, list):
-            columns[f"{name}.low"], columns[f"{name}.high"] = value
+            found[f"{name}.low"], found[f"{name}.high"] = value
         else:
-            columns[name] = value
+            found[name] = value
 
     for key, value in run.results.items():
         if key != "settings":
             add(key, value)
-    return columns
+    return found
 
 
 def csv_text(runs: Sequence[Run]) -> str:
     """All settings and all results, a row per run, nested values under dotted names; lists as JSON."""
-    rows = [_columns(run) for run in runs]
+    rows = [columns(run) for run in runs]
     fields = list({key: None for row in rows for key in row})
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, restval="", lineterminator="\n")

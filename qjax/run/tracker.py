@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -215,7 +216,8 @@ class Wandb:
         def attach() -> None:
             import wandb
 
-            artifact = wandb.Artifact(name, type="model")
+            safe = re.sub(r"[^\w.-]", "-", name)[:128]  # what wandb allows
+            artifact = wandb.Artifact(safe, type="model")
             artifact.add_reference(pathlib.Path(path).resolve().as_uri(), checksum=False)
             run.log_artifact(artifact)
 

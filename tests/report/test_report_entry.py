@@ -74,3 +74,16 @@ def test_errors_are_one_message_and_exit_code_two(runs, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_info:
         invoke(monkeypatch, f"runs={runs}", f"out={runs}/file/report")
     assert exit_info.value.code == 2 and "a part of the path is a file" in capsys.readouterr().err
+
+
+def test_a_page_before_the_first_run_is_finished(runs, monkeypatch, capsys):
+    for name in ("nearest", "ldlq"):
+        (runs / name / "results.json").rename(runs / name / "fingerprint.json")
+    out = runs / "report"
+    invoke(monkeypatch, f"runs={runs}", f"out={out}")
+    page = (out / "report.html").read_text()
+    assert "0 finished, 3 unfinished or failed" in page and "killed: unfinished" in page
+    assert "<table" not in page and "none is finished" in (out / "report.md").read_text()
+    with pytest.raises(SystemExit) as exit_info:
+        invoke(monkeypatch, f"runs={runs}")
+    assert exit_info.value.code == 2 and "none of the 3 runs" in capsys.readouterr().err

@@ -119,3 +119,28 @@ def test_sources_that_match_nothing_are_errors(tmp_path):
         find(tmp_path)
     with pytest.raises(InputError, match="an empty list"):
         find([])
+
+
+def test_a_failed_job_and_an_unfinished_one_say_why(tmp_path):
+    write(tmp_path / "good", results())
+    failed, killed = tmp_path / "failed", write(tmp_path / "killed")
+    failed.mkdir()
+    (failed / "failure.json").write_text(json.dumps({"status": "failed", "error": "disk full"}))
+    (killed / "layers").mkdir()
+    for name in ("layers.0.mlp.up_proj", "block.0", "layers.1.mlp.up_proj"):
+        (killed / "layers" / f"{name}.safetensors").write_bytes(b"")
+    runs, skipped = collect(tmp_path)
+    assert [run.name for run in runs] == ["good"]
+    assert [item.path.name for item in skipped] == ["failed", "killed"]
+    assert skipped[0].reason == "failed: disk full"
+    assert "2 matrices of 1 finished blocks" in skipped[1].reason
+    (failed / "failure.json").write_text("{")
+    assert "cannot be read" in collect(tmp_path)[1][0].reason
+
+
+def test_a_sweep_without_a_finished_job_can_be_collected(tmp_path):
+    write(tmp_path / "killed")
+    with pytest.raises(InputError, match="none of the 1 runs"):
+        collect(tmp_path)
+    runs, skipped = collect(tmp_path, unfinished=True)
+    assert runs == [] and len(skipped) == 1

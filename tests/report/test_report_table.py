@@ -4,10 +4,13 @@ import csv
 import io
 import math
 import pathlib
+import sys
 
 import pytest
 
+from qjax.errors import InputError
 from qjax.report import Run, Skipped, Table, aligned, comparison, csv_text, markdown
+from qjax.report.parquet import parquet_bytes
 from qjax.report.table import differing, number, ordered
 
 
@@ -81,7 +84,8 @@ def test_a_setting_that_repeats_the_names_is_no_column():
 
 def test_another_evaluation_has_its_own_reference_row():
     table = comparison([run("a"), run("b", tokens_evaluation=4096, perplexity_reference=13.0)])
-    assert [row[0] for row in table.rows].count("SmolLM2 (reference)") == 2
+    names = [row[0] for row in table.rows][:2]
+    assert names == ["SmolLM2 (reference, 8192 tokens)", "SmolLM2 (reference, 4096 tokens)"]
 
 
 def test_a_run_without_evaluation_is_reported():
@@ -118,3 +122,41 @@ def test_csv_holds_every_number_of_every_run():
     assert second["settings.rounding.order"] == "natural" and second["extra"] == ""
     assert float(first["kl_mean_interval.low"]) == 0.85 and float(first["seconds.quantize"]) == 88.3
     assert first["device.cpu_model"] == "A CPU" and first["extra"] == "[1, 2]"
+
+
+def test_originals_of_one_name_are_told_apart():
+    texts = (
+        {"tokens_sha256": "ab" * 32},
+        {"tokens_sha256": "cd" * 32},
+        {"tokens_sha256": "ef" * 32, "tokens_evaluation": 512},
+    )
+    runs = [run(f"r{index}", **facts) for index, facts in enumerate(texts)]
+    runs += [run("r3", settings={"model.dtype": "bfloat16"}, **texts[0])]
+    names = [row[0] for row in comparison(runs).rows if "reference" in row[0]]
+    assert len(names) == len(set(names)) == 4
+    assert names[0] == "SmolLM2 (reference, float32, 8192 tokens abababab)" and "512 tokens)" in names[2]
+    assert "bfloat16" in names[3]
+    alone = comparison(runs[:1]).rows[0][0]
+    assert alone == "SmolLM2 (reference)"
+
+
+def test_parquet_holds_what_the_csv_holds():
+    polars = pytest.importorskip("polars", reason="needs polars: pip install 'qjax[parquet]'")
+    runs = [
+        run("a", settings={"rounding.block": None, "seeds": [1, 2]}),
+        run("b", settings={"rounding.block": 8}, kl=math.inf),
+    ]
+    frame = polars.read_parquet(io.BytesIO(parquet_bytes(runs)))
+    rows = list(csv.DictReader(io.StringIO(csv_text(runs))))
+    assert frame.columns == list(rows[0]) and frame.height == 2
+    assert frame["kl_mean"].to_list() == [0.9, math.inf] and frame["settings.rounding.block"].to_list() == [None, 8]
+    assert frame["settings.seeds"].to_list() == ["[1, 2]", None]
+    for name in frame.columns:
+        for value, text in zip(frame[name].to_list(), (row[name] for row in rows), strict=True):
+            assert text == "" if value is None else (text == str(value) or float(text) == value)
+
+
+def test_parquet_without_polars_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "polars", None)
+    with pytest.raises(InputError, match="pip install 'qjax\\[parquet\\]'"):
+        parquet_bytes([run("a")])

@@ -1,0 +1,217 @@
+"""A mistyped group, key or value is one message that lists what exists, in every entry point; never a traceback."""
+
+import copy
+import functools
+import pathlib
+import re
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import experiments.quantize as quantize
+from experiments import _kinds, bench, evaluate, finetune, generate, hessians, report, train_tiny
+from experiments._entry import plain
+from experiments._ranges import LIMITS
+from qjax.errors import InputError, QjaxError
+
+CONFIGS = pathlib.Path(quantize.CONFIGS)
+ENTRIES = {
+    "quantize": quantize.main,
+    "hessians": hessians.main,
+    "evaluate_artifact": evaluate.main,
+    "generate": generate.main,
+    "bench": bench.main,
+    "finetune": finetune.main,
+    "report": report.main,
+    "train_tiny": train_tiny.main,
+}
+GIVEN = {"artifact": "folder", "out": "folder/out"}  # what must be said
+# Partners without which an option is no valid job.
+PARTNERS = {
+    ("scale", "minmax"): {"codebook": "grid"},
+    ("scale", "group"): {"codebook": "grid"},
+    ("finetune", "block"): {"hessian": "original"},
+}
+WIDTHS = {"e81b": 1, "e8p_rvq": 4}
+
+
+@functools.cache
+def base(entry):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose(entry, [f"{key}={GIVEN[key]}" for key in GIVEN if f"{key}: ???" in text(entry)])
+    return plain(config)
+
+
+def text(entry):
+    return (CONFIGS / f"{entry}.yaml").read_text()
+
+
+def option(group, name):
+    node = OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"))
+    return {key: "given" if value == "???" else value for key, value in node.items()}
+
+
+def own_groups(entry):
+    """The groups whose options are values of their own, not presets of others."""
+    names = (name for name in _kinds.groups_of(entry) if isinstance(base(entry).get(name), dict))
+    return [name for name in names if name not in ("recipe", "method")]
+
+
+def leaves(node, path=()):
+    for key, value in node.items():
+        yield (*path, key), value
+        if isinstance(value, dict) and key not in ("parts", "artifacts"):
+            yield from leaves(value, (*path, key))
+
+
+def wrong(value):
+    """Values of another kind than `value` is of."""
+    others = ["x", -1, 1.5, True, None, [[]], {"a": 1}, float("nan")]
+    kinds = {type(value)} | ({int} if isinstance(value, float) else set())
+    unlimited = value is None  # what may stand there is asked of the table, below
+    return (
+        [other for other in others if type(other) not in kinds or other != other]
+        if not unlimited
+        else [{"a": [1]}, [[]]]
+    )
+
+
+def changed(settings, path, value):
+    settings = copy.deepcopy(settings)
+    node = settings
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return settings
+
+
+def starts(entry):
+    """(settings, paths of what is changed) for the entry itself and for every option of its groups."""
+    yield base(entry), [(key,) for key, value in base(entry).items() if not isinstance(value, dict)]
+    for group in own_groups(entry):
+        for file in sorted((CONFIGS / group).glob("*.yaml")):
+            settings = {**base(entry), group: option(group, file.stem)}
+            if entry == "quantize":
+                for other, chosen in PARTNERS.get((group, file.stem), {}).items():
+                    settings[other] = option(other, chosen)
+                settings["bits"] = WIDTHS.get(file.stem, 2) if group == "codebook" else 2
+            yield settings, [path for path, _ in leaves({group: settings[group]})]
+
+
+def at(settings, path):
+    for key in path:
+        settings = settings[key]
+    return settings
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_value_of_another_kind_is_refused(entry):
+    cases = 0
+    for settings, paths in starts(entry):
+        _kinds.check(settings, entry)  # what is right is accepted
+        for path in paths:
+            name = ".".join(path)
+            for value in wrong(at(settings, path)):
+                kinds = _kinds.known_kinds(entry)[name]
+                if (
+                    _kinds._is(value, kinds)
+                    or (name in _kinds._ONE_TOO and list in kinds)
+                    or (value == {"a": 1} and dict in kinds)
+                ):
+                    continue  # another option of the group has this kind
+                with pytest.raises(InputError, match=re.escape(path[0])):
+                    _kinds.check(changed(settings, path, value), entry)
+                cases += 1
+    assert cases > 10
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_misspelt_key_is_refused_with_the_keys_there_are(entry):
+    for settings, paths in starts(entry):
+        for path in paths:
+            misspelt = (*path[:-1], path[-1] + "s")
+            if ".".join(misspelt) in _kinds.known_kinds(entry):
+                continue
+            with pytest.raises(InputError, match=re.escape(f"no {misspelt[-1]!r}")) as info:
+                _kinds.check(changed(settings, misspelt, 1), entry)
+            assert "did you mean" in str(info.value) and path[-1] in str(info.value)
+
+
+def test_what_is_only_null_in_the_files_has_a_kind():
+    for entry in ENTRIES:
+        for name, kinds in _kinds.known_kinds(entry).items():
+            assert kinds != {type(None)}, f"{entry}: {name} is missing in NULLS"
+
+
+def test_the_ranges_are_of_settings_that_exist():
+    known = set().union(*(_kinds.known_kinds(entry) for entry in ENTRIES))
+    assert set(LIMITS) <= known, sorted(set(LIMITS) - known)
+
+
+def refusal(settings, *, build):
+    """What is said against settings, or None; any other error than qjax's is a failure of the test."""
+    try:
+        _kinds.check(settings, "quantize")
+        if build:
+            quantize.job_of(OmegaConf.create(settings)).recipe.plan(["layers.0.mlp.up_proj"])
+    except QjaxError as error:
+        return str(error)
+    return None
+
+
+def test_numbers_out_of_range_make_no_job():
+    """Negative, zero and huge numbers in every option of `quantize`: refused by name, or a job with a plan."""
+    accepted = []
+    for settings, paths in starts("quantize"):
+        for path in paths:
+            value = at(settings, path)
+            if isinstance(value, bool) or not (isinstance(value, int | float) or value is None):
+                continue
+            for number in (-1, 0, 10**6):
+                message = refusal(
+                    changed(settings, path, number), build=number <= 0 or path[0] in ("rounding", "codebook")
+                )
+                if message is None:
+                    accepted += [".".join(path)] if number < 0 else []
+                else:
+                    assert path[-1] in message or path[0] in message, (path, number, message)
+    assert accepted == []
+
+
+def refused(monkeypatch, capsys, entry, *words):
+    monkeypatch.setattr(sys, "argv", [entry, *words])
+    with pytest.raises(SystemExit) as info:
+        ENTRIES[entry]()
+    printed = capsys.readouterr()
+    assert info.value.code in (1, 2) and "Traceback" not in printed.err and "HYDRA_FULL_ERROR" not in printed.err
+    return printed.out + printed.err
+
+
+WORDS = {  # command line -> what the message says
+    "quantize roundng=ldlq": "did you mean rounding?",
+    "quantize rounding=ldlqq": "gptq",
+    "quantize rounding.pases=3": "did you mean passes?",
+    "quantize experiment=demoo": "demo",
+    "quantize +nonsense=1": "there is no 'nonsense'",
+    "quantize bits=two": "bits is 'two'; expected is a",
+    "quantize 'seed=[1'": "seed=[1",
+    "quantize -m seed=x,1 bits=2 sweep=a dry_run=true": "seed is 'x'; expected is a whole number",
+    "hessians hessian=orignal": "original",
+    "evaluate_artifact": "artifact",
+    "evaluate_artifact artifact=a batch=x": "batch is 'x'",
+    "bench bench=matrx": "matrix",
+    "finetune artifact=a out=b finetune.tokens=-1": "finetune.tokens is -1",
+    "report rums=a": "did you mean runs?",
+    "report figure=maybe": "figure is 'maybe'; expected is true or false",
+}
+
+
+@pytest.mark.parametrize("line", WORDS)
+def test_command_lines(line, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    entry, *words = line.replace("'", "").split()
+    assert WORDS[line] in refused(monkeypatch, capsys, entry, *words)
