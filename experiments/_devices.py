@@ -57,11 +57,8 @@ def show_only(platform: str, device: str, environment: MutableMapping[str, str])
     if platform == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = device
     elif platform == "tpu":
-        environment |= {
-            "TPU_VISIBLE_CHIPS": device,
-            "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
-            "TPU_PROCESS_BOUNDS": "1,1,1",
-        }
+        bounds = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
+        environment.update({"TPU_VISIBLE_CHIPS": device, **bounds})
     else:
         flags = environment.get("XLA_FLAGS", "")
         environment["XLA_FLAGS"] = _HOST_DEVICES.sub("--xla_force_host_platform_device_count=1", flags)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from experiments._ranges import LIMITS
 from qjax.errors import InputError, listed
 
-__all__ = ["NULLS", "Mistyped", "check", "known_kinds", "suggestion"]
+__all__ = ["NULLS", "Mistyped", "check", "groups_of", "known_kinds", "suggestion"]
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 _NAMES = {

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments._kinds import suggestion
+from experiments._kinds import groups_of, suggestion
 from qjax.errors import listed
 
 __all__ = ["explain"]
@@ -57,10 +57,7 @@ def _absent(name: str, arguments: Sequence[str], entry: str) -> str:
 
 def _optional(entry: str) -> list[str]:
     """Groups that need not be chosen, such as experiment=."""
-    defaults = OmegaConf.load(CONFIGS / f"{entry}.yaml").get("defaults", [])
-    return [
-        str(key).split()[-1] for item in defaults if isinstance(item, DictConfig) for key in item if "hydra/" not in key
-    ]
+    return list(groups_of(entry))
 
 
 def _composed(arguments: Sequence[str], name: str, entry: str) -> DictConfig | None:

@@ -31,7 +31,7 @@ def parquet_bytes(runs: Sequence[Run]) -> bytes:
     Raises InputError where polars is not installed.
     """
     try:
-        import polars
+        import polars  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
             "parquet=true needs polars: pip install 'qjax[parquet]'; report.csv holds the same columns"
