@@ -44,8 +44,12 @@ class Inputs:
         key = (source, dtype, _stamp(self.files(source)))
         if self._model is None or self._model[0] != key:
             self._model = None
-            self._model = (key, models.load(source, dtype))
+            self._model = (key, models.load(source, dtype, self.fingerprint(source, dtype)))
         return self._model[1]
+
+    def streamed(self, source: str, dtype: str) -> models.Model:
+        """The model with its blocks on disk; nothing of it is kept here."""
+        return models.stream(source, dtype, self.fingerprint(source, dtype))
 
     def tokens(self, source: str, seed: int, options: Mapping[str, Any]) -> data.TokenSplit:
         """The calibration and evaluation windows."""

@@ -16,7 +16,7 @@ import jax
 from qjax import artifact, data, evaluate, models
 from qjax.activations import Place, placed
 from qjax.blockwise import quantize_and_tune
-from qjax.checks import check_reference, doubts
+from qjax.checks import check_reference, codebook_doubts, doubts
 from qjax.directory import RunDirectory
 from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
@@ -130,6 +130,7 @@ def run(job: Job) -> dict[str, Any] | None:
             )
         where = _announce(job, files, tokens, need)
         notes = doubts(files.config, tokens.calibration, files.tokenizer, job.data.get("bos", "none"))
+        notes += codebook_doubts(plan.codebook for plan in plans.values() if plan is not None)
         for note in notes:
             print(f"warning: {note}", flush=True)
         if job.dry_run:
@@ -152,7 +153,7 @@ def run(job: Job) -> dict[str, Any] | None:
             for note in notes:
                 _log.warning("%s", note)
             with watch.stage("load"):
-                read = models.stream if _streams(job) else job.inputs.model
+                read = job.inputs.streamed if _streams(job) else job.inputs.model
                 model = read(job.model["source"], job.model["dtype"])
             with watch.stage("reference"):
                 teacher = None

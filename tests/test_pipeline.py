@@ -268,11 +268,17 @@ def test_a_dry_run_only_plans(tmp_path, cache, capsys):
 def test_activations_on_disk_and_on_the_device_give_the_same_artifact(finished, tmp_path, cache, monkeypatch, capsys):
     out, results = finished
     expected = json.loads((out / "artifact" / "model.json").read_text())["sha256"]
+    hashed = []
+    monkeypatch.setattr(
+        models.loading, "sha256_file", lambda path: hashed.append(path) or models.files.sha256_file(path)
+    )
     for where, words in (("disk", "on disk"), ("device", "on the device")):
         monkeypatch.setattr(job, "place", lambda *_, where=where: where)
+        hashed.clear()
         other = tmp_path / where
         found = job.run(entry_point.job_of(settings(other, cache, "bits=4")))
         assert json.loads((other / "artifact" / "model.json").read_text())["sha256"] == expected
+        assert len(hashed) == len(set(hashed)) > 0  # the model's files are read for their hash once in a run
         assert found["kl_mean"] == results["kl_mean"] and words in capsys.readouterr().out
         assert sorted(path.name for path in other.iterdir()) == sorted(path.name for path in out.iterdir())
 

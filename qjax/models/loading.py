@@ -101,8 +101,10 @@ def open_model(source: str | Path) -> ModelFiles:
     )
 
 
-def load(source: str | Path, dtype: str = "float32") -> Model:
+def load(source: str | Path, dtype: str = "float32", fingerprint: dict[str, str] | None = None) -> Model:
     """Read a whole model, block by block, as `dtype` (float32, bfloat16 or float16).
+
+    `fingerprint`: that of its files and dtype, where it is known already; hashing reads every file once more.
 
     Host memory holds one block besides what the device has. Raises ModelFileError as `open_model` does, and for a
     weight that is not finite; InputError for an unknown dtype.
@@ -114,7 +116,8 @@ def load(source: str | Path, dtype: str = "float32") -> Model:
         jax.device_put(read_block(files.weights, files.config, index, dtype))
         for index in range(files.config.num_layers)
     ]
-    return Model(files.config, params, files.tokenizer, files.name, files.description, files.fingerprint(dtype))
+    fingerprint = fingerprint or files.fingerprint(dtype)
+    return Model(files.config, params, files.tokenizer, files.name, files.description, fingerprint)
 
 
 def _open_tiny() -> ModelFiles:

@@ -42,7 +42,7 @@ class StreamedBlocks(Sequence[Any]):
         return (self[index] for index in range(len(self)))  # unlike Sequence's, it does not hold a yielded block
 
 
-def stream(source: str | Path, dtype: str = "float32") -> Model:
+def stream(source: str | Path, dtype: str = "float32", fingerprint: dict[str, str] | None = None) -> Model:
     """As `qjax.models.load`, with blocks that stay on disk (`StreamedBlocks`); only embedding, norm and head are read.
 
     Raises as `load`, for a block's weights when that block is first read.
@@ -51,4 +51,5 @@ def stream(source: str | Path, dtype: str = "float32") -> Model:
     files = open_model(source)
     params = jax.device_put(read_edges(files.weights, files.config, dtype))
     params["blocks"] = StreamedBlocks(files.weights, files.config, dtype)
-    return Model(files.config, params, files.tokenizer, files.name, files.description, files.fingerprint(dtype))
+    fingerprint = fingerprint or files.fingerprint(dtype)
+    return Model(files.config, params, files.tokenizer, files.name, files.description, fingerprint)

@@ -288,6 +288,13 @@ def test_case_19_no_text_and_too_little(tmp_path):
         tokens_of(tmp_path, np.arange(40) % 64, calibration_sequences=0)
 
 
+def test_a_trellis_of_few_states_whose_values_have_a_mean_is_warned_about():
+    books = [qjax.codebooks.make("trellis", 2, L=6, code=code) for code in ("1mad", "3inst", "mul1", "lut")]
+    first, second = checks.codebook_doubts([*books, books[0], qjax.codebooks.make("half_integer", 2)])
+    assert "code=1mad with codebook.L=6: its 64 values have a mean of -0.45 of their RMS" in first and "3inst" in second
+    assert checks.codebook_doubts([qjax.codebooks.make("trellis", 2, L=8, code="1mad")]) == []
+
+
 def test_case_20_fewer_tokens_than_inputs_are_warned_about_and_damped(tmp_path):
     config = open_model(FIXTURE).config
     few = tokens_of(tmp_path, np.arange(40) % 64).calibration
