@@ -47,6 +47,8 @@ NULLS: Mapping[str, type] = {
     "distributed.coordinator": str,
     "hessian.sequences": int,
 }
+# What may stand elsewhere although no file shows it.
+_ALSO: Mapping[str, type] = {"runs": list, "data.path": list, "data.calibration": list, "data.evaluation": list}
 _OPEN = ("data.parts", "artifacts", "chat_options")  # their keys are the user's own
 _ONE_TOO = ("names", "bits", "sizes", "codes", "models", "tasks", "runs")  # one value stands for a list of one
 
@@ -111,7 +113,8 @@ def known_kinds(entry: str) -> Mapping[str, frozenset[type]]:
             if isinstance(value, list):
                 found.setdefault(f"{key}[]", set()).update(map(_kind, value))
     for key, kinds in found.items():
-        if kinds == {type(None)} and key in NULLS:
+        kinds |= {_ALSO[key]} if key in _ALSO else set()
+        if kinds <= {type(None), list} and key in NULLS:
             kinds.add(NULLS[key])
     return {key: frozenset(kinds) for key, kinds in found.items()}
 
