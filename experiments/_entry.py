@@ -14,6 +14,7 @@ from typing import Any
 import hydra
 import yaml
 from hydra.errors import HydraException
+from jax.sharding import Mesh
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,7 +25,7 @@ from qjax.errors import QjaxError
 from qjax.mesh import MeshSettings
 from qjax.run.distributed import DistributedSettings, initialise
 
-__all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "join", "mesh_of", "plain"]
+__all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "join", "mesh_of", "mesh_or_none", "plain"]
 
 CONFIGS = str(pathlib.Path(__file__).resolve().parent.parent / "configs")
 _RAISE = "HYDRA_FULL_ERROR"
@@ -100,6 +101,13 @@ def plain(config: Any) -> Any:
 def mesh_of(settings: Mapping[str, Any]) -> MeshSettings:
     """The `mesh` group, checked; `make()` of it touches the devices."""
     return MeshSettings(**settings["mesh"])
+
+
+def mesh_or_none(settings: Mapping[str, Any]) -> Mesh | None:
+    """The mesh of the `mesh` group; None for one device, which needs none."""
+    wanted = mesh_of(settings)
+    made = None if (wanted.data, wanted.model) == (1, 1) else wanted.make()
+    return None if made is None or made.size == 1 else made
 
 
 def join(settings: Mapping[str, Any]) -> None:

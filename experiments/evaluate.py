@@ -12,14 +12,16 @@ import pathlib
 from typing import Any
 
 import yaml
+from jax.sharding import Mesh
 from omegaconf import DictConfig
 
-from experiments._entry import cache_folder, compilation_cache, entry, plain
+from experiments._entry import cache_folder, compilation_cache, entry, mesh_or_none, plain
 from qjax import artifact, data, job, models
 from qjax.errors import InputError
 from qjax.evaluate.harness import evaluate_tasks
 from qjax.finetune import lora
 from qjax.run.atomic import write_json
+from qjax.tensor_parallel import distribute, summary
 from qjax.tuning import whole_model_bytes
 
 
@@ -29,7 +31,21 @@ def run_settings(folder: pathlib.Path) -> dict[str, Any]:
     return yaml.safe_load(file.read_text()) if file.is_file() else {}
 
 
-def tasks_of(settings: dict[str, Any]) -> dict[str, Any]:
+def opened(source: str, dtype: str, mesh: Mesh | None) -> models.Model:
+    """A dense model; on a mesh with blocks that stay on disk until their parts are placed."""
+    return models.load(source, dtype) if mesh is None else models.stream(source, dtype)
+
+
+def spread(model: models.Model, mesh: Mesh | None) -> models.Model:
+    """The model on a mesh, or as it is without one."""
+    if mesh is None:
+        return model
+    placed = dataclasses.replace(model, params=distribute(model.params, model.config, mesh, packed=False))
+    print(f"[{model.name}: {summary(placed.params)}]")
+    return placed
+
+
+def tasks_of(settings: dict[str, Any], mesh: Mesh | None = None) -> dict[str, Any]:
     """Results by task of the artifact and, unless `reference=false`, of the dense model."""
     options = {key: settings[key] for key in ("fewshot", "limit", "include", "batch", "chat", "chat_options")}
     seed = 0 if settings["seed"] is None else settings["seed"]
@@ -41,15 +57,15 @@ def tasks_of(settings: dict[str, Any]) -> dict[str, Any]:
         raise InputError("say which dense model: model='{source: …}', or with an artifact reference=false")
     report: dict[str, Any] = {}
     if folder is not None:
-        quantized = artifact.load(folder)
+        quantized = artifact.load(folder, device=mesh is None)
         params = quantized.params
         if settings["adapters"] is not None:
             params = lora.attached(params, lora.load(settings["adapters"], quantized.fingerprint["sha256"]))
-        model = dataclasses.replace(quantized, params=params)
+        model = spread(dataclasses.replace(quantized, params=params), mesh)
         report["quantized"] = evaluate_tasks(model, settings["tasks"], seed=seed, **options)
         del quantized, params, model
     if source is not None and (folder is None or settings["reference"]):
-        dense = models.load(source["source"], source.get("dtype", "float32"))
+        dense = spread(opened(source["source"], source.get("dtype", "float32"), mesh), mesh)
         report["reference"] = evaluate_tasks(dense, settings["tasks"], seed=seed, **options)
     return report
 
@@ -60,14 +76,15 @@ def main(config: DictConfig) -> None:
     settings = plain(config)
     cache = cache_folder(settings["cache"])
     compilation_cache(cache)
+    mesh = mesh_or_none(settings)
     if settings["tasks"] is not None:
         settings["tasks"] = settings["tasks"] if isinstance(settings["tasks"], list) else [settings["tasks"]]
-        finish(tasks_of(settings), settings["out"])
+        finish(tasks_of(settings, mesh), settings["out"])
         return
     if settings["artifact"] is None:
         raise InputError("artifact=null needs tasks=[…]; give the artifact/ folder of a run")
     folder = pathlib.Path(settings["artifact"])
-    quantized = artifact.load(folder)
+    quantized = artifact.load(folder, device=mesh is None)
     params = quantized.params
     if settings["adapters"] is not None:
         params = lora.attached(params, lora.load(settings["adapters"], quantized.fingerprint["sha256"]))
@@ -76,12 +93,15 @@ def main(config: DictConfig) -> None:
         if settings[group] is None and group not in known:
             raise InputError(f"{folder} has no config.yaml beside it; say {group}= for the evaluation")
         settings[group] = known[group] if settings[group] is None else settings[group]
-    model = models.load(settings["model"]["source"], settings["model"].get("dtype", "float32"))
+    model = opened(settings["model"]["source"], settings["model"].get("dtype", "float32"), mesh)
     options = {key: value for key, value in settings["data"].items() if value is not None}
     tokens = data.load(tokenizer=model.tokenizer, vocab_size=model.config.vocab_size, seed=settings["seed"], **options)
-    teacher = job.reference_states(model, tokens.evaluation, settings["batch"], cache)
-    report = job.compare(model, params, teacher, tokens.evaluation, settings["batch"], tokens.rows)
-    report["whole_model_bytes"] = whole_model_bytes(params)
+    size = whole_model_bytes(params)
+    model, tested = spread(model, mesh), spread(dataclasses.replace(quantized, params=params), mesh)
+    del quantized, params
+    teacher = job.reference_states(model, tokens.evaluation, settings["batch"], cache, mesh)
+    report = job.compare(model, tested.params, teacher, tokens.evaluation, settings["batch"], tokens.rows, mesh)
+    report["whole_model_bytes"] = size
     finish(report, settings["out"])
 
 

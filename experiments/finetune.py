@@ -8,12 +8,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments._entry import cache_folder, compilation_cache, entry, plain
+from experiments._entry import cache_folder, compilation_cache, entry, mesh_or_none, plain
 from experiments.evaluate import run_settings
 from experiments.quantize import tuning_line
 from qjax import artifact, data, job, models
 from qjax.errors import InputError, RunError
 from qjax.finetune import lora
+from qjax.finetune.sharding import check_mesh
 from qjax.run.atomic import read_json, write_json
 from qjax.run.fingerprint import device, versions
 from qjax.run.lock import RunLock
@@ -39,6 +40,9 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     Raises RunError for an `out` that holds the source.
     """
     settings = completed(settings)
+    mesh = mesh_or_none(settings)
+    if mesh is not None:
+        check_mesh(mesh, settings["finetune"]["batch"])
     source, out = pathlib.Path(settings["artifact"]).resolve(), pathlib.Path(settings["out"])
     cache = cache_folder(settings["cache"])
     if source.is_relative_to(out.resolve()):
@@ -65,6 +69,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
                 cache=cache,
                 out=out,
                 tracker=tracker,
+                mesh=mesh,
             )
         after = job.compare(model, tuned.params, teacher, tokens, settings["batch"])
         artifact.save(out / "artifact", model, lora.stripped(tuned.params), artifact.incoherence_spec(source))

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from experiments._entry import cache_folder, compilation_cache, entry, plain
+from experiments._entry import cache_folder, compilation_cache, entry, mesh_or_none, plain
+from experiments.evaluate import opened
 from qjax import artifact, models
 from qjax.errors import InputError
 from qjax.finetune import lora
@@ -15,6 +16,7 @@ from qjax.models.chat import chat_prompt, stop_ids
 from qjax.models.next_token import Sampling
 from qjax.models.text_stream import TextStream
 from qjax.packed import pack_model
+from qjax.tensor_parallel import distribute, summary
 
 
 def _texts(settings: dict[str, Any], tokenizer: models.Tokenizer) -> list[str]:
@@ -46,14 +48,18 @@ def main(config: DictConfig) -> None:
     _check_numbers(settings)
     compilation_cache(cache_folder(settings["cache"]))
     sampling = Sampling(*(settings[key] for key in ("temperature", "top_k", "top_p", "seed")))
+    mesh = mesh_or_none(settings)
     if settings["artifact"] is not None:
-        model = artifact.load(settings["artifact"])
+        model = artifact.load(settings["artifact"], device=mesh is None)
     else:
-        model = models.load(settings["model"]["source"], settings["model"]["dtype"])
+        model = opened(settings["model"]["source"], settings["model"]["dtype"], mesh)
     params = model.params
     if settings["adapters"] is not None:
         params = lora.attached(params, lora.load(settings["adapters"], model.fingerprint["sha256"]))
-    elif settings["packed"]:
+    if mesh is not None:
+        params = distribute(params, model.config, mesh, packed=settings["packed"])
+        print(f"[{summary(params)}]")
+    elif settings["packed"] and settings["adapters"] is None:
         params = pack_model(params)
     texts = _texts(settings, model.tokenizer)
     prompts = [model.tokenizer.encode(text) for text in texts]

@@ -151,8 +151,8 @@ def incoherence_spec(path: str | pathlib.Path) -> dict[str, Any]:
         raise ArtifactError(f"{file}: is damaged ({error!r}); run the quantisation again") from error
 
 
-def load(path: str | pathlib.Path) -> Model:
-    """The model of an artifact, with QuantizedMatrix leaves.
+def load(path: str | pathlib.Path, device: bool = True) -> Model:
+    """The model of an artifact, with QuantizedMatrix leaves, on the default device or, without `device`, on the host.
 
     Raises ArtifactError when the folder is not a whole artifact of this format, or when an array's checksum is wrong
     (naming it).
@@ -183,12 +183,13 @@ def load(path: str | pathlib.Path) -> Model:
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     try:
         _check_arrays(path, manifest["sha256"], arrays)
-        return _assemble(path, manifest, arrays)
+        model = _assemble(path, manifest, arrays)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise ArtifactError(
             f"{file}: does not describe the arrays that are there ({type(error).__name__}: {error}); "
             "run the quantisation again"
         ) from error
+    return dataclasses.replace(model, params=jax.device_put(model.params)) if device else model
 
 
 def _check_arrays(path: pathlib.Path, expected: dict[str, str], arrays: dict[str, np.ndarray]) -> None:
@@ -230,7 +231,7 @@ def _assemble(path: pathlib.Path, manifest: dict[str, Any], arrays: dict[str, np
     digest = hashlib.sha256(json.dumps(manifest["sha256"], sort_keys=True).encode()).hexdigest()
     return Model(
         config=config,
-        params=jax.device_put(params),
+        params=params,
         tokenizer=_tokenizer(path, manifest),
         name=manifest["name"],
         description=f"quantised from {manifest['description']}",

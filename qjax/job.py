@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any, TypeAlias
 
 import jax
+from jax.sharding import Mesh
 
 from qjax import artifact, data, evaluate, models
 from qjax.activations import Place, placed
@@ -280,8 +281,13 @@ def _crashes_to(path: pathlib.Path) -> IO[str] | None:
     return file
 
 
-def reference_states(model: models.Model, tokens: data.TokenStream, batch: int, cache: pathlib.Path) -> Any:
-    """Final hidden states of the original model on the evaluation windows, cached between runs."""
+def reference_states(
+    model: models.Model, tokens: data.TokenStream, batch: int, cache: pathlib.Path, mesh: Mesh | None = None
+) -> Any:
+    """Final hidden states of the original model on the evaluation windows, cached between runs.
+
+    `mesh` is the one that `model.params` lie on: another mesh sums in another order.
+    """
 
     def compute() -> Any:
         with Progress("reference", model.config.num_layers) as progress:
@@ -290,6 +296,8 @@ def reference_states(model: models.Model, tokens: data.TokenStream, batch: int, 
             )
 
     key = f"{identity(model.fingerprint['sha256'])}-{batch}"
+    if mesh is not None:
+        key += f"-{mesh.shape['data']}x{mesh.shape['model']}"
     return TeacherCache(cache / "teachers").get(key, tokens.sha256, compute)
 
 
@@ -454,8 +462,12 @@ def compare(
     tokens: data.TokenStream,
     batch: int,
     domains: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """The evaluation of quantised parameters against the reference model and its states (`domains`: rows of each)."""
+    """The evaluation of quantised parameters against the reference model and its states.
+
+    `domains`: rows of each.  `mesh`: where both models lie, None is one device.
+    """
     with Progress("evaluate", model.config.num_layers) as progress:
         report = evaluate.evaluate(
             teacher,
@@ -466,6 +478,7 @@ def compare(
             batch=batch,
             progress=lambda done, total: progress.update(done),
             domains=domains,
+            mesh=mesh,
         )
     return report.to_dict()
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from qjax import artifact, data
+from qjax.errors import InputError
 from qjax.finetune import Settings, Step, Tuned, end_to_end, lora, pv
 from qjax.hessian.store import identity
 from qjax.models import Model
@@ -47,12 +50,14 @@ def finetune_model(
     cache: pathlib.Path,
     out: pathlib.Path,
     tracker: Tracker,
+    mesh: Mesh | None = None,
 ) -> Tuned:
     """Tune the quantised `params` of the reference `model`.
 
     Args:
       options: of the `finetune` group.  text: of `qjax.data.load`; its calibration side is tuned on.
       cache: its folder `teachers` keeps the reference's states.  out: its folder `finetune` keeps checkpoints.
+      mesh: its axis "data" shares out parameters and batches, None is one device.
     """
     settings = settings_of(options)
     tokens = data.load(
@@ -83,7 +88,11 @@ def finetune_model(
             tracker.log({"finetune/loss": step.loss, "finetune/validation": step.validation}, step=step.step)
             _log.info("%s", step)
 
-        run: Any = pv.alternate if isinstance(settings, pv.Settings) else end_to_end
+        run: Any = functools.partial(end_to_end, mesh=mesh)
+        if isinstance(settings, pv.Settings):
+            if mesh is not None:
+                raise InputError("finetune=pv runs on one device; use mesh.data=1 mesh.model=1")
+            run = pv.alternate
         tuned: Tuned = run(
             model,
             params,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from qjax.data.stream import TokenStream, check_vocabulary
@@ -61,6 +62,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
     domains: Mapping[str, np.ndarray] | None = None,
+    mesh: Mesh | None = None,
 ) -> EvaluationReport:
     """Perplexity, KL to the reference and agreement of the model `params` on windows of tokens.
 
@@ -70,6 +72,8 @@ def evaluate(
       reference_head: `transformer.head` of the reference.
       seed: of the bootstrap's resamples.
       domains: the rows of each domain's windows; with more than one domain their numbers are reported too.
+      mesh: where `params` and `reference_head` lie, if on a mesh (`qjax.tensor_parallel.distribute`); its axis "data"
+        divides `batch`.
 
     Raises InputError when the windows and `reference_hidden` differ in shape, NumericsError for non-finite logits.
     """
@@ -85,7 +89,7 @@ def evaluate(
     rows: list[dict[str, np.ndarray]] = []
     parts = (_batches(array, batch) for array in (reference_hidden, hidden, stream.tokens[:, 1:]))
     for reference_part, part, targets in zip(*parts, strict=True):
-        found = token_metrics(reference_head, head, reference_part, part, targets, config)
+        found = token_metrics(reference_head, head, reference_part, part, targets, config, mesh)
         rows.append({name: np.asarray(values) for name, values in found.items()})
     metrics = {name: np.concatenate([row[name] for row in rows])[: stream.sequences] for name in rows[0]}
     check_finite({"nll_reference": metrics["nll_reference"]}, "the reference model")
@@ -114,13 +118,14 @@ def perplexity(
     *,
     batch: int = BATCH,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> float:
     """`exp(mean nll)` over the `length - 1` predictions of every window. Raises NumericsError for non-finite logits."""
     windows = tokens.tokens if isinstance(tokens, TokenStream) else tokens
     hidden = hidden_states(params, windows, config, batch, progress)
     head = transformer.head(params)
     parts = zip(_batches(hidden, batch), _batches(windows[:, 1:], batch), strict=True)
-    found = [np.asarray(token_nll(head, part, targets, config)) for part, targets in parts]
+    found = [np.asarray(token_nll(head, part, targets, config, mesh)) for part, targets in parts]
     nll = np.concatenate(found)[: len(windows)]
     check_finite({"nll": nll}, "the model")
     with np.errstate(over="ignore"):
@@ -134,6 +139,7 @@ def reference_perplexity(
     config: ModelConfig,
     *,
     batch: int = BATCH,
+    mesh: Mesh | None = None,
 ) -> float:
     """`exp(mean nll)` of a model from its `hidden_states`, infinite where it overflows.
 
@@ -141,7 +147,7 @@ def reference_perplexity(
     """
     rows = []
     for part, targets in zip(_batches(hidden, batch), _batches(tokens.tokens[:, 1:], batch), strict=True):
-        rows.append(np.asarray(token_metrics(head, head, part, part, targets, config)["nll"]))
+        rows.append(np.asarray(token_metrics(head, head, part, part, targets, config, mesh)["nll"]))
     mean = float(np.concatenate(rows)[: tokens.sequences].mean(dtype=np.float64))
     return float(np.exp(mean)) if mean < 700 else float("inf")
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from qjax.models import transformer
@@ -53,11 +55,28 @@ def predicting(hidden: Float[Array, "batch length width"]) -> Float[Array, "posi
     return hidden[:, :-1].reshape(-1, hidden.shape[-1]).astype(jnp.float32)
 
 
+def shared_out(function: Callable[..., Any], mesh: Mesh | None, heads: int) -> Callable[..., Any]:
+    """`function(*heads, *batches)` with every batch split over the mesh axis "data"; itself without a mesh.
+
+    The axis "model" stays the compiler's: heads that are cut along the vocabulary stay so.
+    """
+    if mesh is None:
+        return function
+
+    def mapped(*arrays: Any) -> Any:
+        specs = tuple(P() if i < heads else P("data") for i in range(len(arrays)))
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=P("data"), axis_names={"data"}, check_vma=False
+        )(*arrays)
+
+    return mapped
+
+
 def _nll(log_p: Array, targets: Array) -> Array:
     return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def token_metrics(
     reference_head: dict[str, Any],
     head: dict[str, Any],
@@ -65,6 +84,7 @@ def token_metrics(
     hidden: Float[Array, "batch length width"],
     targets: Int[Array, "batch length-1"],
     config: ModelConfig,
+    mesh: Mesh | None = None,
 ) -> dict[str, Float[Array, "batch length-1"] | Bool[Array, "batch length-1"]]:
     """What the reference p and the model q say about every next token of every window.
 
@@ -74,12 +94,13 @@ def token_metrics(
     Args:
       reference_head, head: parameters of the last step as returned by `transformer.head`.
       reference_hidden, hidden: states after the last block, before the final norm.
+      mesh: where the heads lie, if on a mesh; batches are split over its axis "data".
 
     A non-finite logit shows as a non-finite `nll` or `kl` of its position. Logits exist for one chunk of positions at a
     time. Source: KL to the original as in YAQA (arXiv:2505.22988), mean over all positions.
     """
 
-    def chunk(reference: Array, own: Array, target: Array) -> dict[str, Array]:
+    def chunk(reference_head: Any, head: Any, reference: Array, own: Array, target: Array) -> dict[str, Array]:
         log_p = jax.nn.log_softmax(transformer.logits(reference_head, reference, config), axis=-1)
         log_q = jax.nn.log_softmax(transformer.logits(head, own, config), axis=-1)
         return {
@@ -89,21 +110,29 @@ def token_metrics(
             "agree": jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1),
         }
 
-    arrays = (predicting(reference_hidden), predicting(hidden), targets.reshape(-1))
-    flat = chunked(chunk, arrays, config.vocab_size)
-    return {name: values.reshape(targets.shape) for name, values in flat.items()}
+    def whole(reference_head: Any, head: Any, reference: Array, own: Array, targets: Array) -> dict[str, Array]:
+        arrays = (predicting(reference), predicting(own), targets.reshape(-1))
+        flat = chunked(functools.partial(chunk, reference_head, head), arrays, config.vocab_size)
+        return {name: values.reshape(targets.shape) for name, values in flat.items()}
+
+    return shared_out(whole, mesh, 2)(reference_head, head, reference_hidden, hidden, targets)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
 def token_nll(
     head: dict[str, Any],
     hidden: Float[Array, "batch length width"],
     targets: Int[Array, "batch length-1"],
     config: ModelConfig,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "batch length-1"]:
     """`-log q(target)` in nats of every next token, as in `token_metrics`, for one model alone."""
 
-    def chunk(own: Array, target: Array) -> Array:
+    def chunk(head: Any, own: Array, target: Array) -> Array:
         return _nll(jax.nn.log_softmax(transformer.logits(head, own, config), axis=-1), target)
 
-    return chunked(chunk, (predicting(hidden), targets.reshape(-1)), config.vocab_size).reshape(targets.shape)
+    def whole(head: Any, own: Array, targets: Array) -> Array:
+        arrays = (predicting(own), targets.reshape(-1))
+        return chunked(functools.partial(chunk, head), arrays, config.vocab_size).reshape(targets.shape)
+
+    return shared_out(whole, mesh, 1)(head, hidden, targets)

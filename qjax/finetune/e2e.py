@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qjax.data import TokenStream
 from qjax.errors import InputError
@@ -23,6 +24,7 @@ from qjax.finetune.loop import Options, Result, Step, Task, tune
 from qjax.finetune.optimizer import Optimizer
 from qjax.finetune.parameters import Trainable, merged, tunable, view
 from qjax.finetune.rules import RateRule, assign
+from qjax.finetune.sharding import Parts, check_mesh, placing
 from qjax.finetune.teacher import targets
 from qjax.models import Model
 from qjax.models.transformer import head
@@ -137,12 +139,15 @@ def end_to_end(
     on_plan: Callable[[int], None] = lambda steps: None,
     on_teacher: Callable[[int, int], None] | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
+    mesh: Mesh | None = None,
 ) -> Tuned:
     """Tune the quantised `params` towards `reference` on `tokens`, whose last `settings.validation` windows validate.
 
     Args:
       identity: names the reference and whatever else decides its states, for the cache.
       folder: of checkpoints; a killed run with the same folder continues to the same result.
+      mesh: devices of its axis "data" share out parameters, optimiser state and batches (`qjax.finetune.sharding`); a
+        run that was killed may continue on another number of them.
       on_plan: called with the number of steps.  on_teacher: blocks done.  on_step: after every step.
     Raises InputError for rules that leave parameters uncovered or too few windows, RunError for another run's folder.
     """
@@ -154,7 +159,9 @@ def end_to_end(
     if settings.qat:
         params = latent.rounding_latents(params, reference.params)
     names = tunable(params)
-    model = view(params, assign(settings.rules, names))
+    if mesh is not None:
+        check_mesh(mesh, settings.batch)
+    model = view(params, assign(settings.rules, names), placing(mesh))
     found: dict[str, np.ndarray] = {}
     if settings.loss == "kl":
         found = targets(
@@ -167,6 +174,12 @@ def end_to_end(
             cache=cache,
             progress=on_teacher,
         )
+    teacher, parts = head(reference.params) if "states" in found else None, None
+    if mesh is not None:
+        named = {f"teacher.{name}": value for name, value in (teacher or {}).items()}
+        parts = Parts.of({**model.tuned, **model.frozen, **named}, mesh)
+        if teacher is not None:
+            teacher = {name.removeprefix("teacher."): value for name, value in parts.placed(named).items()}
     task = Task(
         config=reference.config,
         model=model,
@@ -178,12 +191,13 @@ def end_to_end(
             {name: value[: len(windows)] for name, value in found.items()},
             {name: value[len(windows) :] for name, value in found.items()},
         ),
-        teacher=head(reference.params) if "states" in found else None,
+        teacher=teacher,
         batch=settings.batch,
         accumulate=settings.accumulate,
         seed=seed,
         validate_every=settings.validate_every,
         checkpoint_every=settings.checkpoint_every,
+        parts=parts,
     )
     on_plan(steps)
     checkpoints = None

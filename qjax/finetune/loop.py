@@ -12,40 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from qjax.errors import InputError
 from qjax.finetune.checkpoint import Checkpoints
-from qjax.finetune.losses import KINDS, chunked_mean, next_token, soft_targets, topk_targets
 from qjax.finetune.optimizer import Optimizer
-from qjax.finetune.parameters import Layout, Trainable, hidden
-from qjax.models import transformer
+from qjax.finetune.parameters import Trainable
+from qjax.finetune.sharding import Parts, check_mesh
+from qjax.finetune.step import Options, train_step, validation_step
 from qjax.models.config import ModelConfig
 
-__all__ = ["Options", "Result", "Step", "Task", "batch_loss", "tune", "windows_at"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Static choices of the step; hashable.
-
-    Attributes:
-      loss: "kl" to the teacher, or "next_token".  remat: compute blocks again in the backward pass.
-      chunk: positions whose logits exist at a time.  dtype: of the activations.
-    """
-
-    loss: str = "kl"
-    remat: bool = True
-    chunk: int = 256
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        if self.loss not in KINDS:
-            raise InputError(f"finetune.loss is {self.loss!r}; there is: {', '.join(KINDS)}")
-        if self.dtype not in ("float32", "bfloat16") or self.chunk < 1:
-            raise InputError(
-                f"finetune: dtype {self.dtype!r}, chunk {self.chunk}; dtype is float32 or bfloat16, chunk at least 1"
-            )
+__all__ = ["Options", "Result", "Step", "Task", "tune", "windows_at"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +35,7 @@ class Task:
         `{"index", "log_p"}` `[n, length, k]`; pairs (tuning, validation).
       teacher: for "kl" with states: the teacher's `transformer.head`.
       batch: windows per gradient.  accumulate: gradients per step.  seed: of the order of the windows.
+      parts: how `model` and `teacher` lie on a mesh, None on one device.
     """
 
     config: ModelConfig
@@ -73,11 +51,14 @@ class Task:
     seed: int
     validate_every: int
     checkpoint_every: int
+    parts: Parts | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"finetune.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.parts is not None:
+            check_mesh(self.parts.mesh, self.batch)
         if len(self.tokens) < self.batch * self.accumulate or len(self.validation) < 1:
             raise InputError(
                 f"finetune: {len(self.tokens)} windows to tune on and {len(self.validation)} to validate on; a step "
@@ -132,85 +113,6 @@ def _order(seed: int, epoch: int, windows: int) -> np.ndarray:
     return np.argsort(raw, kind="stable")
 
 
-def _own_head(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the arrays of the last step."""
-    return {"norm": "norm", "head": "head" if "head" in arrays else "embed"}
-
-
-def batch_loss(
-    tuned: Mapping[str, Any],
-    frozen: Mapping[str, Any],
-    tokens: Int[Array, "batch length"],
-    targets: Mapping[str, Any],
-    teacher: Any,
-    layout: Layout,
-    config: ModelConfig,
-    options: Options,
-) -> Array:
-    """Mean loss in nats over all positions of the windows but the last of each."""
-    arrays = {**frozen, **tuned}
-    if options.dtype != "float32":
-        arrays["embed"] = arrays["embed"].astype(options.dtype)
-    x = hidden(arrays, layout, tokens, config, options.remat)
-    width = x.shape[-1]
-    flat = x[:, :-1].reshape(-1, width).astype(jnp.float32)
-    names = _own_head({**frozen, **tuned})
-    moving = {part: tuned[name] for part, name in names.items() if name in tuned}
-    fixed = {part: frozen[name] for part, name in names.items() if name in frozen}
-    positions = {name: value[:, :-1].reshape(flat.shape[0], -1) for name, value in targets.items()}
-    if options.loss == "next_token":
-        positions = {"token": tokens[:, 1:].reshape(-1, 1)}
-
-    def per_position(head: Any, x: Array, target: Any, constants: Any) -> Array:
-        own = transformer.logits({**constants["own"], **head}, x[None], config)[0]
-        if options.loss == "next_token":
-            return next_token(own, target["token"][:, 0])
-        if "index" in target:
-            return topk_targets(own, target["index"], target["log_p"].astype(jnp.float32))
-        states = target["states"].astype(jnp.float32)
-        return soft_targets(own, transformer.logits(constants["teacher"], states[None], config)[0])
-
-    return chunked_mean(per_position, options.chunk, moving, flat, positions, {"own": fixed, "teacher": teacher})
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "config", "options"))
-def _validate(tuned, frozen, tokens, targets, teacher, layout, config, options) -> Array:  # type: ignore[no-untyped-def]
-    return batch_loss(tuned, frozen, tokens, targets, teacher, layout, config, options)
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "config", "options", "optimizer"), donate_argnums=(0,))
-def train_step(
-    state: Any,
-    frozen: Mapping[str, Any],
-    rates: Mapping[str, Any],
-    tokens: Int[Array, "accumulate batch length"],
-    targets: Mapping[str, Any],
-    teacher: Any,
-    *,
-    layout: Layout,
-    config: ModelConfig,
-    options: Options,
-    optimizer: Optimizer,
-) -> tuple[Any, Array, Array]:
-    """One update: (new state, loss before it, norm of the gradient). The old state's buffers are donated."""
-    loss = functools.partial(batch_loss, layout=layout, config=config, options=options)
-
-    def accumulate(total: Any, part: Any) -> tuple[Any, None]:
-        value, gradient = jax.value_and_grad(loss)(state["tuned"], frozen, part[0], part[1], teacher)
-        return jax.tree.map(jnp.add, total, (value, gradient)), None
-
-    if tokens.shape[0] == 1:
-        value, gradient = jax.value_and_grad(loss)(
-            state["tuned"], frozen, tokens[0], {name: leaf[0] for name, leaf in targets.items()}, teacher
-        )
-    else:
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state["tuned"]))
-        (value, gradient), _ = jax.lax.scan(accumulate, zero, (tokens, targets))
-        value, gradient = jax.tree.map(lambda leaf: leaf / np.float32(tokens.shape[0]), (value, gradient))
-    tuned, inner, norm = optimizer.update(gradient, state["optimizer"], state["tuned"], rates)
-    return {"tuned": tuned, "optimizer": inner}, value, norm
-
-
 def validation_loss(task: Task, tuned: Mapping[str, Any]) -> float:
     """Mean loss over the validation windows."""
     batch = math.gcd(len(task.validation), task.batch)
@@ -219,7 +121,7 @@ def validation_loss(task: Task, tuned: Mapping[str, Any]) -> float:
         rows = slice(start, start + batch)
         targets = {name: np.ascontiguousarray(value[rows]) for name, value in task.targets[1].items()}
         total += float(
-            _validate(
+            validation_step(
                 tuned,
                 task.model.frozen,
                 task.validation[rows],
@@ -228,6 +130,7 @@ def validation_loss(task: Task, tuned: Mapping[str, Any]) -> float:
                 layout=task.model.layout,
                 config=task.config,
                 options=task.options,
+                parts=task.parts,
             )
         )
     return total * batch / len(task.validation)
@@ -244,6 +147,12 @@ def _copied(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
+@functools.partial(jax.jit, static_argnames=("optimizer", "parts"))
+def _initial(tuned: Any, optimizer: Optimizer, parts: Parts) -> Any:
+    """The optimiser's state in parts, never whole on one device."""
+    return parts.kept(optimizer.init(tuned))
+
+
 def tune(
     task: Task, checkpoints: Checkpoints | None = None, report: Callable[[Step], None] = lambda step: None
 ) -> Result:
@@ -253,7 +162,10 @@ def tune(
     """
     optimizer, model = task.optimizer, task.model
     tuned = _copied(dict(model.tuned))  # the step donates its buffers
-    state: Any = {"tuned": tuned, "optimizer": optimizer.init(tuned)}
+    if task.parts is None:
+        state: Any = {"tuned": tuned, "optimizer": optimizer.init(tuned)}
+    else:
+        state = {"tuned": tuned, "optimizer": _initial(tuned, optimizer, task.parts)}
     best: Any = jax.device_get(tuned)
     log: dict[str, Any] = {"step": 0, "recent": [], "history": [], "best": 0, "stopped": None, "seconds": 0.0}
     found = None if checkpoints is None else checkpoints.restore({"state": state, "best": tuned})
@@ -284,6 +196,7 @@ def tune(
             config=task.config,
             options=task.options,
             optimizer=optimizer,
+            parts=task.parts,
         )
         loss, norm = float(loss), float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -221,11 +221,15 @@ def stored_block(block: Any, host: Mapping[str, np.ndarray], dtype: Any = np.flo
     return _dense_leaves_replaced(_replaced(block, change), host.get)
 
 
-def view(params: Any, rates: Mapping[str, float]) -> Trainable:
+def view(
+    params: Any,
+    rates: Mapping[str, float],
+    place: Callable[[str, Any], Any] = lambda name, array: jax.device_put(array),
+) -> Trainable:
     """The trainable view of a model; `rates`, as of `assign(rules, tunable(params))`, are above 0 for what moves.
 
     Only what depends on a moving parameter is decoded in every step: with gains, norms and edges alone every matrix is
-    decoded once here.
+    decoded once here. `place(name, array)` puts an array where it is tuned.
     """
     tables = _tables(params)
     keys = {book: f"table.{i}" for i, book in enumerate(tables)}
@@ -235,9 +239,9 @@ def view(params: Any, rates: Mapping[str, float]) -> Trainable:
 
     def put(key: str, value: Any, rate: np.ndarray) -> None:
         if rate.any():
-            tuned[key], scale[key] = jax.device_put(np.asarray(value, np.float32)), rate
+            tuned[key], scale[key] = place(key, np.asarray(value, np.float32)), rate
         else:
-            frozen[key] = value if isinstance(value, jax.Array) else jax.device_put(np.asarray(value))
+            frozen[key] = place(key, value if isinstance(value, jax.Array) else np.asarray(value))
 
     for name in ("norm", "embed", "head"):
         if name in params:
@@ -286,12 +290,18 @@ def _opened(block: Any) -> Any:
 
 
 def hidden(
-    arrays: Mapping[str, Any], layout: Layout, tokens: Int[Array, "batch length"], config: ModelConfig, remat: bool
+    arrays: Mapping[str, Any],
+    layout: Layout,
+    tokens: Int[Array, "batch length"],
+    config: ModelConfig,
+    remat: bool,
+    gather: Callable[[str, Array], Array] | None = None,
 ) -> Float[Array, "batch length width"]:
     """States after the last block of the model `arrays = tuned | frozen`.
 
     With `remat` the backward pass computes every block again instead of keeping its activations, and what a layer of it
-    decodes, it decodes once: the dense weights of one block exist at a time.
+    decodes, it decodes once: the dense weights of one block exist at a time. `gather(name, array)` makes whole the
+    arrays of a layer, of the stack `name`, that come in parts.
     """
     x = transformer.embed(arrays["embed"], tokens)
     for segment in layout.segments:
@@ -299,6 +309,8 @@ def hidden(
         stacked = {name: arrays[segment.key(name)] for name in segment.names if name not in shared}
 
         def body(x: Array, own: Named, segment: Segment = segment, shared: Named = shared) -> tuple[Array, None]:
+            if gather is not None:
+                own = {name: gather(segment.key(name), leaf) for name, leaf in own.items()}
             leaves = [arrays[shared[name]] if name in shared else own[name] for name in segment.names]
             block = jax.tree.unflatten(segment.structure, leaves)
             return transformer.block(_opened(block) if remat else block, x, config), None

@@ -21,9 +21,10 @@ from qjax.errors import InputError
 from qjax.finetune import e2e, latent
 from qjax.finetune.discrete import downhill, inner, largest, moved, smoothness, tiled
 from qjax.finetune.e2e import Tuned, end_to_end
-from qjax.finetune.loop import Step, batch_loss, windows_at
+from qjax.finetune.loop import Step, windows_at
 from qjax.finetune.lora import mapped
 from qjax.finetune.parameters import Trainable, layer_value, tunable, view
+from qjax.finetune.step import batch_loss
 from qjax.finetune.teacher import targets
 from qjax.models import Model
 from qjax.models.transformer import head

@@ -7,6 +7,7 @@ what a shorter one's padding left behind lies after its own end, where nothing l
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax.models.config import ModelConfig
 from qjax.models.linear import HostOrDevice
+from qjax.models.spread import CACHE, HIDDEN, ROWS, OverMesh, spread
 from qjax.models.transformer import apply, rms_norm, rope_tables, rotate
 
 __all__ = ["Cache", "block_step", "empty_cache", "step"]
@@ -24,10 +26,20 @@ Cache = tuple[tuple[Array, Array], ...]
 """Keys and values of every block, `[batch, kv heads, slots, head dim]`."""
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = np.float32) -> Cache:
-    """Zeros; `2 · layers · batch · kv heads · slots · head dim` numbers."""
+def empty_cache(
+    config: ModelConfig, batch: int, slots: int, dtype: Any = np.float32, blocks: Sequence[Any] = ()
+) -> Cache:
+    """Zeros; `2 · layers · batch · kv heads · slots · head dim` numbers, where `blocks` lie if these lie on a mesh."""
     shape = (batch, config.num_kv_heads, slots, config.head_dim)
-    make = lambda: jax.device_put(np.zeros(shape, dtype))  # noqa: E731
+    first = blocks[0] if len(blocks) else None
+    where = first.sharding(CACHE) if isinstance(first, OverMesh) else None
+
+    def make() -> Array:
+        zeros = np.zeros(shape, dtype)
+        if where is None or where.is_fully_addressable:
+            return jax.device_put(zeros, where)
+        return jax.make_array_from_callback(shape, where, lambda index: zeros[index])
+
     return tuple((make(), make()) for _ in range(config.num_layers))
 
 
@@ -66,7 +78,7 @@ def _attention(
 
 
 def _block(
-    parameters: Any, x: Array, keys: Array, values: Array, start: Array, config: ModelConfig
+    parameters: Any, config: ModelConfig, x: Array, keys: Array, values: Array, start: Array
 ) -> tuple[Array, Array, Array]:
     normal = rms_norm(x, parameters["input_layernorm"], config.rms_norm_eps)
     mixed, keys, values = _attention(parameters["self_attn"], normal, keys, values, start, config)
@@ -75,6 +87,12 @@ def _block(
     mlp = parameters["mlp"]
     hidden = jax.nn.silu(apply(mlp["gate_proj"], normal)) * apply(mlp["up_proj"], normal)
     return x + apply(mlp["down_proj"], hidden), keys, values
+
+
+def _anywhere(parameters: Any, config: ModelConfig, *arrays: Array) -> tuple[Array, Array, Array]:
+    """`_block`, over a mesh where the parameters lie on one."""
+    axes = (HIDDEN, CACHE, CACHE, ROWS)
+    return spread(_block, parameters, config, arrays, axes, axes[:3])
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("keys", "values"))
@@ -90,14 +108,14 @@ def block_step(
 
     `start + length` must not exceed the slots. The caches given are used up.
     """
-    return _block(parameters, jnp.asarray(x), keys, values, jnp.asarray(start), config)
+    return _anywhere(parameters, config, jnp.asarray(x), keys, values, jnp.asarray(start))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def _whole_step(blocks: Any, x: Array, cache: Cache, start: Array, config: ModelConfig) -> tuple[Array, Cache]:
     new = []
     for parameters, (keys, values) in zip(blocks, cache, strict=True):
-        x, keys, values = _block(parameters, x, keys, values, start, config)
+        x, keys, values = _anywhere(parameters, config, x, keys, values, start)
         new.append((keys, values))
     return x, tuple(new)
 

@@ -15,6 +15,7 @@ from qjax.errors import InputError
 from qjax.models.cached import empty_cache, step
 from qjax.models.config import ModelConfig
 from qjax.models.next_token import Sampling, next_token
+from qjax.models.spread import OverMesh, placed
 from qjax.models.transformer import embed, head
 
 __all__ = ["Generated", "generate", "generate_batch"]
@@ -92,6 +93,9 @@ def generate_batch(
     Raises InputError for no or empty prompts, ids outside the vocabulary, or texts longer than the model's positions.
     """
     texts = _checked(prompts, config, max_new_tokens)
+    count, first = len(texts), params["blocks"][0]
+    if isinstance(first, OverMesh):  # every device of the axis has equally many; the surplus ones repeat the last
+        texts = [*texts, *[texts[-1]] * (-count % first.rows)]
     lengths = np.array([text.size for text in texts], np.int32)
     batch, longest = len(texts), int(lengths.max())
     rounded = lambda n: min(-(-n // _LENGTH_STEP) * _LENGTH_STEP, config.max_positions)  # noqa: E731
@@ -100,19 +104,19 @@ def generate_batch(
     for row, text in zip(tokens, texts, strict=True):
         row[: text.size] = text
     if max_new_tokens == 0:
-        return Generated([np.zeros(0, np.int32) for _ in texts], int(lengths.sum()), 0.0, 0.0, 0)
+        return Generated([np.zeros(0, np.int32)] * count, int(lengths[:count].sum()), 0.0, 0.0, 0)
     whole = jax.default_backend() != "cpu" if whole is None else whole
     ends = np.atleast_1d(np.asarray([] if eos_id is None else eos_id, np.int64))
     top, going, new = head(params), np.ones(batch, bool), []
     started = time.perf_counter()
-    x = embed(params["embed"], tokens)
-    cache = empty_cache(config, batch, slots, x.dtype)
+    x = placed(embed(params["embed"], tokens), first)
+    cache = empty_cache(config, batch, slots, x.dtype, params["blocks"])
     x, cache = step(params["blocks"], x, cache, np.zeros(batch, np.int32), config)
     last = lengths - 1
     first_done, position = started, lengths.copy()
     for number in range(max_new_tokens):
         if number:
-            x = embed(params["embed"], new[-1][:, None])
+            x = placed(embed(params["embed"], new[-1][:, None]), first)
             x, cache = step(params["blocks"], x, cache, position, config, whole=whole)
             position, last = position + 1, np.zeros(batch, np.int32)
         chosen = np.asarray(next_token(top, x, last, np.int32(number), config, sampling))
@@ -120,16 +124,16 @@ def generate_batch(
             first_done = time.perf_counter()
         new.append(chosen)
         if on_tokens is not None:
-            on_tokens(chosen, going.copy())
+            on_tokens(chosen[:count], going[:count].copy())
         going &= ~np.isin(chosen, ends)
-        if not going.any():
+        if not going[:count].any():
             break
     ended = time.perf_counter()
     found = []
-    for row in np.stack(new, axis=1):
+    for row in np.stack(new, axis=1)[:count]:
         at = np.flatnonzero(np.isin(row, ends))
         found.append(row[: at[0] + 1 if at.size else row.size].astype(np.int32))
-    return Generated(found, int(lengths.sum()), first_done - started, ended - first_done, len(new) - 1)
+    return Generated(found, int(lengths[:count].sum()), first_done - started, ended - first_done, len(new) - 1)
 
 
 def generate(

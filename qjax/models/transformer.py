@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax.models.config import ModelConfig, RopeScaling
 from qjax.models.linear import HostOrDevice, linear
+from qjax.models.spread import HIDDEN, placed, spread
 
 __all__ = [
     "LINEARS",
@@ -153,10 +154,14 @@ def _sites(parameters: Params, x: HiddenInput, config: ModelConfig) -> tuple[Hid
     return attended + apply(mlp["down_proj"], inputs["mlp_output"]), inputs
 
 
+def _output(parameters: Params, config: ModelConfig, x: HiddenInput) -> Hidden:
+    return _sites(parameters, x, config)[0]
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def block(parameters: Params, x: HiddenInput, config: ModelConfig) -> Hidden:
-    """One transformer block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
-    return _sites(parameters, x, config)[0]
+    """One transformer block: `x + attention(norm(x))`, then `x + mlp(norm(x))`; over a mesh where it lies on one."""
+    return spread(_output, parameters, config, (x,), (HIDDEN,), HIDDEN)
 
 
 def block_inputs(parameters: Params, x: HiddenInput, config: ModelConfig) -> tuple[Hidden, dict[str, Array]]:
@@ -212,5 +217,6 @@ def forward(params: Params, tokens: Int[HostOrDevice, "batch length"], config: M
     """Logits `[batch, length, vocab]` of every position; a linear's weight is an Array or a QuantizedMatrix."""
     x = embed(params["embed"], tokens)
     for parameters in params["blocks"]:
+        x = placed(x, parameters)
         x = block(parameters, x, config)
     return logits(head(params), x, config)
