@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -22,6 +22,9 @@ from qjax.recipe import LayerPlan, Recipe
 from qjax.records import Records
 
 __all__ = ["quantize_and_tune"]
+
+_Block: TypeAlias = tuple[Any, list[MatrixReport], list[BlockReport]]
+"""A finished block: its parameters, and the reports of its matrices and of its tuning after each group of them."""
 
 
 def quantize_and_tune(
@@ -61,11 +64,12 @@ def quantize_and_tune(
                 plan = plans[name]
                 return None if plan is None else quantize_layer(weights, hessian[linear], plan, linear, name, key, 0.0)
 
-            tell = functools.partial(on_block, index)
-            found = _one_block(parameters, own, y, config, settings, seed, quantize, tell)
+            found = _one_block(parameters, own, y, config, settings, seed, quantize)
             if records is not None:
                 _record_block(*found, index, plans, records)
         blocks.append(found[0])
+        for tuned in found[2]:
+            on_block(index, tuned)
         for report in found[1]:
             reports.append(report)
             on_layer(report, not fresh)
@@ -82,10 +86,10 @@ def _one_block(
     tuning: BlockSettings,
     seed: int,
     quantize: Callable[[Any, str], tuple[QuantizedMatrix, MatrixReport] | None],
-    tell: Callable[[BlockReport], None],
-) -> tuple[Any, list[MatrixReport]]:
+) -> _Block:
     """Quantise the groups of a block in order and tune what is left of it after each."""
     reports: dict[str, MatrixReport] = {}
+    tuned: list[BlockReport] = []
     for group in GROUPS:
         made = {linear: result for linear in group if (result := quantize(parameters, linear)) is not None}
         if not made:
@@ -93,13 +97,14 @@ def _one_block(
         reports |= {linear: report for linear, (_, report) in made.items()}
         parameters = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in made.items()})
         parameters, report = tune_block(parameters, x, y, config, tuning, seed=seed)
-        tell(report)
-    return parameters, [reports[linear] for linear in LINEARS if linear in reports]
+        tuned.append(report)
+    return parameters, [reports[linear] for linear in LINEARS if linear in reports], tuned
 
 
 def _record_block(
     parameters: Any,
     reports: list[MatrixReport],
+    tuned: list[BlockReport],
     index: int,
     plans: Mapping[str, LayerPlan | None],
     records: Records,
@@ -112,19 +117,19 @@ def _record_block(
         records.save(parameters[group][leaf]["weight"], report, plan.incoherence.spec())
     leaves, _ = jax.tree_util.tree_flatten_with_path(parameters, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
     dense = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if not isinstance(leaf, QuantizedMatrix)}
-    records.save_dense(index, {name: np.asarray(leaf) for name, leaf in dense.items()})
+    arrays = {name: np.asarray(leaf) for name, leaf in dense.items()}
+    records.save_dense(index, arrays, [dataclasses.asdict(report) for report in tuned])
 
 
-def _found_block(
-    parameters: Any, index: int, plans: Mapping[str, LayerPlan | None], records: Records
-) -> tuple[Any, list[MatrixReport]] | None:
+def _found_block(parameters: Any, index: int, plans: Mapping[str, LayerPlan | None], records: Records) -> _Block | None:
     """A finished block from its records, or None when some of it is missing."""
-    dense = records.load_dense(index)
+    stored_dense = records.load_dense(index)
     names = {linear: f"layers.{index}.{linear}" for linear in LINEARS if plans[f"layers.{index}.{linear}"] is not None}
     found = {linear: records.load(name) for linear, name in names.items()}
     whole = {linear: record for linear, record in found.items() if record is not None}
-    if dense is None or len(whole) < len(found):
+    if stored_dense is None or len(whole) < len(found):
         return None
+    dense, tuned = stored_dense
     parameters = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in whole.items()})
 
     def stored(path: Any, leaf: Any) -> Any:
@@ -132,4 +137,4 @@ def _found_block(
 
     is_matrix = lambda leaf: isinstance(leaf, QuantizedMatrix)  # noqa: E731
     parameters = jax.tree_util.tree_map_with_path(stored, parameters, is_leaf=is_matrix)
-    return parameters, [report for _, report in whole.values()]
+    return parameters, [report for _, report in whole.values()], [BlockReport(**report) for report in tuned]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -62,11 +63,15 @@ class Records:
         report["shape"], report["padded"] = tuple(report["shape"]), tuple(report["padded"])
         return from_arrays(arrays, json.loads(metadata["spec"]), str(file)), MatrixReport(**report)
 
-    def save_dense(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write durably what block `index` holds besides its matrices, last of all: it marks the block finished."""
-        write_safetensors(self.folder / f"block.{index}.safetensors", dict(arrays), {"run": self.run_digest})
+    def save_dense(self, index: int, arrays: Mapping[str, np.ndarray], reports: Sequence[Mapping[str, Any]]) -> None:
+        """Write durably what block `index` holds besides its matrices, last of all: it marks the block finished.
 
-    def load_dense(self, index: int) -> dict[str, np.ndarray] | None:
+        `reports`: of its tuning, plain values.
+        """
+        metadata = {"run": self.run_digest, "reports": json.dumps(list(reports), sort_keys=True)}
+        write_safetensors(self.folder / f"block.{index}.safetensors", dict(arrays), metadata)
+
+    def load_dense(self, index: int) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]] | None:
         """What `save_dense` wrote, or None when it is absent or damaged. Raises RunError for another run's."""
         file = self.folder / f"block.{index}.safetensors"
         if not file.exists():
@@ -77,4 +82,4 @@ class Records:
             return None
         if metadata.get("run") != self.run_digest:
             raise RunError(f"{file}: belongs to a run with another model, data or configuration; choose another out=")
-        return arrays
+        return arrays, json.loads(metadata.get("reports", "[]"))

@@ -58,6 +58,17 @@ SCENARIOS: dict[str, list[list[str]]] = {
     "sequential": [["hessian=sequential"]],
     "sketch_b": [["hessian=sketch_b", "rounding=nearest", "evaluate=none", "hessian.checkpoint_s=1e-9"]],
     "finetune": [_TUNED],
+    "block": [
+        [
+            "hessian=original",
+            "rounding=nearest",
+            "evaluate=none",
+            "finetune=block",
+            "finetune.epochs=1",
+            "finetune.batch=1",
+            "finetune.validation=2",
+        ]
+    ],
     "sweep": [["hessian=original", "evaluate=none", "rounding=nearest"], ["hessian=original", "evaluate=none"]],
 }
 # What two runs of the same settings may differ in.
