@@ -81,7 +81,10 @@ def _decode(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         for bits, code in [*kinds, *((2, code) for code in _as_list(settings["codes"]) or [])]:
             print(f"measuring {text} {code or 'scalar'} {bits} bits", file=sys.stderr, flush=True)
             results.append(decode.matvec(matrix.parse_size(text), bits, code, settings["repeats"]))
-    for folder, reference in settings["artifacts"].items():
+    artifacts = settings["artifacts"]
+    if not isinstance(artifacts, Mapping):
+        artifacts = dict.fromkeys(_as_list(artifacts) or [], settings["original"])
+    for folder, reference in artifacts.items():
         print(f"measuring {folder}", file=sys.stderr, flush=True)
         results.append(decode.model(folder, reference, settings["tokens"], settings["repeats"]))
     return results
