@@ -64,14 +64,14 @@ def _tuning(finetune: Mapping[str, Any], config: models.ModelConfig, length: int
     if windows is None:  # a text may have more windows than one epoch reads; their targets are made all the same
         windows = -(-finetune["tokens"] // length)
     rank = (finetune.get("lora") or {}).get("rank", 0)
-    whole = config.hidden_size if finetune["name"] == "qat" else rank  # a latent weight is as large as the matrix
+    latent = finetune["name"] in ("qat", "pv")  # a latent weight, or its gradient, is as large as the matrix
     return tuning_needs(
         config,
         batch=finetune["batch"],
         length=length,
         windows=(windows + finetune["validation"]) * (finetune["loss"] == "kl"),
         chunk=finetune["chunk"],
-        rank=whole,
+        rank=config.hidden_size if latent else rank,
         dense=bool(moves("embed") or moves("head")),
         topk=finetune.get("topk"),
     )
