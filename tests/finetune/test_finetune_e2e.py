@@ -154,7 +154,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         ("finetune.rules=[{pattern: gain}]", "give pattern and rate"),
         ("finetune.tokens=10", "0 steps"),
         ("finetune.loss=mse", "there is: kl, next_token"),
-        ("+finetune.bacth=2", "no option bacth"),
+        ("+finetune.bacth=2", "no .bacth. in finetune; did you mean batch"),
         ("finetune.batch=0", "at least 1"),
         ("finetune.optimizer.clip=0", "clip is above 0"),
     ],
