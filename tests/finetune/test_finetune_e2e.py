@@ -156,7 +156,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         ("finetune.loss=mse", "there is: kl, next_token"),
         ("+finetune.bacth=2", "no .bacth. in finetune; did you mean batch"),
         ("finetune.batch=0", "at least 1"),
-        ("finetune.optimizer.clip=0", "clip is above 0"),
+        ("finetune.optimizer.clip=0", "finetune.optimizer.clip is 0"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, cache, override, message):
