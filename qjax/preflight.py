@@ -122,15 +122,21 @@ def estimate(
     reference = 12 * config.hidden_size * evaluation[0] * evaluation[1]
     activations = streams * bytes_per_parameter * config.hidden_size * calibration[0] * calibration[1]
     hessian = 4 * sum(n * n for n in site_widths(config).values())
-    matrix = 12 * 4 * max(out * inner for out, inner in shapes.values()) + 6 * 4 * max(
-        n * n for n in site_widths(config).values()
-    )
-    working = max(_working(config, batch, calibration[1]), matrix, extra.memory)
-    device = model + codes + 6 * hessian + working
+    rounding = 2 * hessian + max(_rounding(out, inner) for out, inner in shapes.values())
+    collecting = 4 * hessian + _working(config, batch, calibration[1])  # sum, compensation, product, mean
+    device = model + codes + max(rounding, collecting, extra.memory)
     host = _BASE_BYTES + reference + (model + 2 * hessian if _accelerated() else device)
     disk = 2 * codes + edges * bytes_per_parameter + 2 * config.hidden_size * evaluation[0] * evaluation[1] + extra.disk
     disk += config.num_layers * hessian * 6 // 10 if stored_hessians else 0
     return Estimate(matrices, weights, codes, host, int(disk * 1.1), device, activations)
+
+
+def _rounding(out: int, inner: int) -> int:
+    """What the program that rounds one matrix needs, besides its Hessian.
+
+    Counted by the compiler for 2048×8192, LDLQ with E8P: three Hessians and six matrices; GPTQ's inverse takes another.
+    """
+    return 4 * (5 * inner * inner + 8 * out * inner)
 
 
 def _working(config: ModelConfig, batch: int, length: int) -> int:
@@ -154,9 +160,9 @@ def sketch_needs(config: ModelConfig, *, batch: int, length: int, budget: float)
     sums = max(block, min(int(budget), config.num_layers * block))
     states = 4 * batch * length * config.hidden_size * (config.num_layers + 1)
     logits = 12 * batch * length * config.vocab_size
-    return Extra(
-        sums + block + states + max(logits, 2 * _working(config, batch, length)), config.num_layers * block // 4 + sums
-    )
+    backward = states + max(logits, 2 * _working(config, batch, length))
+    both = block + max(_rounding(out, inner) + _rounding(inner, out) for out, inner in shapes)
+    return Extra(max(sums + block + backward, both), config.num_layers * block // 4 + sums)
 
 
 def tuning_needs(
