@@ -1,9 +1,11 @@
-"""The documentation is what the code is: the config reference is up to date, links lead somewhere, commands compose."""
+"""The documentation is what the code is: config reference, links, and commands, which run where that is cheap."""
 
+import importlib
 import pathlib
 import re
 import runpy
 import shlex
+import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -39,11 +41,63 @@ def test_command_composes(page, words):
     overrides = [word for word in words[3:] if word not in ("-m", "--multirun", "--help")]
     if name == "bench" and overrides and "=" not in overrides[0]:
         overrides[0] = f"bench={overrides[0]}"
+    overrides = [word for word in overrides if not word.startswith(("hydra/", "hydra."))]  # of extras
+    overrides = [re.sub(r"=interval\(([^,]*),.*\)$", r"=\1", word) for word in overrides]
     # a sweep is composed with the first of its values
     overrides = [re.sub(r"=([^\[{'\"]*?),.*$", r"=\1", word) if "-m" in words else word for word in overrides]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         compose(ENTRIES.get(name, name), overrides)
+
+
+# Commands that are run, in this order, in one folder, with what makes them cheap: later words win.
+RUN = {
+    "quantize model=tiny rounding=ldlq codebook=half_integer bits=2 out=runs/a": "debug=fast",
+    "evaluate artifact=runs/a/artifact": "",
+    "generate artifact=runs/a/artifact prompt=The function returns": "max_new_tokens=4",
+    "generate artifact=runs/a/artifact prompt=The function returns max_new_tokens=64": "max_new_tokens=4",
+    "generate model.source=tiny temperature=0.8 top_p=0.95 seed=1": "max_new_tokens=4",
+    "quantize -m sweep=mine debug=fast rounding=nearest,gptq,ldlq bits=2,3,4": "rounding=nearest evaluate=none bits=2",
+    "report runs=runs/mine out=runs/mine/report": "figure=false",
+}
+# Why the others are composed only.
+COMPOSED = {
+    r"^quantize .*experiment=": "minutes to hours on SmolLM2-135M; tests/test_configs.py builds the job of each",
+    r"^quantize -m sweep=mine rounding=": "the same without debug=fast",
+    r"^report runs=runs/all_methods": "after that sweep",
+    r"^bench": "minutes; tests/bench",
+    r"^quantize .*hydra/": "needs the extra `sweep`; tests/experiments/test_launchers.py",
+    r"^finetune": "minutes; tests/finetune",
+    r"tasks=": "needs the extra `eval`",
+    r"mesh\.(data|model)=": "needs several devices; tests of meshes",
+    r"chat=true": "tiny has no chat template; tests/models",
+    r"--help": "Hydra's own",
+    r"^hessians|^train_tiny": "minutes",
+}
+
+
+def spoken(words):
+    return " ".join([words[2].removeprefix("experiments."), *words[3:]])
+
+
+def test_every_command_is_run_or_there_is_a_reason():
+    lines = {spoken(words) for _, words in COMMANDS}
+    assert set(RUN) <= lines, set(RUN) - lines
+    without = [line for line in lines - set(RUN) if not any(re.search(pattern, line) for pattern in COMPOSED)]
+    assert without == [], without
+
+
+@pytest.mark.slow
+def test_commands_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QJAX_CACHE", str(tmp_path / "cache"))
+    found = {spoken(words): words for _, words in COMMANDS}
+    for line, cheap in RUN.items():
+        words = found[line]
+        monkeypatch.setattr(sys, "argv", [words[2], *words[3:], *cheap.split()])
+        importlib.import_module(words[2]).main()
+        assert capsys.readouterr().out, line
+    assert (tmp_path / "runs/a/artifact/model.json").exists() and (tmp_path / "runs/mine/report/report.html").exists()
 
 
 def test_there_are_commands():
