@@ -43,7 +43,7 @@ NULLS: Mapping[str, type] = {
     **dict.fromkeys(("data.path", "data.calibration", "data.evaluation", "tracker.group"), str),
     **dict.fromkeys(("out", "cache", "machine", "artifact", "adapters", "include", "system"), str),
     **dict.fromkeys(("chat_options", "data", "model"), dict),
-    **dict.fromkeys(("prompts", "names", "tasks", "bits", "tracker.tags", "sweep_devices", "hessian.prefixes"), list),
+    **dict.fromkeys(("prompts", "names", "tasks", "bits", "tracker.tags", "hessian.prefixes"), list),
     "distributed.coordinator": str,
     "hessian.sequences": int,
 }
