@@ -7,16 +7,17 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from qjax.errors import RunError
-from qjax.run.lock import RunLock
+from qjax.run.lock import RunLock, turn
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
-from qjax.run.lock import RunLock
+from qjax.run.lock import RunLock, turn
 with RunLock(sys.argv[1]):
     print("locked", flush=True)
     time.sleep(60)
@@ -61,3 +62,25 @@ def test_a_file_is_no_run_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be used as a run directory"), RunLock(tmp_path / "file"):
         pass
+
+
+def test_turns_are_taken_one_after_the_other(tmp_path):
+    order, inside = [], threading.Event()
+
+    def second():
+        inside.wait()
+        with turn(tmp_path / "deep" / "entry.lock"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with turn(tmp_path / "deep" / "entry.lock"):
+        inside.set()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    (tmp_path / "file").write_text("")
+    with turn(tmp_path / "file" / "entry.lock"):  # where nothing can be locked, work is done twice at worst
+        order.append("alone")
+    assert order[-1] == "alone"
