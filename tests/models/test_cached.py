@@ -133,7 +133,7 @@ def test_the_program_refuses_other_types(key, value, capsys, monkeypatch, tmp_pa
     with pytest.raises(SystemExit) as ended:
         generate_entry.main()
     assert ended.value.code == 2
-    assert f"error: {key} is {value}" in capsys.readouterr().err
+    assert f"error: {key} is {value!r}" in capsys.readouterr().err
 
 
 def test_the_program_prints_the_text_as_the_library_makes_it(capsys, monkeypatch, tmp_path):
