@@ -28,7 +28,7 @@ def test_computed_once_and_the_same_bytes_after(tmp_path):
     np.testing.assert_array_equal(first, STATES)
     np.testing.assert_array_equal(second, STATES)
     assert second.dtype == np.float32
-    assert sorted(path.suffix for path in (tmp_path / "a" / "b").iterdir()) == [".json", ".npy"]
+    assert sorted(path.suffix for path in (tmp_path / "a" / "b").iterdir()) == [".json", ".lock", ".npy"]
 
 
 def test_model_and_tokens_are_the_address(tmp_path):
@@ -77,4 +77,4 @@ def test_full_disk_is_an_error_that_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("qjax.evaluate.teacher.np.save", full)
     with pytest.raises(RunError, match=r"cannot be stored \(No space left on device\); free space"):
         TeacherCache(tmp_path).get("m", "t", Compute())
-    assert not list(tmp_path.iterdir())
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
