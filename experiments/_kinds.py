@@ -48,7 +48,15 @@ NULLS: Mapping[str, type] = {
     "hessian.sequences": int,
 }
 # What may stand elsewhere although no file shows it.
-_ALSO: Mapping[str, type] = {"runs": list, "data.path": list, "data.calibration": list, "data.evaluation": list}
+_ALSO: Mapping[str, type] = {
+    "runs": list,
+    "data.path": list,
+    "data.calibration": list,
+    "data.evaluation": list,
+    **dict.fromkeys(
+        ("evaluate.sanity_perplexity", "codebook.overlap", "mesh.data", "artifact", "loss_size"), type(None)
+    ),
+}
 _OPEN = ("data.parts", "artifacts", "chat_options")  # their keys are the user's own
 _ONE_TOO = ("names", "bits", "sizes", "codes", "models", "tasks", "runs")  # one value stands for a list of one
 

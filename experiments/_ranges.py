@@ -37,7 +37,10 @@ _BY_LIMIT: list[tuple[_Limit, str]] = [
         _NOT_NEGATIVE,
         "temperature least_seconds distributed.process schedule.weight_decay schedule.warmup codebook.overlap",
     ),
-    (_POSITIVE, "codebook.rms scale.rms memory.host_gb memory.disk_gb evaluate.sanity_perplexity bits"),
+    (
+        _POSITIVE,
+        "codebook.rms scale.rms memory.device_gb memory.host_gb memory.disk_gb evaluate.sanity_perplexity bits",
+    ),
     (
         _POSITIVE,
         "hessian.budget_gb hessian.checkpoint_s finetune.optimizer.eps finetune.optimizer.clip finetune.lora.alpha",
