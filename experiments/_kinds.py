@@ -50,6 +50,7 @@ NULLS: Mapping[str, type] = {
 # What may stand elsewhere although no file shows it.
 _ALSO: Mapping[str, type] = {
     "runs": list,
+    "rounding.output_damping": type(None),
     "data.path": list,
     "data.calibration": list,
     "data.evaluation": list,
@@ -150,6 +151,9 @@ def _walk(node: Mapping[str, Any], prefix: str, known: Mapping[str, frozenset[ty
         if kinds is None:
             raise Mistyped(f"{name}={value!r}: {_no_such(str(key), prefix.rstrip('.'), known)}")
         _check_value(name, value, kinds, known.get(f"{name}[]", frozenset()))
+        sourced = f"{name}.source" in known or (name in ("model", "data") and type(None) in kinds)
+        if sourced and isinstance(value, Mapping) and "source" not in value:
+            raise Mistyped(f"{name} is {dict(value)!r}, which lacks source; as in {name}='{{source: …}}'")
         if isinstance(value, Mapping) and name not in _OPEN and not (not prefix and _left_alone(name, value, entry)):
             if not prefix:
                 _complete(name, value)

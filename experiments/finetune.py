@@ -25,6 +25,8 @@ from qjax.tuning import finetune_model, recovered, save_adapters, stored_bits, w
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with the run's own model, data and seed where none are given."""
+    if settings["artifact"] is None:
+        raise InputError("artifact is null; give the artifact/ folder of a run")
     folder = pathlib.Path(settings["artifact"])
     known = run_settings(folder)
     for group in ("model", "data", "seed"):
