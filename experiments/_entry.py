@@ -8,10 +8,12 @@ import os
 import pathlib
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import hydra
+import jax
 import yaml
 from hydra.errors import HydraException
 from jax.sharding import Mesh
@@ -23,7 +25,7 @@ from experiments._refusals import explain
 from experiments._sweep import Sweep
 from qjax.errors import QjaxError
 from qjax.mesh import MeshSettings
-from qjax.run.distributed import DistributedSettings, initialise
+from qjax.run.distributed import DistributedSettings, initialise, leads, lost
 
 __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "join", "mesh_of", "mesh_or_none", "plain"]
 
@@ -56,6 +58,13 @@ def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[Dict
             except (QjaxError, OmegaConfBaseException) as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 raise SystemExit(2) from None
+            except jax.errors.JaxRuntimeError as error:
+                if jax.process_count() == 1:
+                    raise
+                print(f"error: {lost(error)}", file=sys.stderr, flush=True)
+                if leads():
+                    time.sleep(2)  # with it goes the coordinator, which aborts those that have not spoken yet
+                os._exit(3)  # not through JAX's shutdown, which waits for all processes
             except KeyboardInterrupt:
                 print("interrupted: what was finished is kept; the same command continues", file=sys.stderr, flush=True)
                 raise SystemExit(130) from None
@@ -112,7 +121,14 @@ def mesh_or_none(settings: Mapping[str, Any]) -> Mesh | None:
 
 def join(settings: Mapping[str, Any]) -> None:
     """Join the other processes of the `distributed` group; every entry point that runs on a mesh does so first."""
-    initialise(DistributedSettings(**settings["distributed"]))
+    group = DistributedSettings(**settings["distributed"])
+    initialise(group)
+    if group.coordinator is not None:
+        print(
+            f"process {group.process} of {group.processes}: when one of them dies, JAX ends the others within about "
+            f"{group.heartbeat_s} s; the same command, in any number of processes, continues",
+            flush=True,
+        )
 
 
 def cache_folder(setting: str | None) -> pathlib.Path:
@@ -124,8 +140,6 @@ def cache_folder(setting: str | None) -> pathlib.Path:
 
 def compilation_cache(folder: pathlib.Path) -> None:
     """Keep compiled programs between processes, unless JAX was told a place already."""
-    import jax
-
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

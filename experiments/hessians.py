@@ -6,12 +6,13 @@ import time
 
 from omegaconf import DictConfig
 
-from experiments._entry import cache_folder, compilation_cache, entry, plain
+from experiments._entry import cache_folder, compilation_cache, entry, join, mesh_of, plain
 from qjax import data, models
 from qjax.errors import InputError
 from qjax.hessian.provide import check_settings, fits, provide
 from qjax.hessian.store import HessianStore
 from qjax.models.transformer import LINEARS
+from qjax.run.distributed import leads
 from qjax.run.monitor import peak_memory_bytes
 
 
@@ -19,6 +20,8 @@ from qjax.run.monitor import peak_memory_bytes
 def main(config: DictConfig) -> None:
     """Collect what the cache lacks, and print where it is."""
     settings = plain(config)
+    join(settings)
+    mesh = mesh_of(settings).make()
     cache = cache_folder(settings["cache"])
     compilation_cache(cache)
     started = time.perf_counter()
@@ -33,7 +36,9 @@ def main(config: DictConfig) -> None:
         )
     check_settings(settings["hessian"])
     store = HessianStore(cache / "hessians")
-    source = provide(store, model, tokens, settings["hessian"])
+    source = provide(store, model, tokens, settings["hessian"], mesh)
+    if not leads():
+        return
     for key in source.keys:
         size = sum(file.stat().st_size for file in (store.path / key).iterdir())
         counted = store.loader(key)(0)["self_attn.q_proj"].tokens

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import _sweep
 from experiments._devices import claim
-from experiments._entry import CONFIGS, cache_folder, compilation_cache, entry, plain
+from experiments._entry import CONFIGS, cache_folder, compilation_cache, entry, join, mesh_of, plain
 from experiments._kinds import check
 from qjax import incoherence, job, rounding
 from qjax.codebooks.scaling import ScaleRule
@@ -22,6 +22,7 @@ from qjax.errors import InputError
 from qjax.inputs import Inputs
 from qjax.recipe import LayerRule, Recipe
 from qjax.run import tracker
+from qjax.run.distributed import leads
 
 __all__ = ["CONFIGS", "job_of"]
 
@@ -100,7 +101,6 @@ def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs |
     settings = plain(config)
     check(settings, "quantize")
     only(settings["allocate"], "allocate", {"name": "none"})
-    only(settings["mesh"], "mesh", {"data": 1, "model": 1})
     out = out or pathlib.Path(settings["out"] or default_out(settings))
     settings["out"] = str(out)
     make_tracker = functools.partial(
@@ -127,6 +127,7 @@ def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs |
         resume=settings["resume"],
         dry_run=settings["dry_run"],
         inputs=inputs or Inputs(),
+        mesh=mesh_of(settings),
     )
 
 
@@ -175,7 +176,8 @@ def carry_out(task: job.Job) -> float | None:
     results = job.run(task)
     if results is None:
         return None
-    print(summary(results), flush=True)
+    if leads():
+        print(summary(results), flush=True)
     return results.get("kl_mean", results["proxy_loss_mean"])
 
 
@@ -186,7 +188,13 @@ _INPUTS = Inputs()  # shared by the jobs of a sweep that run in this process
 def main(config: DictConfig) -> float | None:
     """Run the job of a configuration."""
     if HydraConfig.get().mode != RunMode.MULTIRUN:
+        join(plain(config))
         return carry_out(job_of(config))
+    if plain(config)["distributed"]["coordinator"] is not None:
+        raise InputError(
+            "-m with distributed.coordinator: a sweep runs in one process; start the jobs one by one, each in all "
+            "processes, or the sweep in one process (mesh.data=… takes its devices)"
+        )
     claim(str(HydraConfig.get().runtime.choices.get("hydra/launcher")))
     overrides = list(HydraConfig.get().overrides.task)
     settings = plain(config)

@@ -30,6 +30,7 @@ from qjax.models.loading import Model
 from qjax.models.tokenizer import Tokenizer, parsed
 from qjax.quantized import QuantizedMatrix
 from qjax.run.atomic import read_bytes, read_json, write_json, write_text
+from qjax.run.distributed import together
 from qjax.run.fingerprint import digest
 from qjax.serialize import from_arrays, to_arrays
 
@@ -67,7 +68,8 @@ def model_bytes(params: Any) -> int:
 def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[str, Any]) -> None:
     """Write `params` (dense leaves and QuantizedMatrix) of `model`'s architecture to `path`, replacing what is there.
 
-    `incoherence` is the spec of the run's incoherence object. Written beside and renamed: `path` is always whole.
+    `incoherence` is the spec of the run's incoherence object. Written beside and renamed: `path` is always whole. All
+    processes of a group call this with the same parameters; process 0 writes.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -81,10 +83,26 @@ def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[
         else:
             arrays[name] = np.asarray(leaf)
     scratch, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
-    for leftover in (scratch, old):  # of a process that was killed here
-        shutil.rmtree(leftover, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    ocp.save(str(scratch / "weights"), arrays)
+
+    def begin() -> None:
+        for leftover in (scratch, old):  # of a process that was killed here
+            shutil.rmtree(leftover, ignore_errors=True)
+        scratch.mkdir(parents=True)
+
+    together(begin)
+    ocp.save(str(scratch / "weights"), arrays)  # in all processes: orbax lets one write and has the others wait
+    together(lambda: _complete(path, scratch, old, model, matrices, arrays))
+
+
+def _complete(
+    path: pathlib.Path,
+    scratch: pathlib.Path,
+    old: pathlib.Path,
+    model: Model,
+    matrices: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+) -> None:
+    """Everything beside the arrays, and the names changed last."""
     tokenizer = model.tokenizer
     if tokenizer.vocab_size:
         write_text(scratch / "tokenizer.json", tokenizer.backend.to_str())

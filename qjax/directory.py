@@ -76,10 +76,14 @@ class RunDirectory:
         remove_leftovers(self.path)
         write_text(self.path / "config.yaml", config_yaml)
         write_sealed(identity, fingerprint)
-        records = Records(self.path / "layers", digest(dict(fingerprint)))
+        records = self.records(fingerprint)
         records.folder.mkdir(exist_ok=True)
         remove_leftovers(records.folder)
         return records
+
+    def records(self, fingerprint: Mapping[str, Any]) -> Records:
+        """The records of the run with this fingerprint, which has claimed the directory."""
+        return Records(self.path / "layers", digest(dict(fingerprint)))
 
     def results(self) -> dict[str, Any] | None:
         """The results of a finished run, or None; damaged ones are made again from what the run left."""

@@ -27,6 +27,7 @@ from qjax.hessian.fit import Fit, error_bound, predicted_cost
 from qjax.hessian.provide import check_settings, fits, provide
 from qjax.hessian.store import HessianStore, identity
 from qjax.inputs import Inputs
+from qjax.mesh import MeshSettings
 from qjax.models.weights import tensor_shapes
 from qjax.needs import estimated, place
 from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
@@ -34,20 +35,23 @@ from qjax.preflight import Estimate
 from qjax.quantize import MatrixReport
 from qjax.recipe import Recipe
 from qjax.records import Records
+from qjax.run.distributed import every, leads, together
 from qjax.run.fingerprint import device, versions
-from qjax.run.lock import RunLock
+from qjax.run.group import leading, visible
 from qjax.run.memory import return_freed_memory, returning_memory, shrinking
 from qjax.run.monitor import CompileCounter, Stopwatch, device_peak_memory_bytes, peak_memory_bytes
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
+from qjax.run.tracker import make as make_tracker
 from qjax.tuning import FINETUNE, finetune_model, recovered, save_adapters, settings_of, stored_bits, whole_model_bytes
 
 __all__ = ["IRRELEVANT", "Job", "compare", "reference_states", "run"]
 
 _log = logging.getLogger("qjax")
 
-# Settings that change where or how a run is carried out, not its bytes.
-IRRELEVANT = frozenset({"out", "cache", "dry_run", "resume", "tracker", "memory", "sweep", "distributed"})
+# Settings that change where or how a run is carried out, not its bytes. The mesh changes the order in which Hessians
+# are summed, so their last bits; it is left out nevertheless, so that a run may go on with other devices and processes.
+IRRELEVANT = frozenset({"out", "cache", "dry_run", "resume", "tracker", "memory", "sweep", "mesh", "distributed"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Job:
       cache: folder shared between runs for Hessians and reference states.
       tracker: makes the tracker, given the run directory.
       inputs: the model and the tokens that jobs of one process share.
+      mesh: the devices; all processes of a group run the same job, in folders that they share.
     """
 
     model: Mapping[str, Any]
@@ -80,6 +85,7 @@ class Job:
     resume: bool = True
     dry_run: bool = False
     inputs: Inputs = dataclasses.field(default_factory=Inputs)
+    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -113,7 +119,13 @@ def run(job: Job) -> dict[str, Any] | None:
     A finished run is not repeated, a killed one continues.
     Raises the errors of `qjax.errors`; the run directory never looks finished unless it is.
     """
-    with CompileCounter() as compiles, returning_memory(), RunLock(job.out):
+    mesh = job.mesh.make()
+    if jax.process_count() > 1 and job.finetune["name"] != "none":
+        raise InputError(
+            f"finetune is {job.finetune['name']!r} and there are {jax.process_count()} processes; a run of several "
+            "quantises only: use finetune=none, and experiments.finetune on its artifact"
+        )
+    with CompileCounter() as compiles, returning_memory(), leading(job.out):
         watch = Stopwatch(compiles)
         with watch.stage("load"):
             files = job.inputs.files(job.model["source"])
@@ -129,7 +141,7 @@ def run(job: Job) -> dict[str, Any] | None:
                 tokens=tokens,
                 streamed=_streams(job),
             )
-        where = _announce(job, files, tokens, need)
+        where = every(lambda: _announce(job, files, tokens, need, mesh.size))
         notes = doubts(files.config, tokens.calibration, files.tokenizer, job.data.get("bos", "none"))
         notes += codebook_doubts(plan.codebook for plan in plans.values() if plan is not None)
         for note in notes:
@@ -142,13 +154,15 @@ def run(job: Job) -> dict[str, Any] | None:
                 job, job.inputs.fingerprint(job.model["source"], job.model["dtype"])["sha256"], tokens
             )
             directory = RunDirectory(job.out)
-            records = directory.claim(fingerprint, job.settings_yaml, resume=job.resume)
-        if (known := directory.results()) is not None:
+            together(lambda: directory.claim(fingerprint, job.settings_yaml, resume=job.resume) and None)
+            records = directory.records(fingerprint)
+            visible(directory.path / "fingerprint.json")
+        if (known := together(directory.results)) is not None:
             print(f"{job.out}: finished before; nothing to do (resume=false starts anew)")
             return known
-        handler = _log_to(job.out / "log.txt")
-        crashes = _crashes_to(job.out / "log.txt")
-        tracker = job.tracker(job.out)
+        handler = _log_to(job.out / "log.txt") if leads() else logging.NullHandler()
+        crashes = _crashes_to(job.out / "log.txt") if leads() else None
+        tracker = job.tracker(job.out) if leads() else make_tracker("none", job.out)
         try:
             _log.info("started: %s", job.settings)
             for note in notes:
@@ -157,14 +171,19 @@ def run(job: Job) -> dict[str, Any] | None:
                 read = job.inputs.streamed if _streams(job) else job.inputs.model
                 model = read(job.model["source"], job.model["dtype"])
             with watch.stage("reference"):
-                teacher = None
-                if job.evaluate["enabled"]:
+                teacher: Any = None
+
+                def reference() -> None:
+                    nonlocal teacher
                     teacher = reference_states(model, tokens.evaluation, job.evaluate["batch"], job.cache)
                     limit = job.evaluate.get("sanity_perplexity")
                     check_reference(model, teacher, tokens.evaluation, job.evaluate["batch"], limit)
+
+                if job.evaluate["enabled"]:
+                    together(reference)
             with placed(where):
                 quantized, peaks, block_reports, measured = _quantize(
-                    job, model, tokens, records, need.matrices, watch, tracker
+                    job, model, tokens, records, need.matrices, watch, tracker, mesh
                 )
             tuning: dict[str, Any] = {}
             if job.finetune["name"] == "block":
@@ -192,19 +211,27 @@ def run(job: Job) -> dict[str, Any] | None:
             results = {**_sizes(model, quantized), **_losses(quantized.reports), **tuning}
             if measured is not None:
                 results["error_bound"] = _bound(quantized.reports, measured)
-            if teacher is not None:
+
+            def evaluated() -> dict[str, Any]:
                 with watch.stage("evaluate"):
-                    results |= compare(
+                    return compare(
                         model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"], tokens.rows
                     )
+
+            if job.evaluate["enabled"]:
+                results |= together(evaluated)
                 if "before" in results.get("finetune", {}):
                     results["finetune"]["recovered"] = recovered(results["finetune"]["before"], results)
             with watch.stage("save"):
                 artifact.save(directory.artifact, model, lora.stripped(quantized.params), quantized.incoherence)
-                save_adapters(directory.path, quantized.params)
-                directory.write_layers(quantized.reports, peaks)
-            results |= _circumstances(job, model, tokens, watch, compiles)
-            results = directory.write_results(_finite(results))
+
+            def written() -> dict[str, Any]:
+                with watch.stage("save"):
+                    save_adapters(directory.path, quantized.params)
+                    directory.write_layers(quantized.reports, peaks)
+                return directory.write_results(_finite(results | _circumstances(job, model, tokens, watch, compiles)))
+
+            results = together(written)
             tracker.summary(results)
             tracker.artifact(directory.artifact, job.out.name)
             _log.info("finished")
@@ -235,14 +262,14 @@ def _fits(tokens: data.TokenSplit, config: models.ModelConfig) -> None:
         )
 
 
-def _announce(job: Job, files: models.ModelFiles, tokens: data.TokenSplit, need: Estimate) -> Place:
+def _announce(job: Job, files: models.ModelFiles, tokens: data.TokenSplit, need: Estimate, devices: int) -> Place:
     """Say what the run will need and where its activations lie. Raises RunError when that does not fit."""
     print(f"{files.name} ({files.description}) -> {job.out}")
     print(
         f"calibration {tokens.calibration.tokens.size} tokens, evaluation {tokens.evaluation.tokens.size}, "
         f"length {tokens.calibration.length}"
     )
-    where = place(need, job.out, job.memory, job.finetune)
+    where = place(need, job.out, job.memory, job.finetune, devices)
     for line in need.lines(where):
         print(line, flush=True)
     return Place(where, job.out if where == "disk" else None)
@@ -312,8 +339,9 @@ def _quantize(
     matrices: int,
     watch: Stopwatch,
     tracker: Tracker,
+    mesh: Mesh,
 ) -> _Quantized:
-    """Collect and round; with fewer sequences per step where memory runs out."""
+    """Collect and round; in one process with fewer sequences per step where memory runs out."""
     place = ["the Hessians"]
 
     def tell(text: str) -> None:
@@ -321,9 +349,12 @@ def _quantize(
         _log.warning("%s", text)
 
     def step(batch: int) -> _Quantized:
-        return _quantize_by(job, model, tokens, records, matrices, watch, tracker, batch, place)
+        return _quantize_by(job, model, tokens, records, matrices, watch, tracker, mesh, batch, place)
 
-    return shrinking(step, min(job.hessian["batch"], tokens.calibration.sequences), lambda: place[0], tell)
+    batch = min(job.hessian["batch"], tokens.calibration.sequences)
+    if jax.process_count() > 1:  # all would have to run out at once
+        return step(batch)
+    return shrinking(step, batch, lambda: place[0], tell)
 
 
 def _quantize_by(
@@ -334,6 +365,7 @@ def _quantize_by(
     matrices: int,
     watch: Stopwatch,
     tracker: Tracker,
+    mesh: Mesh,
     batch: int,
     place: list[str],
 ) -> _Quantized:
@@ -341,7 +373,7 @@ def _quantize_by(
     place[0] = "the Hessians"
     with watch.stage("hessians"):
         store, settings = HessianStore(job.cache / "hessians"), {**job.hessian, "batch": batch}
-        source = provide(store, model, calibration, settings)
+        source = provide(store, model, calibration, settings, mesh)
         measured = fits(store, model, tokens.evaluation, settings, source)
     peaks: dict[str, int] = {}
     place[0] = "the first matrix"
@@ -395,6 +427,7 @@ def _quantize_by(
             records=records,
             batch=batch,
             on_layer=on_layer,
+            mesh=mesh,
         )
     return quantized, peaks, block_reports, measured
 

@@ -12,9 +12,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qjax.errors import InputError
 
-__all__ = ["AXES", "MeshSettings", "make", "place", "single"]
+__all__ = ["AXES", "EACH", "WHOLE", "MeshSettings", "make", "place", "single"]
 
 AXES = ("data", "model")
+EACH = PartitionSpec(AXES)
+"""The first axis is split over all devices of the mesh."""
+WHOLE = PartitionSpec()
+"""The same on every device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +101,12 @@ def single() -> Mesh:
     return Mesh(np.array(jax.local_devices()[:1], dtype=object).reshape(1, 1), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def place(tree: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
+def place(tree: Any, mesh: Mesh, spec: PartitionSpec = WHOLE) -> Any:
     """The arrays of a tree, known whole to every process, on the mesh: split by `spec`, by default on every device.
 
     Only the parts that this process holds are copied. Nothing is communicated and nothing compiled.
     """
-    sharding = NamedSharding(mesh, PartitionSpec() if spec is None else spec)
+    sharding = NamedSharding(mesh, spec)
 
     def put(leaf: Any) -> jax.Array:
         if isinstance(leaf, jax.Array) and leaf.sharding == sharding:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from qjax.errors import InputError
+from qjax.errors import InputError, RunError
 from qjax.hessian.collect import block_hessians, block_hessians_of_two_streams, embedded, layer_names
+from qjax.hessian.spread import Spread
 from qjax.hessian.statistics import Hessian
 from qjax.hessian.store import forward_block
+from qjax.mesh import single
 from qjax.models.config import ModelConfig
 from qjax.models.transformer import LINEARS
-from qjax.quantize import MatrixReport, quantize_matrix
+from qjax.quantize import MatrixReport, quantize_matrix, splits_rows
 from qjax.quantized import QuantizedMatrix
 from qjax.recipe import LayerPlan, Recipe
 from qjax.records import Records
 from qjax.rounding.base import Rounding
 from qjax.rounding.nearest import Nearest, Stochastic
+from qjax.run.distributed import every, leads, together
+from qjax.shares import compute
 
 __all__ = ["STREAMS", "QuantizedModel", "quantize_layer", "quantize_model", "replace_linears", "root_key", "suspicious"]
 
@@ -50,6 +56,7 @@ def quantize_model(
     records: Records | None = None,
     batch: int = 8,
     on_layer: Callable[[MatrixReport, bool], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> QuantizedModel:
     """Quantise every linear of a model by `recipe`.
 
@@ -62,6 +69,10 @@ def quantize_model(
       outputs: where the output factors come from when the input factors are made here, block by block.
       records: where finished layers are kept and found again.
       on_layer: called with each layer's report and whether it was found finished.
+      mesh: the devices, of one or several processes; None is one device. Sequences and rows are split over them, and
+        matrices whose rows are not independent shared out. All processes call this with the same arguments and a
+        folder for `records` that all see: process 0 writes it, and every process what it alone computed. Given the same
+        Hessians the codes are those of one device; Hessians of another mesh differ in their last bits.
 
     Raises InputError for a recipe that does not fit the model, NumericsError as `quantize_matrix`.
     """
@@ -71,46 +82,118 @@ def quantize_model(
         )
     plans = recipe.plan(layer_names(config))
     key = root_key(seed)
-    z = embedded(params["embed"], tokens, batch) if hessians is None else None  # inputs in the quantised stream
+    spread = Spread(len(tokens), batch, mesh or single())
+    z = None  # inputs in the quantised stream
+    if hessians is None:
+        z = embedded(params["embed"], spread.take(tokens), batch)
     x = z if stream == "corrected" else None  # inputs in the original model
     blocks, reports = [], []
     for index, parameters in enumerate(params["blocks"]):
-        todo: dict[str, LayerPlan] = {}
-        done: dict[str, tuple[QuantizedMatrix, MatrixReport]] = {}
-        for linear in LINEARS:
-            name = f"layers.{index}.{linear}"
-            plan = plans[name]
-            found = records.load(name) if plan is not None and records is not None else None
-            if found is not None:
-                done[linear] = found
-            elif plan is not None:
-                todo[linear] = plan
+        planned = {linear: plan for linear in LINEARS if (plan := plans[f"layers.{index}.{linear}"]) is not None}
+        done = {} if records is None else _found(index, planned, records)
+        todo = {linear: plan for linear, plan in planned.items() if linear not in done}
         block = {}
         if hessians is not None:
             block = hessians(index) if todo else {}
         elif x is not None and z is not None:
             # Also for a finished block: x must come from the same program, for a resumed run to give the same bytes.
-            block, x = block_hessians_of_two_streams(parameters, x, z, config, index=index, batch=batch)
+            block, x = block_hessians_of_two_streams(parameters, x, z, config, index=index, batch=batch, spread=spread)
         elif z is not None and todo:
-            block = block_hessians(parameters, z, config, index=index, batch=batch)
+            block = block_hessians(parameters, z, config, index=index, batch=batch, spread=spread)
         if outputs is not None and todo:
             factors = outputs(index)
             block = {linear: dataclasses.replace(h, output=factors[linear].output) for linear, h in block.items()}
-        for linear in LINEARS:
-            if linear in todo:
+        alone = _alone(parameters, index, block, todo, key, correction, records, spread.mesh)
+        for linear in planned:
+            if linear in alone:
+                done[linear] = alone[linear]
+            elif linear in todo:
                 plan, name = todo[linear], f"layers.{index}.{linear}"
-                matrix, report = quantize_layer(parameters, block[linear], plan, linear, name, key, correction)
-                if records is not None:
+                matrix, report = quantize_layer(
+                    parameters, block[linear], plan, linear, name, key, correction, spread.mesh
+                )
+                if records is not None and leads():
                     records.save(matrix, report, plan.incoherence.spec())
                 done[linear] = matrix, report
-            if linear in done:
-                reports.append(done[linear][1])
-                if on_layer is not None:
-                    on_layer(done[linear][1], linear not in todo)
+            reports.append(done[linear][1])
+            if on_layer is not None:
+                on_layer(done[linear][1], linear not in todo)
         blocks.append(replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()}))
         if z is not None and index + 1 < config.num_layers:
-            z = forward_block(blocks[-1], z, config, batch, None if z is x else z)
+            z = forward_block(blocks[-1], z, config, batch, None if z is x else z, spread)
     return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
+
+
+_Done: TypeAlias = dict[str, tuple[QuantizedMatrix, MatrixReport]]
+
+
+def _found(index: int, planned: Mapping[str, LayerPlan], records: Records) -> _Done:
+    """The finished matrices of a block. Process 0 says which, so that all go on with the same."""
+    found = {linear: records.load(f"layers.{index}.{linear}") for linear in planned}
+    there = together(lambda: [linear for linear, record in found.items() if record is not None])
+    return {linear: found[linear] or _of_another(records, f"layers.{index}.{linear}") for linear in there}
+
+
+def _alone(
+    parameters: Any,
+    index: int,
+    hessians: Mapping[str, Hessian],
+    todo: Mapping[str, LayerPlan],
+    key: jax.Array,
+    correction: float,
+    records: Records | None,
+    mesh: Mesh,
+) -> _Done:
+    """Those matrices to do whose rows cannot be split, on a mesh of several devices: each on one device.
+
+    What other processes computed is read from their records; without records every process computes all of them.
+    """
+    own = {linear: plan for linear, plan in todo.items() if not splits_rows(plan.rounding, plan.codebook, plan.scale)}
+    if mesh.size == 1 or not own:
+        return {}
+
+    def task(linear: str, plan: LayerPlan, device: jax.Device) -> tuple[QuantizedMatrix, MatrixReport]:
+        name = f"layers.{index}.{linear}"
+        group, leaf = linear.split(".")
+        weights, hessian = jax.device_put(({group: {leaf: parameters[group][leaf]}}, hessians[linear]), device)
+        matrix, report = quantize_layer(weights, hessian, plan, linear, name, key, correction)
+        matrix = jax.device_put(jax.device_get(dataclasses.replace(matrix, codebook=None)))
+        matrix = dataclasses.replace(matrix, codebook=plan.codebook)
+        if records is not None:
+            records.save(matrix, report, plan.incoherence.spec())
+        return matrix, report
+
+    def cost(linear: str) -> float:
+        rows, columns = np.shape(_weight(parameters, linear))
+        return float(rows) * columns * (rows + columns)
+
+    done = every(
+        lambda: compute(
+            {linear: functools.partial(task, linear, plan) for linear, plan in own.items()},
+            {linear: cost(linear) for linear in own},
+            mesh,
+            all_here=records is None,
+        )
+    )
+    for linear in own:
+        if linear not in done and records is not None:
+            done[linear] = _of_another(records, f"layers.{index}.{linear}")
+    return done
+
+
+def _of_another(records: Records, name: str) -> tuple[QuantizedMatrix, MatrixReport]:
+    found = records.load(name)
+    if found is None:
+        raise RunError(
+            f"{name}: another process has its record, in {records.folder}, and here it cannot be read; all processes "
+            "need the same file system"
+        )
+    return found
+
+
+def _weight(parameters: Any, linear: str) -> Any:
+    group, leaf = linear.split(".")
+    return parameters[group][leaf]["weight"]
 
 
 def root_key(seed: int) -> jax.Array:
@@ -119,18 +202,24 @@ def root_key(seed: int) -> jax.Array:
 
 
 def quantize_layer(
-    parameters: Any, hessian: Hessian, plan: LayerPlan, linear: str, name: str, key: jax.Array, correction: float
+    parameters: Any,
+    hessian: Hessian,
+    plan: LayerPlan,
+    linear: str,
+    name: str,
+    key: jax.Array,
+    correction: float,
+    mesh: Mesh | None = None,
 ) -> tuple[QuantizedMatrix, MatrixReport]:
-    """One linear of a block by its plan.
+    """One linear of a block by its plan, with its rows over the devices of `mesh`.
 
     Where feedback pushed the error into directions that matter, or lost the matrix, plain rounding is tried as well,
     and kept when it is better; the report says so.
     """
-    group, leaf = linear.split(".")
 
     def by(rounding: Rounding) -> tuple[QuantizedMatrix, MatrixReport]:
         return quantize_matrix(
-            parameters[group][leaf]["weight"],
+            _weight(parameters, linear),
             hessian,
             codebook=plan.codebook,
             rounding=rounding,
@@ -140,6 +229,7 @@ def quantize_layer(
             correction=correction,
             key=key,
             name=name,
+            mesh=mesh if splits_rows(rounding, plan.codebook, plan.scale) else None,
         )
 
     matrix, report = by(plan.rounding)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from qjax.codebooks.base import Codebook
@@ -20,15 +21,17 @@ from qjax.errors import InputError, NumericsError
 from qjax.hessian.statistics import Hessian
 from qjax.incoherence import Incoherence
 from qjax.linalg.damping import check_hessian
+from qjax.mesh import place
 from qjax.prng import name_id
 from qjax.quantized import QuantizedMatrix
 from qjax.rounding.base import Rounded, Rounding
 from qjax.rounding.losses import factor_norms, proxy_loss, quadratic, weight_mse
+from qjax.rounding.rows import gathered, independent, round_rows
 
 # Sums over rows and columns of squares of larger weights may overflow float32.
 _LARGE = 1e14
 
-__all__ = ["MatrixReport", "default_scale_rule", "quantize_matrix"]
+__all__ = ["MatrixReport", "default_scale_rule", "quantize_matrix", "splits_rows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +116,28 @@ def _with(rounding: Rounding, **options: Any) -> Rounding:
     return dataclasses.replace(algorithm, **{name: value for name, value in options.items() if name in own})
 
 
+def splits_rows(rounding: Rounding, codebook: Codebook, scale: float | ScaleRule | None) -> bool:
+    """Whether `quantize_matrix` splits the rows over a mesh for this rounding and scale."""
+    return independent(_with(rounding, rule=default_scale_rule(codebook, scale)))
+
+
 def _round_at(
-    weight: Array, hessian: Hessian, codebook: Codebook, rounding: Rounding, rule: ScaleRule, damping: Array, key: Array
+    weight: Array,
+    hessian: Hessian,
+    codebook: Codebook,
+    rounding: Rounding,
+    rule: ScaleRule,
+    damping: Array,
+    key: Array,
+    mesh: Mesh | None,
 ) -> Rounded:
     """Round with the scale of `rule`, searching over its candidates when it asks for that."""
     rounding = _with(rounding, rule=rule)
 
     def at(factor: Array | float, rounding: Rounding = rounding) -> Rounded:
         scaling = fit(weight, codebook, rule, factor)
+        if mesh is not None and independent(rounding):
+            return round_rows(rounding, weight, hessian, codebook, scaling=scaling, damping=damping, mesh=mesh)
         return rounding(weight, hessian, codebook, scaling=scaling, damping=damping, key=key)
 
     if rule.method != "search":
@@ -130,14 +147,14 @@ def _round_at(
     trial = _with(rounding, passes=1) if getattr(rounding, "passes", 0) > 1 else rounding
 
     def loss(factor: Array) -> Array:
-        return proxy_loss(weight, at(factor, trial).values, hessian)
+        return proxy_loss(weight, at(factor, trial).values, hessian, mesh)
 
     factors = jnp.asarray(rule.candidates, weight.dtype)
     losses = jax.lax.map(loss, factors)
     return at(factors[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))])  # NaN would be the least
 
 
-@functools.partial(jax.jit, static_argnames=("rounding", "incoherence", "rule"))
+@functools.partial(jax.jit, static_argnames=("rounding", "incoherence", "rule", "mesh"))
 def _quantize(
     weight: Array,
     hessian: Hessian,
@@ -150,8 +167,14 @@ def _quantize(
     rounding: Rounding,
     incoherence: Incoherence,
     rule: ScaleRule,
+    mesh: Mesh | None,
 ) -> _Outcome:
-    """One compiled program per shape and recipe; everything that varies between layers is an argument."""
+    """One compiled program per shape and recipe; everything that varies between layers is an argument.
+
+    On a mesh everything but the rounding of rows and their losses is computed on every device alike.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # its words, which several processes can share
+        key = jax.random.wrap_key_data(key)
     original = weight.astype(jnp.float32)
     weight = original if hessian.cross is None else corrected_weight(original, hessian, correction, damping)
     sign_key, noise_key = jax.random.split(jax.random.fold_in(key, name))
@@ -159,32 +182,38 @@ def _quantize(
         sign_key, *weight.shape, multiple=codebook.tile, weight=weight, hessian=hessian.input
     )
     rotated = transform.weight(weight)
-    rounded = _round_at(rotated, _rotated_hessian(hessian, transform), codebook, rounding, rule, damping, noise_key)
+    rounded = _round_at(
+        rotated, _rotated_hessian(hessian, transform), codebook, rounding, rule, damping, noise_key, mesh
+    )
     matrix = QuantizedMatrix(codebook.pack(rounded.codes), rounded.scaling, transform, codebook, rounded.permutation)
     dense = transform.weight_inverse(rounded.values)
     scale, _ = rounded.scaling.at(jnp.arange(rotated.shape[1]), jnp.float32)
     rms = jnp.sqrt(jnp.mean(jnp.square(rotated / scale)))
-    loss = proxy_loss(weight, dense, hessian)
+    loss = proxy_loss(weight, dense, hessian, mesh)
     dead = jnp.sum(jnp.diagonal(hessian.input) <= 0)
     ok = rounded.ok & jnp.isfinite(loss)
     before = None
     if rounded.start is not None:
-        before = proxy_loss(weight, transform.weight_inverse(rounded.start), hessian)
-    shift = proxy_loss(original, weight, hessian)
+        before = proxy_loss(weight, transform.weight_inverse(rounded.start), hessian, mesh)
+    shift = proxy_loss(original, weight, hessian, mesh)
     mse = weight_mse(weight, dense)
     squared = jnp.sum(jnp.square(weight - dense))
-    kronecker = quadratic(weight - dense, hessian) / factor_norms(hessian, weight.shape[0])
-    aligned = loss / jnp.maximum(mse * _undirected(weight, hessian), jnp.finfo(jnp.float32).tiny)
+    kronecker = quadratic(weight - dense, hessian, mesh) / factor_norms(hessian, weight.shape[0])
+    aligned = loss / jnp.maximum(mse * _undirected(weight, hessian, mesh), jnp.finfo(jnp.float32).tiny)
     used = rounded.output_damping
-    return _Outcome(matrix, loss, mse, rounded.damping, rms, dead, ok, shift, before, used, aligned, squared, kronecker)
+    found = _Outcome(
+        matrix, loss, mse, rounded.damping, rms, dead, ok, shift, before, used, aligned, squared, kronecker
+    )
+    return found if mesh is None else gathered(found, mesh)
 
 
-def _undirected(weight: Array, hessian: Hessian) -> Array:
+def _undirected(weight: Array, hessian: Hessian, mesh: Mesh | None) -> Array:
     """The expected proxy loss of a white error as large as the weight: `‖W‖² tr(H_in)/n · tr(H_out)/m / tr(W H Wᵀ)`."""
     mean = jnp.trace(hessian.input) / weight.shape[1]
     if hessian.output is not None:
         mean = mean * jnp.trace(hessian.output) / weight.shape[0]
-    return jnp.sum(jnp.square(weight)) * mean / jnp.maximum(quadratic(weight, hessian), jnp.finfo(jnp.float32).tiny)
+    tiny = jnp.finfo(jnp.float32).tiny
+    return jnp.sum(jnp.square(weight)) * mean / jnp.maximum(quadratic(weight, hessian, mesh), tiny)
 
 
 def _first_not_finite(matrix: np.ndarray, rows: int = 256) -> tuple[int, int] | None:
@@ -243,6 +272,7 @@ def quantize_matrix(
     correction: float = 0.5,
     key: Array,
     name: str = "matrix",
+    mesh: Mesh | None = None,
 ) -> tuple[QuantizedMatrix, MatrixReport]:
     """Quantise one matrix: rotate, scale, round with feedback, pack.
 
@@ -257,6 +287,8 @@ def quantize_matrix(
       correction: with `hessian.cross`, how much of earlier errors the target makes up for (see `corrected_weight`);
         the reported losses are then those of the corrected target.
       key: `jax.random.key(seed)`; the layer's key is derived from it and `name`.
+      mesh: split the rows over its devices, for roundings whose rows are independent (not stochastic ones, not YAQA);
+        the result is the same. All processes of the mesh call this with the same arguments.
 
     Raises:
       InputError: for shapes that do not belong together. NumericsError: for values that are not finite, or a
@@ -265,18 +297,26 @@ def quantize_matrix(
     started = time.perf_counter()
     _validate(weight, hessian, name)
     rule = default_scale_rule(codebook, scale)
-    outcome = _quantize(
+    mesh = None if mesh is None or mesh.size == 1 else mesh
+    arguments = (
         weight,  # host arrays go straight into the program: converting them beforehand would compile another one
         Hessian(hessian.input, hessian.output, cross=hessian.cross),
         codebook,
         np.float32(damping),
         np.float32(correction),
-        key,
+        key if mesh is None else np.asarray(jax.random.key_data(key)),
         np.uint32(name_id(name)),
+    )
+    outcome = _quantize(
+        *(arguments if mesh is None else place(arguments, mesh)),
         rounding=rounding,
         incoherence=incoherence,
         rule=rule,
+        mesh=mesh,
     )
+    if mesh is not None:  # what follows computes on one device of every process
+        own = jax.device_put(jax.device_get(dataclasses.replace(outcome.matrix, codebook=None)))
+        outcome = dataclasses.replace(outcome, matrix=dataclasses.replace(own, codebook=codebook))
     loss, mse, used, rms, dead, ok, shift, before, used_out, aligned, squared, kronecker = jax.device_get(
         (
             outcome.proxy_loss,

@@ -13,7 +13,7 @@ from qjax.incoherence import INCOHERENCE
 
 CONFIGS = pathlib.Path(entry_point.CONFIGS)
 GROUPS = "codebook data evaluate experiment debug finetune hessian incoherence memory model recipe rounding scale"
-GROUPS = [*GROUPS.split(), "tracker", "distributed"]
+GROUPS = [*GROUPS.split(), "tracker", "mesh", "distributed"]
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
 METHODS = sorted(file.stem for file in (CONFIGS / "method").glob("*.yaml") if file.stem != "none")
 # What an option cannot do without: values the user must give, and partners that fit.

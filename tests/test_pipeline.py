@@ -173,7 +173,7 @@ def test_rules_choose_layers_by_name(tmp_path, cache):
         ("seed=-1", "seed"),
         ("memory.host_gb=0.1", "predicted to need"),
         ("memory.disk_gb=1e-6", "predicted to need"),
-        ("mesh.data=2", "only"),
+        ("mesh.data=99", "asks for 99 devices"),
         ("rounding.order=upwards", "natural, ascending"),
         ("hessian.estimator=fisher", "there are: input"),
     ],

@@ -1,4 +1,4 @@
-"""Second moments of a block's inputs, accumulated on the device without losing small terms."""
+"""Second moments of a block's inputs, accumulated on every device without losing small terms, and reduced once."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from pallas_kernels.gram import gram
+from qjax.hessian.spread import Spread
 from qjax.linalg.rotations import Leaf
+from qjax.mesh import AXES, EACH, WHOLE
 from qjax.models.config import ModelConfig
 from qjax.models.linear import HostOrDevice
 from qjax.models.transformer import SITES, block_inputs
 
-__all__ = ["Moments", "accumulate", "accumulate_pair", "empty", "finish", "site_widths"]
+__all__ = ["NONE", "Moments", "accumulate", "accumulate_pair", "empty", "finish", "reduced", "site_widths"]
 
 
 @struct.dataclass
 class Moments:
-    """Running sums for one block: `Σ x xᵀ` per site in two float32 parts (sum and compensation), and `Σ` of weights.
+    """Running sums for one block, one on every device: `Σ x xᵀ` per site in two float32 parts (sum, compensation).
 
     With two streams, x original and z quantised, the site's own name holds `Σ z zᵀ` and its name in `CROSS` `Σ x zᵀ`.
+    All arrays have a leading axis of devices. `bad`: the least number of a sequence whose inputs or their squares are
+    not finite, by name, or `NONE`.
 
     The compensation carries what a float32 addition drops (Kahan), so thousands of batches lose nothing.
     """
 
     total: dict[str, Leaf]
     carry: dict[str, Leaf]
-    tokens: Leaf
-    finite: dict[str, Leaf]
+    bad: dict[str, Leaf]
 
 
 def site_widths(config: ModelConfig) -> dict[str, int]:
@@ -43,59 +47,105 @@ def site_widths(config: ModelConfig) -> dict[str, int]:
 
 
 _ROWS = 256
+NONE = np.uint32(2**32 - 1)
 CROSS = {site: f"{site}:cross" for site in SITES}
 
 
-def empty(config: ModelConfig, cross: bool = False) -> Moments:
-    """Zero sums (host arrays: building them compiles nothing)."""
+def empty(config: ModelConfig, spread: Spread, cross: bool = False) -> Moments:
+    """Zero sums (no program is compiled for them)."""
     widths = site_widths(config)
     if cross:
         widths |= {CROSS[site]: n for site, n in widths.items()}
-    zeros = lambda: {name: np.zeros((n, n), np.float32) for name, n in widths.items()}  # noqa: E731
-    return Moments(zeros(), zeros(), np.float32(0), {name: np.bool_(True) for name in widths})
+
+    def zeros() -> dict[str, HostOrDevice]:
+        return {name: spread.sums(lambda shape: np.zeros(shape, np.float32), (n, n)) for name, n in widths.items()}
+
+    none = {name: spread.sums(lambda shape: np.full(shape, NONE), ()) for name in widths}
+    return Moments(zeros(), zeros(), none)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "propagate"), donate_argnames="moments")
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "propagate"), donate_argnames="moments")
 def accumulate(
     moments: Moments,
     parameters: Any,
     x: HostOrDevice,
     mask: HostOrDevice,
+    numbers: HostOrDevice,
     config: ModelConfig,
     *,
+    mesh: Mesh,
     propagate: bool,
 ) -> tuple[Moments, Array | None]:
-    """Add a batch `[batch, length, width]` of block inputs.
+    """Add a step `[devices · batch, length, width]` of block inputs, each device's part to its own sums.
 
-    Sequences with mask 0 (padding of the last batch) do not count.
-    Returns the new sums and, with `propagate`, the block's output.
+    Sequences with mask 0 (what fills up the last step) do not count. Nothing is communicated.
+    Returns the new sums and, with `propagate`, the block's output, split as x is.
     """
-    y, inputs = block_inputs(parameters, x, config)
-    rows = {site: _rows(inputs[site], mask) for site in SITES}
-    products = {site: _second_moment(rows[site]) for site in SITES}
-    return _added(moments, products, jnp.sum(mask) * x.shape[1]), (y if propagate else None)
+
+    def own(moments: Moments, parameters: Any, x: Array, mask: Array, numbers: Array) -> tuple[Moments, Array | None]:
+        y, inputs = block_inputs(parameters, x, config)
+        products, bad = {}, {}
+        for site in SITES:
+            rows = _masked(inputs[site], mask)
+            products[site] = _second_moment(rows)
+            bad[site] = _first_bad(numbers, products[site], rows)
+        return _added(moments, products, bad), (y if propagate else None)
+
+    return _on(mesh, own)(moments, parameters, x, mask, numbers)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="moments")
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="moments")
 def accumulate_pair(
-    moments: Moments, parameters: Any, x: HostOrDevice, z: HostOrDevice, mask: HostOrDevice, config: ModelConfig
+    moments: Moments,
+    parameters: Any,
+    x: HostOrDevice,
+    z: HostOrDevice,
+    mask: HostOrDevice,
+    numbers: HostOrDevice,
+    config: ModelConfig,
+    *,
+    mesh: Mesh,
 ) -> tuple[Moments, Array]:
     """As `accumulate`, for the block's inputs x in the original model and z in the quantised stream.
 
     Adds `z zᵀ` and `x zᵀ` at every site; returns the new sums and the block's output for x.
     """
-    y, original = block_inputs(parameters, x, config)
-    _, changed = block_inputs(parameters, z, config)
-    products = {}
-    for site in SITES:
-        own = _rows(changed[site], mask)
-        products[site] = _second_moment(own)
-        products[CROSS[site]] = _product(_rows(original[site], mask), own)
-    return _added(moments, products, jnp.sum(mask) * x.shape[1]), y
+
+    def own(
+        moments: Moments, parameters: Any, x: Array, z: Array, mask: Array, numbers: Array
+    ) -> tuple[Moments, Array]:
+        y, original = block_inputs(parameters, x, config)
+        _, changed = block_inputs(parameters, z, config)
+        products, bad = {}, {}
+        for site in SITES:
+            a, b = _masked(original[site], mask), _masked(changed[site], mask)
+            products[site], products[CROSS[site]] = _second_moment(b), _product(a, b)
+            bad[site] = _first_bad(numbers, products[site], b)
+            bad[CROSS[site]] = _first_bad(numbers, products[CROSS[site]], a, b)
+        return _added(moments, products, bad), y
+
+    return _on(mesh, own)(moments, parameters, x, z, mask, numbers)
 
 
-def _rows(inputs: Array, mask: HostOrDevice) -> Array:
-    return (inputs.astype(jnp.float32) * mask[:, None, None]).reshape(-1, inputs.shape[-1])
+def _on(mesh: Mesh, own: Any) -> Any:
+    """`own(moments, parameters, *split)` on every device, without the sums' leading axis."""
+
+    def body(moments: Moments, parameters: Any, *split: Array) -> Any:
+        moments, y = own(jax.tree.map(lambda a: a[0], moments), parameters, *split)
+        return jax.tree.map(lambda a: a[None], moments), y
+
+    def run(moments: Moments, parameters: Any, *split: Array) -> Any:
+        specs = (EACH, WHOLE, *(EACH for _ in split))
+        return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=(EACH, EACH), check_vma=False)(
+            moments, parameters, *split
+        )
+
+    return run
+
+
+def _masked(inputs: Array, mask: Array) -> Array:
+    """`[batch, length, n]` float32, with zeros for what does not count, also where it is not finite."""
+    return jnp.where(mask[:, None, None] > 0, inputs.astype(jnp.float32), 0)
 
 
 def _second_moment(rows: Array) -> Array:
@@ -104,30 +154,66 @@ def _second_moment(rows: Array) -> Array:
     Those compute one triangle, half of the work. Whether one is faster anywhere is not measured: none is the default.
     """
     name = os.environ.get("QJAX_GRAM", "")
-    return gram(rows, name) if name else _product(rows, rows)
+    return gram(rows.reshape(-1, rows.shape[-1]), name) if name else _product(rows, rows)
 
 
 def _product(a: Array, b: Array) -> Array:
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     return jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _added(moments: Moments, products: dict[str, Array], tokens: Array) -> Moments:
-    total, carry, finite = {}, {}, {}
+def _first_bad(numbers: Array, product: Array, *rows: Array) -> Array:
+    """The number of the first sequence with a value or a sum of squares that is not finite, `NONE` without one.
+
+    Sums of squares bound every entry of a sequence's product. Where only the sum over the batch overflows, its first
+    sequence is named.
+    """
+    broken = jnp.any(~jnp.isfinite(jnp.stack([jnp.sum(jnp.square(x), axis=1) for x in rows])), axis=(0, 2))
+    named = jnp.where(jnp.any(broken), jnp.argmax(broken), 0)
+    wrong = jnp.any(broken) | ~jnp.all(jnp.isfinite(product))
+    return jnp.where(wrong, jax.lax.dynamic_index_in_dim(numbers, named, keepdims=False), NONE)
+
+
+def _added(moments: Moments, products: dict[str, Array], bad: dict[str, Array]) -> Moments:
+    total, carry, first = {}, {}, {}
     for name, product in products.items():
-        finite[name] = moments.finite[name] & jnp.all(jnp.isfinite(product))
+        first[name] = jnp.minimum(moments.bad[name], bad[name])
         addend = product - moments.carry[name]
         total[name] = moments.total[name] + addend
         carry[name] = (total[name] - moments.total[name]) - addend
-    return Moments(total, carry, moments.tokens + tokens, finite)
+    return Moments(total, carry, first)
 
 
-def finish(moments: Moments) -> tuple[dict[str, np.ndarray], int, list[str]]:
-    """(means of the sums as float32 on the host, tokens, sites with values that are not finite)."""
-    moments = jax.device_get(moments)
-    count = float(moments.tokens)
-    means = {name: np.empty(total.shape, np.float32) for name, total in moments.total.items()}
-    for name, mean in means.items():
-        for start in range(0, len(mean), _ROWS):  # a few rows at a time: in float64 the whole is four times as large
+@functools.partial(jax.jit, static_argnames="mesh")
+def reduced(moments: Moments, *, mesh: Mesh) -> tuple[dict[str, Array], dict[str, Array]]:
+    """(sums over all devices, least `bad`) by name, on every device: one all-reduce of `[n, n]` float32 per factor."""
+
+    def body(moments: Moments) -> tuple[dict[str, Array], dict[str, Array]]:
+        names = list(moments.total)
+        # Rounded to float32 on its device first: what is sent is half as large.
+        sums = {name: jax.lax.psum(moments.total[name][0] - moments.carry[name][0], AXES) for name in names}
+        bad = jax.lax.pmin(jnp.stack([moments.bad[name][0] for name in names]), AXES)
+        return sums, {name: bad[i] for i, name in enumerate(names)}
+
+    return jax.shard_map(body, mesh=mesh, in_specs=(EACH,), out_specs=(WHOLE, WHOLE), check_vma=False)(moments)
+
+
+def finish(moments: Moments, count: int, mesh: Mesh) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """(means of the sums over `count` tokens as float32 on the host, first sequence that is not finite by site).
+
+    The running sums are freed.
+    """
+    sums, bad = reduced(moments, mesh=mesh)
+    bad = jax.device_get(bad)
+    for leaf in jax.tree.leaves((moments.total, moments.carry)):
+        if isinstance(leaf, jax.Array):  # not the zeros of no step at all
+            leaf.delete()
+    means = {}
+    for name in list(sums):
+        total = np.asarray(sums.pop(name))
+        means[name] = np.empty(total.shape, np.float32)
+        for start in range(0, len(total), _ROWS):  # a few rows at a time: in float64 the whole is twice as large
             rows = slice(start, start + _ROWS)
-            mean[rows] = (moments.total[name][rows].astype(np.float64) - moments.carry[name][rows]) / count
-    return means, round(count), [site for site in SITES if not moments.finite[site]]
+            means[name][rows] = total[rows].astype(np.float64) / count
+    first = {site: min(int(bad[name]) for name in (site, CROSS[site]) if name in bad) for site in SITES}
+    return means, {site: number for site, number in first.items() if number != NONE}

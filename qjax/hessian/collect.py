@@ -7,13 +7,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from qjax import activations
 from qjax.activations import Activations
 from qjax.errors import DataError, InputError, NumericsError
 from qjax.hessian.accumulate import CROSS, Moments, accumulate, accumulate_pair, empty, finish
+from qjax.hessian.spread import Spread
 from qjax.hessian.statistics import Hessian
+from qjax.mesh import single
 from qjax.models.config import ModelConfig
 from qjax.models.linear import HostOrDevice
 from qjax.models.transformer import LINEARS, embed
@@ -58,82 +61,72 @@ def embedded(table: Any, tokens: Int[np.ndarray, "sequences length"], batch: int
 
 
 def block_hessians(
-    parameters: Any, x: Activations, config: ModelConfig, *, index: int, batch: int
+    parameters: Any, x: Activations, config: ModelConfig, *, index: int, batch: int, spread: Spread | None = None
 ) -> dict[str, Hessian]:
     """`H = E[x xᵀ]` of every linear of block `index`; linears that share an input share the array.
 
-    `x` are the block's inputs `[sequences, length, width]`, wherever they lie.
-    Raises NumericsError naming the first linear whose input is not finite.
+    `x` are the block's inputs `[sequences, length, width]`, wherever they lie: all of them, or with `spread` those that
+    this process holds. Raises NumericsError, in all processes alike, naming the first linear whose input is not finite.
     """
-    moments = empty(config)
-    for part, mask in batches(x, batch):
-        moments, _ = accumulate(moments, parameters, part, mask, config, propagate=False)
-
-    def broken(part: np.ndarray) -> bool:
-        alone, _ = accumulate(empty(config), parameters, part, np.ones(batch, np.float32), config, propagate=False)
-        return bool(finish(alone)[2])
-
-    return _hessians(moments, index, lambda: _first(broken, x, batch=batch))
+    spread = spread or Spread(len(x), batch)
+    moments, parameters = empty(config, spread), spread.whole(parameters)
+    for step in spread.feed(x):
+        moments, _ = accumulate(
+            moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh, propagate=False
+        )
+    return _hessians(moments, index, spread, x.shape[1])
 
 
 def block_hessians_and_outputs(
-    parameters: Any, x: Activations, config: ModelConfig, *, index: int, batch: int
+    parameters: Any, x: Activations, config: ModelConfig, *, index: int, batch: int, spread: Spread | None = None
 ) -> tuple[dict[str, Hessian], Activations]:
     """The result of `block_hessians`, and the block's outputs `[sequences, length, width]` from the same pass."""
-    moments, outputs = empty(config), activations.like(x)
-    for number, (part, mask) in enumerate(batches(x, batch)):
-        moments, y = accumulate(moments, parameters, part, mask, config, propagate=True)
+    spread = spread or Spread(len(x), batch)
+    moments, parameters, outputs = empty(config, spread), spread.whole(parameters), activations.like(x)
+    for step in spread.feed(x):
+        moments, y = accumulate(
+            moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh, propagate=True
+        )
         assert y is not None
-        activations.put(outputs, number * batch, int(mask.sum()), y)
-
-    def broken(part: np.ndarray) -> bool:
-        alone, _ = accumulate(empty(config), parameters, part, np.ones(batch, np.float32), config, propagate=True)
-        return bool(finish(alone)[2])
-
-    return _hessians(moments, index, lambda: _first(broken, x, batch=batch)), outputs
+        spread.put(outputs, step, y)
+    return _hessians(moments, index, spread, x.shape[1]), outputs
 
 
 def block_hessians_of_two_streams(
-    parameters: Any, x: Activations, z: Activations, config: ModelConfig, *, index: int, batch: int
+    parameters: Any,
+    x: Activations,
+    z: Activations,
+    config: ModelConfig,
+    *,
+    index: int,
+    batch: int,
+    spread: Spread | None = None,
 ) -> tuple[dict[str, Hessian], Activations]:
     """`H = E[z zᵀ]` and `C = E[x zᵀ]` of every linear, and the original block's outputs for x.
 
     x are the block's inputs in the original model, z those in the quantised stream.
     """
-    moments, outputs = empty(config, cross=True), activations.like(x)
-    pairs = zip(batches(x, batch), batches(z, batch), strict=True)
-    for number, ((part, mask), (changed, _)) in enumerate(pairs):
-        moments, y = accumulate_pair(moments, parameters, part, changed, mask, config)
-        activations.put(outputs, number * batch, int(mask.sum()), y)
-
-    def broken(part: np.ndarray, changed: np.ndarray) -> bool:
-        ones = np.ones(batch, np.float32)
-        return bool(finish(accumulate_pair(empty(config, cross=True), parameters, part, changed, ones, config)[0])[2])
-
-    return _hessians(moments, index, lambda: _first(broken, x, z, batch=batch)), outputs
+    spread = spread or Spread(len(x), batch)
+    moments, outputs = empty(config, spread, cross=True), activations.like(x)
+    parameters = spread.whole(parameters)
+    for step in spread.feed(x, z):
+        moments, y = accumulate_pair(
+            moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh
+        )
+        spread.put(outputs, step, y)
+    return _hessians(moments, index, spread, x.shape[1]), outputs
 
 
-def _first(broken: Callable[..., bool], *streams: Activations, batch: int) -> int | None:
-    """The first sequence that is broken when it fills a whole batch alone, so that no new program is compiled."""
-    parts = zip(*(batches(x, batch) for x in streams), strict=True)
-    for number, group in enumerate(parts):
-        whole = [np.asarray(part) for part, _ in group]
-        for row in range(int(group[0][1].sum())):
-            if broken(*(np.repeat(part[row : row + 1], batch, axis=0) for part in whole)):
-                return number * batch + row
-    return None
-
-
-def _hessians(moments: Moments, index: int, culprit: Callable[[], int | None]) -> dict[str, Hessian]:
-    means, tokens, broken = finish(moments)
+def _hessians(moments: Moments, index: int, spread: Spread, length: int) -> dict[str, Hessian]:
+    tokens = spread.sequences * length
+    means, bad = finish(moments, tokens, spread.mesh)
     means = jax.device_put(means)  # once: the program of every linear would copy a host array for itself
-    if broken:
-        name = next(linear for linear, site in LINEARS.items() if site == broken[0])
-        sequence = culprit()
-        which = "" if sequence is None else f", first in sequence {sequence}"
+    if bad:
+        site, sequence = next(iter(bad.items()))
+        name = next(linear for linear, own in LINEARS.items() if own == site)
         raise NumericsError(
-            f"layers.{index}.{name}: its inputs on the calibration data are not finite{which}; drop that sequence, "
-            "check the weights of the blocks before it, or load the model in float32"
+            f"layers.{index}.{name}: its inputs on the calibration data are not finite, first in sequence {sequence}; "
+            "drop that sequence, check the weights of the blocks before it, or load the model in float32"
         )
     return {linear: Hessian(means[site], None, tokens, means.get(CROSS[site])) for linear, site in LINEARS.items()}
 
@@ -145,6 +138,7 @@ def collect(
     *,
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    mesh: Mesh | None = None,
     **sketch: Any,
 ) -> dict[str, Hessian]:
     """Hessians of every linear of `model` (config, params) from calibration tokens, all from the original model.
@@ -152,6 +146,9 @@ def collect(
     "input": `H_in = E[x xᵀ]`, uncentred, float32 (GPTQ, QuIP). Layers that share an input share the array.
     "sketch_a", "sketch_b": both factors of a Kronecker sketch of the Fisher matrix (see `qjax.hessian.sketch`);
     `rounds`, `labels` and `seed` are those of `Sketch`.
+
+    `mesh`: sequences are split over all its devices, `batch` of them on each at a time, and every factor is reduced
+    once; None is one device. All processes of the mesh call this with the same tokens.
 
     Raises InputError for an unknown estimator, DataError for no tokens, NumericsError for inputs that are not finite.
     """
@@ -167,13 +164,16 @@ def collect(
     if estimator != "input":
         from qjax.hessian.sketch_collect import collect_sketch  # it stands above this module
 
-        return collect_sketch(config, model.params, tokens, estimator, batch=batch, progress=progress, **sketch)
+        return collect_sketch(
+            config, model.params, tokens, estimator, batch=batch, progress=progress, mesh=mesh, **sketch
+        )
     if sketch:
         raise InputError(f"{', '.join(sketch)}: options of the estimators sketch_a and sketch_b, not of 'input'")
-    x = embedded(model.params["embed"], tokens, batch)
+    spread = Spread(len(tokens), batch, mesh or single())
+    x = embedded(model.params["embed"], spread.take(tokens), batch)
     hessians: dict[str, Hessian] = {}
     for index, parameters in enumerate(model.params["blocks"]):
-        block, x = block_hessians_and_outputs(parameters, x, config, index=index, batch=batch)
+        block, x = block_hessians_and_outputs(parameters, x, config, index=index, batch=batch, spread=spread)
         hessians |= {f"layers.{index}.{linear}": hessian for linear, hessian in block.items()}
         if progress is not None:
             progress(index + 1, config.num_layers)

@@ -102,7 +102,7 @@ def measure_fit(
         )
     blocks, top = params["blocks"], head(params)
     factors = [{name: _factors(h) for name, h in hessians(index).items()} for index in range(len(blocks))]
-    root = jax.random.wrap_key_data(jax.device_put(np.array([_LABEL_PASS, seed], np.uint32)))
+    root = np.array([_LABEL_PASS, seed], np.uint32)
     inner: dict[str, list[float]] = {}
     square: dict[str, list[float]] = {}
     whole = count // batch * batch  # the last, padded batch would pair a sequence with itself
@@ -111,7 +111,8 @@ def measure_fit(
         for parameters in blocks:
             inputs.append(x)
             x = forward(parameters, x, config)[0]
-        gradient = label_gradient(top, x, part, root, np.uint32(number * batch), config, labels="sampled")
+        numbers = np.arange(number * batch, (number + 1) * batch, dtype=np.uint32)
+        gradient = label_gradient(top, x, part, root, numbers, config, labels="sampled")
         for index in reversed(range(len(blocks))):
             _, pull, sites = forward(blocks[index], inputs.pop(), config)
             gradient, found = _block_terms(pull, sites, gradient, factors[index])

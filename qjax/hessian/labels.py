@@ -6,7 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from qjax.models.config import ModelConfig
 from qjax.models.linear import HostOrDevice
@@ -45,22 +45,22 @@ def label_gradient(
     parameters: dict[str, HostOrDevice],
     x: Float[HostOrDevice, "batch length width"],
     tokens: Int[HostOrDevice, "batch length"],
-    key: Array,
-    first: HostOrDevice,
+    key: UInt[HostOrDevice, " 2"],
+    numbers: UInt[HostOrDevice, " batch"],
     config: ModelConfig,
     *,
     labels: str,
 ) -> Float[Array, "batch length width"]:
     """`∂ℓ/∂x` of the cross-entropy, summed over positions, in the last block's output x.
 
-    Labels are sampled from the softmax of the float32 logits at every position (sequence s of the data with the key
-    folded with s), or are the next tokens (then the last position has none).
+    Labels are sampled from the softmax of the float32 logits at every position (of the sequence with number s among all
+    with the key of the data `key` folded with s), or are the next tokens (then the last position has none).
     """
     z, pull = jax.vjp(lambda x: logits(parameters, x, config), jnp.asarray(x))
     gradient = jax.nn.softmax(z, axis=-1)
     if labels == "sampled":
-        index = first + jnp.arange(z.shape[0], dtype=jnp.uint32)
-        chosen = jax.vmap(lambda s, p: draw(jax.random.fold_in(key, s), p))(index, gradient)
+        root = jax.random.wrap_key_data(jnp.asarray(key))
+        chosen = jax.vmap(lambda s, p: draw(jax.random.fold_in(root, s), p))(jnp.asarray(numbers), gradient)
         weight = jnp.ones(z.shape[1], z.dtype)
     else:
         chosen = jnp.roll(jnp.asarray(tokens), -1, axis=1)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from jax.sharding import Mesh
 
 from qjax.data.stream import TokenStream
 from qjax.errors import ArtifactError, InputError
@@ -16,6 +19,7 @@ from qjax.hessian.sketch_store import collect_into
 from qjax.hessian.statistics import Hessian
 from qjax.hessian.store import HessianStore, identity
 from qjax.run.atomic import read_json, write_json
+from qjax.run.distributed import together
 from qjax.run.fingerprint import digest
 from qjax.run.lock import turn
 from qjax.run.progress import Progress
@@ -74,17 +78,20 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise InputError(f"hessian.{name} is {settings[name]}; it is positive")
 
 
-def provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str, Any]) -> Provided:
-    """Collect what the store lacks of what `settings` asks for. Raises the errors of the collections.
+def provide(
+    store: HessianStore, model: Any, tokens: Any, settings: Mapping[str, Any], mesh: Mesh | None = None
+) -> Provided:
+    """Collect what the store lacks of what `settings` asks for, over the devices of `mesh`.
 
-    Processes that need the same collection take turns: the first collects, the others find it.
+    Processes that need the same collection take turns: the first collects, the others find it. Those of one group
+    collect together. Raises the errors of the collections.
     """
     who = identity(model.fingerprint["sha256"])
     with turn(store.path / f"{digest([who, tokens.sha256])[:16]}.lock"):
-        return _provide(store, model, tokens, settings)
+        return _provide(store, model, tokens, settings, mesh)
 
 
-def _provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str, Any]) -> Provided:
+def _provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str, Any], mesh: Mesh | None) -> Provided:
     batch = min(settings["batch"], tokens.sequences)
     sketch = _sketch(settings)
     if settings.get("sequences") is not None:
@@ -103,6 +110,7 @@ def _provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str
                 tokens.tokens,
                 batch=batch,
                 progress=lambda done, total: progress.update(done),
+                mesh=mesh,
             )
 
     original = settings["stream"] == "original"
@@ -132,6 +140,7 @@ def _provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str
             moments=needed,
             prefixes=prefixes,
             progress=lambda done, total: progress.update(done),
+            mesh=mesh,
         )
     if not by_moment:
         return Provided(load, None, tuple(keys))
@@ -175,19 +184,25 @@ def fits(
     batch = min(settings["batch"], count // 2)
     what = {"keys": source.keys, "tokens": tokens.sha256, "sequences": count, "batch": batch}
     file = store.path / source.keys[-1] / f"fit_{digest(what)[:16]}.json"
+    found = together(lambda: _fits(file, model, tokens.tokens[:count], source.hessians, batch))
+    return {name: Fit(**entry) for name, entry in found.items()}
+
+
+def _fits(file: Path, model: Any, tokens: Any, hessians: Any, batch: int) -> dict[str, Any]:
+    """What the file says, measured first where it is absent or damaged."""
     try:
-        found = read_json(file)
-        return {name: Fit(**entry) for name, entry in found.items()}
+        return read_json(file)
     except (ArtifactError, FileNotFoundError):
         pass
-    with Progress("fit", count) as progress:
+    with Progress("fit", len(tokens)) as progress:
         measured = measure_fit(
             model.config,
             model.params,
-            tokens.tokens[:count],
-            source.hessians,
+            tokens,
+            hessians,
             batch=batch,
             progress=lambda done, total: progress.update(done),
         )
-    write_json(file, {name: dataclasses.asdict(fit) for name, fit in measured.items()})
-    return measured
+    found = {name: dataclasses.asdict(fit) for name, fit in measured.items()}
+    write_json(file, found)
+    return found

@@ -10,14 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from qjax.errors import InputError, NumericsError
-from qjax.hessian.collect import batches, block_hessians_and_outputs, embedded
+from qjax.hessian.accumulate import NONE
+from qjax.hessian.collect import block_hessians_and_outputs, embedded
 from qjax.hessian.labels import label_gradient
 from qjax.hessian.sketch import Sketch, increments
+from qjax.hessian.spread import Spread
 from qjax.hessian.statistics import Hessian
 from qjax.linalg.rotations import Leaf
+from qjax.mesh import AXES, EACH, WHOLE, single
 from qjax.models.config import ModelConfig
 from qjax.models.linear import HostOrDevice
 from qjax.models.transformer import LINEARS, embed, head, probed
@@ -36,9 +40,10 @@ __all__ = [
 
 @struct.dataclass
 class Sums:
-    """Running sums of one block by linear and factor ("input", "output"), float32 in two parts (see `Moments`).
+    """Running sums of one block by linear and factor ("input", "output"), float32 in two parts, one on every device.
 
-    Only the lower triangles mean anything. `bad`: the first sequence whose gradient was not finite, by linear, or −1.
+    As in `Moments` all arrays have a leading axis of devices, and `bad` is the first sequence whose gradient was not
+    finite, by linear, or `NONE`. Only the lower triangles mean anything.
     """
 
     total: dict[str, dict[str, Leaf]]
@@ -55,17 +60,19 @@ def shapes(parameters: Any) -> dict[str, tuple[int, int]]:
     return found
 
 
-def empty_sums(parameters: Any, update: str) -> Sums:
+def empty_sums(parameters: Any, update: str, spread: Spread) -> Sums:
     """Zero sums of a block, of the factors that a pass renews."""
+    zeros = lambda shape: np.zeros(shape, np.float32)  # noqa: E731
 
-    def zeros() -> dict[str, dict[str, np.ndarray]]:
-        result: dict[str, dict[str, np.ndarray]] = {}
+    def factors() -> dict[str, dict[str, HostOrDevice]]:
+        result: dict[str, dict[str, HostOrDevice]] = {}
         for name, (m, n) in shapes(parameters).items():
             sizes = {"input": n, "output": m}
-            result[name] = {f: np.zeros((s, s), np.float32) for f, s in sizes.items() if update in ("both", f)}
+            result[name] = {f: spread.sums(zeros, (s, s)) for f, s in sizes.items() if update in ("both", f)}
         return result
 
-    return Sums(zeros(), zeros(), {name: np.int32(-1) for name in LINEARS})
+    none = {name: spread.sums(lambda shape: np.full(shape, NONE), ()) for name in LINEARS}
+    return Sums(factors(), factors(), none)
 
 
 def block_bytes(parameters: Any) -> int:
@@ -96,38 +103,60 @@ def backward(pull: Any, gradient: HostOrDevice) -> Array:
     return pull(gradient)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("per_token", "update"), donate_argnames="sums")
+@functools.partial(jax.jit, static_argnames=("per_token", "update", "mesh"), donate_argnames="sums")
 def accumulate_sketch(
     sums: Sums,
     pull: Any,
     inputs: dict[str, Array],
     gradient: HostOrDevice,
     mask: HostOrDevice,
-    first: HostOrDevice,
+    numbers: HostOrDevice,
     factors: dict[str, dict[str, Leaf]],
     *,
     per_token: bool,
     update: str,
+    mesh: Mesh,
 ) -> tuple[Sums, Array]:
-    """Add a batch at one block; returns the sums and the gradient in the block's input.
+    """Add a step at one block; returns the sums and the gradient in the block's input. Nothing is communicated.
 
     `factors`: those of the pass before, by linear and factor; absent ones are identities.
     """
+
+    def own(sums: Sums, inputs: Any, gradients: Any, mask: Any, numbers: Any, factors: Any) -> Sums:
+        sums = jax.tree.map(lambda a: a[0], sums)
+        total, carry, bad = {}, {}, {}
+        for name, site in LINEARS.items():
+            g = gradients[name] * mask[:, None, None].astype(gradients[name].dtype)
+            known = factors.get(name, {})
+            added = increments(
+                inputs[site], g, known.get("input"), known.get("output"), per_token=per_token, update=update
+            )
+            broken = ~jnp.all(jnp.isfinite(g), axis=(1, 2))
+            first = jax.lax.dynamic_index_in_dim(numbers, jnp.argmax(broken), keepdims=False)
+            bad[name] = jnp.minimum(sums.bad[name], jnp.where(jnp.any(broken), first, NONE))
+            total[name], carry[name] = {}, {}
+            for factor, product in added.items():
+                addend = product - sums.carry[name][factor]
+                total[name][factor] = sums.total[name][factor] + addend
+                carry[name][factor] = (total[name][factor] - sums.total[name][factor]) - addend
+        return jax.tree.map(lambda a: a[None], Sums(total, carry, bad))
+
     back, gradients = pull(gradient)
-    total, carry, bad = {}, {}, {}
-    for name, site in LINEARS.items():
-        g = gradients[name] * mask[:, None, None].astype(gradients[name].dtype)
-        known = factors.get(name, {})
-        added = increments(inputs[site], g, known.get("input"), known.get("output"), per_token=per_token, update=update)
-        broken = ~jnp.all(jnp.isfinite(g), axis=(1, 2))
-        found = jnp.where(jnp.any(broken), first.astype(jnp.int32) + jnp.argmax(broken).astype(jnp.int32), -1)
-        bad[name] = jnp.where(sums.bad[name] >= 0, sums.bad[name], found)
-        total[name], carry[name] = {}, {}
-        for factor, product in added.items():
-            addend = product - sums.carry[name][factor]
-            total[name][factor] = sums.total[name][factor] + addend
-            carry[name][factor] = (total[name][factor] - sums.total[name][factor]) - addend
-    return Sums(total, carry, bad), back
+    specs = (EACH, EACH, EACH, EACH, EACH, WHOLE)
+    on_each = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=EACH, check_vma=False)
+    return on_each(sums, inputs, gradients, mask, numbers, factors), back
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def reduce_sums(sums: Sums, *, mesh: Mesh) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
+    """(sums over all devices by linear and factor, least `bad`), on every device: one all-reduce per factor."""
+
+    def own(sums: Sums) -> Any:
+        added = jax.tree.map(lambda total, carry: jax.lax.psum(total[0] - carry[0], AXES), sums.total, sums.carry)
+        bad = jax.lax.pmin(jnp.stack([sums.bad[name][0] for name in LINEARS]), AXES)
+        return added, {name: bad[i] for i, name in enumerate(LINEARS)}
+
+    return jax.shard_map(own, mesh=mesh, in_specs=(EACH,), out_specs=WHOLE, check_vma=False)(sums)
 
 
 def activation_bytes(parameters: Any, config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> int:
@@ -151,37 +180,38 @@ def sketch_pass(
     sums: dict[int, Sums],
     factors: Callable[[int], Mapping[str, Mapping[str, HostOrDevice]]] | None,
     *,
-    batch: int,
-    start: int = 0,
+    spread: Spread,
     budget: float = 0,
 ) -> Iterator[int]:
-    """Pass `number` over the sequences from `start` on; yields the number of sequences done after every batch.
+    """Pass `number` over the sequences of `spread`; yields the number of sequences done after every step.
 
     Every block is evaluated once when all that its pullback needs fits into `budget` bytes beside the sums, else a
-    second time on the way back, to the same bits.
+    second time on the way back, to the same bits. `tokens` are those of all sequences.
 
     `sums` holds the blocks to accumulate, a contiguous range, and is brought up to date in place (an entry taken out
     of it is invalid after the next step: its memory is used again). `factors(block)` are those of the pass before, or
     None for identities. Raises NumericsError naming the linear and the sequence whose gradient is not finite.
     """
     update = sketch.passes[number]
-    blocks, top = params["blocks"], head(params)
-    lowest = min(sums)
+    blocks = [spread.whole(parameters) for parameters in params["blocks"]]
+    table, top = spread.whole((params["embed"], head(params)))
+    lowest, batch = min(sums), spread.batch
     known = {i: {} if factors is None else {k: dict(v) for k, v in factors(i).items()} for i in sums}
-    root = jax.random.wrap_key_data(jax.device_put(np.array([number, sketch.seed], np.uint32)))
+    known = spread.whole(known)
+    root = np.array([number, sketch.seed], np.uint32)
     held = sum(block_bytes(blocks[index]) for index in sums)
     shape = batch, tokens.shape[1], sketch.compute
     held += sum(activation_bytes(blocks[i], config, *shape) for i in range(lowest, len(blocks)))
     keep = held <= budget
-    for offset, (part, mask) in enumerate(batches(tokens[start:], batch)):
-        first = np.uint32(start + offset * batch)
-        x, kept = embed(params["embed"], part).astype(sketch.compute), []
+    for step in spread.feed(spread.take(tokens)):
+        (part,) = step.parts
+        x, kept = embed(table, part).astype(sketch.compute), []
         for index, parameters in enumerate(blocks):
             before = x
             x, pull, inputs = forward(parameters, before, config)
             if index >= lowest:
                 kept.append((pull, inputs) if keep else before)
-        gradient = label_gradient(top, x, part, root, first, config, labels=sketch.labels)
+        gradient = label_gradient(top, x, part, root, step.numbers, config, labels=sketch.labels)
         for index in range(len(blocks) - 1, lowest - 1, -1):
             pull, inputs = kept.pop() if keep else forward(blocks[index], kept.pop(), config)[1:]
             if index in sums:
@@ -190,49 +220,62 @@ def sketch_pass(
                     pull,
                     inputs,
                     gradient,
-                    mask,
-                    first,
+                    step.mask,
+                    step.numbers,
                     known[index],
                     per_token=sketch.estimator == "sketch_a",
                     update=update,
+                    mesh=spread.mesh,
                 )
             else:
                 gradient = backward(pull, gradient)
-        _check({index: block_sums.bad for index, block_sums in sums.items()})
-        yield min(start + (offset + 1) * batch, len(tokens))
+        if jax.process_count() == 1:  # a process that ends alone leaves the others waiting: they meet in `finish_sums`
+            bad = jax.device_get({index: block_sums.bad for index, block_sums in sums.items()})
+            for index, linears in bad.items():
+                _check(index, {name: found.min() for name, found in linears.items()})
+        yield step.done
 
 
-def _check(bad: dict[int, dict[str, Array]]) -> None:
-    for index, linears in jax.device_get(bad).items():
-        for name, sequence in linears.items():
-            if sequence >= 0:
-                raise NumericsError(
-                    f"layers.{index}.{name}: the gradient of calibration sequence {int(sequence)} is not finite; "
-                    "drop that sequence, check the weights, or load the model in float32"
-                )
+def _check(index: int, bad: Mapping[str, Any]) -> None:
+    for name, sequence in bad.items():
+        if sequence != NONE:
+            raise NumericsError(
+                f"layers.{index}.{name}: the gradient of calibration sequence {int(sequence)} is not finite; "
+                "drop that sequence, check the weights, or load the model in float32"
+            )
 
 
 def finish_sums(
-    sums: Sums, index: int, before: Mapping[str, Mapping[str, HostOrDevice]] | None, sequences: int
+    sums: Sums,
+    index: int,
+    before: Mapping[str, Mapping[str, HostOrDevice]] | None,
+    spread: Spread,
+    done: int | None = None,
 ) -> dict[str, Hessian]:
     """The factors of a block, symmetric and with mean diagonal 1; what the pass did not renew is taken from `before`.
 
-    Raises InputError when neither has an input factor.
+    With `done` sequences so far the sums stay in use, else they are freed. Raises InputError when neither has an input
+    factor, NumericsError, in all processes alike, for a gradient that was not finite.
     """
-    sums = jax.device_get(sums)
-    result = {}
+    totals, bad = jax.device_get(reduce_sums(sums, mesh=spread.mesh))
+    if done is None:
+        for leaf in jax.tree.leaves((sums.total, sums.carry)):
+            if isinstance(leaf, jax.Array):  # not the zeros of no step at all
+                leaf.delete()
+    _check(index, bad)
+    count, result = spread.sequences if done is None else done, {}
     for name in LINEARS:
-        made = {factor: _normal(total, sums.carry[name][factor]) for factor, total in sums.total[name].items()}
+        made = {factor: _normal(total) for factor, total in totals[name].items()}
         known = {} if before is None else before.get(name, {})
         both = {factor: made[factor] if factor in made else known.get(factor) for factor in ("input", "output")}
         if both["input"] is None:
             raise InputError(f"layers.{index}.{name}: no input factor; the pass before it is missing")
-        result[name] = Hessian(both["input"], both["output"], sequences)
+        result[name] = Hessian(both["input"], both["output"], count)
     return result
 
 
-def _normal(total: np.ndarray, carry: np.ndarray) -> np.ndarray:
-    exact = np.tril(total.astype(np.float64) - carry)
+def _normal(total: np.ndarray) -> np.ndarray:
+    exact = np.tril(total.astype(np.float64))
     mean = np.trace(exact) / len(exact)
     if mean > 0:
         exact /= mean
@@ -247,6 +290,7 @@ def collect_sketch(
     *,
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> dict[str, Hessian]:
     """The sketch of every linear, in memory (the store keeps them on disk, and continues after a kill).
@@ -255,21 +299,21 @@ def collect_sketch(
     """
     options.setdefault("rounds", 2 if estimator == "sketch_a" else 1)
     sketch = Sketch(estimator, **options)
-    count = len(params["blocks"])
+    count, spread = len(params["blocks"]), Spread(len(tokens), batch, mesh or single())
     factors: dict[int, dict[str, dict[str, HostOrDevice]]] | None = None
     if estimator == "sketch_a":  # its first half-step, H_in = E[x xᵀ], needs no gradients
-        factors, x = {}, embedded(params["embed"], tokens, batch)
+        factors, x = {}, embedded(params["embed"], spread.take(tokens), batch)
         for index, parameters in enumerate(params["blocks"]):
-            found, x = block_hessians_and_outputs(parameters, x, config, index=index, batch=batch)
+            found, x = block_hessians_and_outputs(parameters, x, config, index=index, batch=batch, spread=spread)
             factors[index] = {name: {"input": hessian.input} for name, hessian in found.items()}
     result: dict[int, dict[str, Hessian]] = {}
     for number, update in enumerate(sketch.passes):
-        sums = {index: empty_sums(params["blocks"][index], update) for index in range(count)}
+        sums = {index: empty_sums(params["blocks"][index], update, spread) for index in range(count)}
         before = None if factors is None else factors.__getitem__
-        for done in sketch_pass(config, params, tokens, sketch, number, sums, before, batch=batch):
+        for done in sketch_pass(config, params, tokens, sketch, number, sums, before, spread=spread):
             if progress is not None:
                 progress(number * len(tokens) + done, len(sketch.passes) * len(tokens))
-        result = {i: finish_sums(sums[i], i, None if factors is None else factors[i], len(tokens)) for i in sums}
+        result = {i: finish_sums(sums[i], i, None if factors is None else factors[i], spread) for i in sums}
         factors = {i: known_factors(hessians) for i, hessians in result.items()}
     return {f"layers.{i}.{name}": result[i][name] for i in range(count) for name in LINEARS}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import shutil
@@ -11,15 +12,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qjax.errors import ArtifactError, InputError
+from qjax.hessian.accumulate import NONE
 from qjax.hessian.sketch import Sketch
-from qjax.hessian.sketch_collect import Sums, empty_sums, finish_sums, known_factors, ranges, sketch_pass
+from qjax.hessian.sketch_collect import Sums, empty_sums, finish_sums, known_factors, ranges, reduce_sums, sketch_pass
+from qjax.hessian.spread import Spread
 from qjax.hessian.statistics import Hessian
 from qjax.hessian.store import HessianStore, pack_triangle, unpack_triangle
+from qjax.mesh import single
 from qjax.models.config import ModelConfig
+from qjax.models.linear import HostOrDevice
 from qjax.models.transformer import LINEARS
 from qjax.run.atomic import read_json, read_safetensors, write_json, write_safetensors
+from qjax.run.distributed import together
 
 __all__ = ["collect_into"]
 
@@ -38,6 +45,7 @@ def collect_into(
     moments: Callable[[int], dict[str, Hessian]] | None = None,
     prefixes: Mapping[int, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[[int], dict[str, Hessian]]:
     """Make sure that the sketch of every block is stored under `key`; returns the loader of a block by index.
 
@@ -49,11 +57,14 @@ def collect_into(
       moments: `H_in = E[x xᵀ]` of a block, which sketch A starts from.
       prefixes: keys under which the sketches of the first so many sequences are stored too, to the bytes of a
         collection of their own.
+      mesh: as in `qjax.hessian.collect`; process 0 writes. A collection on several devices continues on any number of
+        them, to the same sums but for their last bits: a checkpoint holds the sum over the devices.
 
     Raises InputError for prefixes that the pass has no sums of.
     """
+    mesh = mesh or single()
     prefixes = prefixes or {}
-    _check_prefixes(prefixes, sketch, len(tokens), batch)
+    _check_prefixes(prefixes, sketch, len(tokens), batch * mesh.size)
     last = len(sketch.passes) - 1
     plan = ranges(params["blocks"], budget)
     total = len(sketch.passes) * len(plan) * len(tokens)
@@ -62,38 +73,51 @@ def collect_into(
         own = key if number == last else f"{key}/pass_{number}"
         for position, part in enumerate(plan):
             finished = (number * len(plan) + position) * len(tokens)
-            if all(store.load(k, index) is not None for k in (own, *prefixes.values()) for index in part):
+
+            def whole(own: str = own, part: range = part) -> bool:
+                return all(store.load(k, index) is not None for k in (own, *prefixes.values()) for index in part)
+
+            if together(whole):
                 continue
             folder = store.path / key / "partial"
             name = f"pass_{number}_blocks_{part.start}_{part.stop}"
-            found = _resume(folder, name, part)
-            if found is not None and any(
-                store.load(k, index) is None for size, k in prefixes.items() if size <= found[0] for index in part
-            ):
-                found = None  # the sums of that prefix are gone
-            start, sums = found or (0, {index: empty_sums(params["blocks"][index], update) for index in part})
+
+            def newest(folder: pathlib.Path = folder, name: str = name, part: range = part) -> int | None:
+                done = _newest(folder, name, part)
+                gone = done is not None and any(
+                    store.load(k, index) is None for size, k in prefixes.items() if size <= done for index in part
+                )
+                missed = done is not None and bool(prefixes) and done % (batch * mesh.size) > 0
+                return None if gone or missed else done  # where the sums of a prefix are gone: from the beginning
+
+            found = together(newest)
+            spread = Spread(len(tokens), batch, mesh, 0 if found is None else found)
+            if found is None:
+                sums = {index: empty_sums(params["blocks"][index], update, spread) for index in part}
+            else:
+                target = folder / f"{name}_done_{found}"
+                sums = {i: _on_mesh(_load(target / f"block_{i:04d}.safetensors"), spread) for i in part}
             known = None if before is None else (lambda index, load=before: known_factors(load(index)))
             saved = time.monotonic()
-            if start < len(tokens):
-                steps = sketch_pass(
-                    config, params, tokens, sketch, number, sums, known, batch=batch, start=start, budget=budget
-                )
+            steps = sketch_pass(config, params, tokens, sketch, number, sums, known, spread=spread, budget=budget)
             for done in steps:
                 if progress is not None:
                     progress(finished + done, total)
                 if done in prefixes:
                     for index in part:
-                        store.save(prefixes[done], index, finish_sums(sums[index], index, None, done))
-                if done < len(tokens) and time.monotonic() - saved >= checkpoint:
-                    _save(folder, name, done, sums)
+                        made = finish_sums(sums[index], index, None, spread, done)
+                        together(functools.partial(store.save, prefixes[done], index, made))
+                if done < len(tokens) and together(lambda since=saved: time.monotonic() - since >= checkpoint):
+                    _save(folder, name, done, sums, spread)
                     saved = time.monotonic()
             for index in part:
                 factors = None if known is None else known(index)
-                store.save(own, index, finish_sums(sums[index], index, factors, len(tokens)))
-            shutil.rmtree(folder, ignore_errors=True)
+                made = finish_sums(sums[index], index, factors, spread)
+                together(functools.partial(store.save, own, index, made))
+            together(functools.partial(shutil.rmtree, folder, ignore_errors=True))
         before = store.loader(own)
     for number in range(last):
-        shutil.rmtree(store.path / key / f"pass_{number}", ignore_errors=True)
+        together(functools.partial(shutil.rmtree, store.path / key / f"pass_{number}", ignore_errors=True))
     return store.loader(key)
 
 
@@ -111,34 +135,54 @@ def _check_prefixes(prefixes: Mapping[int, str], sketch: Sketch, sequences: int,
             )
 
 
-def _save(folder: pathlib.Path, name: str, done: int, sums: dict[int, Sums]) -> None:
-    """A checkpoint: a folder whose `complete.json` is written last; older ones are removed after that."""
+def _save(folder: pathlib.Path, name: str, done: int, sums: dict[int, Sums], spread: Spread) -> None:
+    """A checkpoint: a folder whose `complete.json` is written last; older ones are removed after that.
+
+    With one device both parts of the sums are kept, so that the result is the same to the last bit; with several their
+    sum over the devices.
+    """
     target = folder / f"{name}_done_{done}"
     for index, block in sums.items():
-        block = jax.device_get(block)
-        arrays = {
-            f"{linear}:{factor}:{what}": pack_triangle(matrix)
-            for what, tree in (("total", block.total), ("carry", block.carry))
+        if spread.mesh.size == 1:
+            parts = {"total": block.total, "carry": block.carry}
+            arrays, bad = jax.device_get((jax.tree.map(lambda a: a[0], parts), block.bad))
+        else:
+            total, bad = jax.device_get(reduce_sums(block, mesh=spread.mesh))
+            arrays = {"total": total}
+        triangles = {
+            f"{linear}:{factor}:{what}": pack_triangle(np.asarray(matrix))
+            for what, tree in arrays.items()
             for linear, factors in tree.items()
             for factor, matrix in factors.items()
         }
-        bad = {linear: int(value) for linear, value in block.bad.items()}
-        write_safetensors(target / f"block_{index:04d}.safetensors", arrays, {"bad": json.dumps(bad)})
-    write_json(target / "complete.json", {"done": done})
-    for other in folder.iterdir():
-        if other != target:
-            shutil.rmtree(other, ignore_errors=True)
+        first = {"bad": json.dumps({linear: int(np.min(value)) for linear, value in bad.items()})}
+        file = target / f"block_{index:04d}.safetensors"
+        together(functools.partial(_write, file, triangles, first))
+
+    def complete() -> None:
+        write_json(target / "complete.json", {"done": done})
+        for other in folder.iterdir():
+            if other != target:
+                shutil.rmtree(other, ignore_errors=True)
+
+    together(complete)
 
 
-def _resume(folder: pathlib.Path, name: str, part: range) -> tuple[int, dict[int, Sums]] | None:
-    """The newest complete checkpoint of this pass and range, or None."""
+def _write(file: pathlib.Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    write_safetensors(file, arrays, metadata)
+
+
+def _newest(folder: pathlib.Path, name: str, part: range) -> int | None:
+    """How many sequences the newest sound checkpoint of this pass and range has done, or None."""
     found = sorted(folder.glob(f"{name}_done_*/complete.json"), key=lambda p: int(p.parent.name.rsplit("_", 1)[1]))
     for file in reversed(found):
         try:
             done = int(read_json(file)["done"])
-            return done, {i: _load(file.parent / f"block_{i:04d}.safetensors") for i in part}
+            for index in part:
+                _load(file.parent / f"block_{index:04d}.safetensors")
         except ArtifactError:  # damaged: an older one, or from the beginning
             continue
+        return done
     return None
 
 
@@ -148,5 +192,23 @@ def _load(path: pathlib.Path) -> Sums:
     for name, values in arrays.items():
         linear, factor, what = name.split(":")
         trees[what].setdefault(linear, {})[factor] = unpack_triangle(values)
+    carry = trees["carry"] or jax.tree.map(np.zeros_like, trees["total"])
     bad = json.loads(metadata["bad"])
-    return Sums(trees["total"], trees["carry"], {linear: np.int32(bad[linear]) for linear in LINEARS})
+    return Sums(trees["total"], carry, {linear: np.uint32(bad[linear]) for linear in LINEARS})
+
+
+def _on_mesh(sums: Sums, spread: Spread) -> Sums:
+    """The sums of a checkpoint as those of the first device; the others begin with zeros."""
+
+    def first(array: np.ndarray, rest: np.generic) -> HostOrDevice:
+        if spread.mesh.size == 1:
+            return np.asarray(array)[None]
+
+        def part(index: Any) -> np.ndarray:
+            return np.asarray(array)[None] if index[0].start in (0, None) else np.full((1, *np.shape(array)), rest)
+
+        return jax.make_array_from_callback((spread.mesh.size, *np.shape(array)), spread.each, part)
+
+    zero = np.float32(0)
+    total, carry = (jax.tree.map(lambda a: first(a, zero), tree) for tree in (sums.total, sums.carry))
+    return Sums(total, carry, jax.tree.map(lambda a: first(a, NONE), sums.bad))

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
 
 from qjax import activations
 from qjax.activations import Activations
 from qjax.errors import ArtifactError
 from qjax.hessian.collect import batches, block_hessians_and_outputs, embedded
+from qjax.hessian.spread import Spread
 from qjax.hessian.statistics import Hessian
+from qjax.mesh import EACH, WHOLE, single
 from qjax.models.config import ModelConfig
+from qjax.models.linear import HostOrDevice
 from qjax.models.transformer import LINEARS, SITES, block
 from qjax.run.atomic import read_safetensors, verified_metadata, write_safetensors
+from qjax.run.distributed import together
 from qjax.run.fingerprint import digest
 
 __all__ = ["HessianStore", "identity", "pack_triangle", "unpack_triangle"]
@@ -121,18 +128,26 @@ class HessianStore:
         *,
         batch: int,
         progress: Callable[[int, int], None] | None = None,
+        mesh: Mesh | None = None,
     ) -> Callable[[int], dict[str, Hessian]]:
-        """Make sure that all blocks are stored, collecting what is missing; returns the loader of a block by index."""
-        present = [self.whole(key, index) for index in range(config.num_layers)]
+        """Make sure that all blocks are stored, collecting what is missing; returns the loader of a block by index.
+
+        `mesh`: as in `qjax.hessian.collect`. It is not part of the key: on another mesh the sums differ in their last
+        bits, and what was collected first is kept. Process 0 writes, all processes read.
+        """
+        present = together(lambda: [self.whole(key, index) for index in range(config.num_layers)])
         if not all(present):
             last = max(index for index, there in enumerate(present) if not there)
-            x = embedded(params["embed"], tokens, batch)
+            spread = Spread(len(tokens), batch, mesh or single())
+            x = embedded(params["embed"], spread.take(tokens), batch)
             for index, parameters in enumerate(params["blocks"][: last + 1]):
                 if present[index]:
-                    x = forward_block(parameters, x, config, batch)
+                    x = forward_block(parameters, x, config, batch, spread=spread)
                 else:
-                    hessians, x = block_hessians_and_outputs(parameters, x, config, index=index, batch=batch)
-                    self.save(key, index, hessians)
+                    hessians, x = block_hessians_and_outputs(
+                        parameters, x, config, index=index, batch=batch, spread=spread
+                    )
+                    together(functools.partial(self.save, key, index, hessians))
                 if progress is not None:
                     progress(index + 1, config.num_layers)
 
@@ -152,11 +167,31 @@ class HessianStore:
         return load
 
 
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _blocks(parameters: Any, x: HostOrDevice, config: ModelConfig, *, mesh: Mesh) -> Array:
+    """`block` on every device for its part of x."""
+    own = functools.partial(block, config=config)
+    return jax.shard_map(own, mesh=mesh, in_specs=(WHOLE, EACH), out_specs=EACH, check_vma=False)(parameters, x)
+
+
 def forward_block(
-    parameters: Any, x: Activations, config: ModelConfig, batch: int, out: Activations | None = None
+    parameters: Any,
+    x: Activations,
+    config: ModelConfig,
+    batch: int,
+    out: Activations | None = None,
+    spread: Spread | None = None,
 ) -> Activations:
-    """The outputs of one block for all sequences, where x is; in `out` when given, which may be x itself."""
+    """The outputs of one block for all sequences (with `spread`: those that this process holds), where x is.
+
+    They come in `out` when given, which may be x itself. Nothing is communicated.
+    """
     out = activations.like(x) if out is None else out
+    if spread is not None and spread.mesh.size > 1:
+        parameters = spread.whole(parameters)
+        for step in spread.feed(x):
+            spread.put(out, step, _blocks(parameters, *step.parts, config, mesh=spread.mesh))
+        return out
     for start, (part, mask) in zip(range(0, len(x), batch), batches(x, batch), strict=True):
         activations.put(out, start, int(mask.sum()), block(parameters, part, config))
     return out

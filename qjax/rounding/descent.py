@@ -153,6 +153,11 @@ class Greedy:
             raise InputError(f"rounding.order is {self.order!r}; allowed for greedy are natural, descending")
         check_passes(self.passes, 1)
 
+    @property
+    def independent_rows(self) -> bool:
+        """Rows may be rounded apart."""
+        return True
+
     def __call__(
         self,
         weight: Float[Array, "out in"],

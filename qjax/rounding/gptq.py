@@ -55,6 +55,12 @@ class GPTQ:
         if self.order not in ("natural", "descending"):
             raise InputError(f"rounding.order is {self.order!r}; allowed for gptq are natural, descending")
 
+    @property
+    def independent_rows(self) -> bool:
+        """Whether rows may be rounded apart: RMS scales fitted group by group look at the scales of other rows."""
+        grouped = self.rule is not None and self.rule.granularity == "group" and self.rule.method != "minmax"
+        return self.static_groups or not grouped
+
     def __call__(
         self,
         weight: Float[Array, "out in"],

@@ -54,6 +54,11 @@ class GuardedLDLQ:
         if not self.rho > 0:
             raise InputError(f"rounding.rho is {self.rho}; it is a positive number (QuIP uses 0.1)")
 
+    @property
+    def independent_rows(self) -> bool:
+        """Whether rows may be rounded apart; the random numbers of stochastic rounding are drawn for whole columns."""
+        return not self.stochastic
+
     def __call__(
         self,
         weight: Float[Array, "out in"],

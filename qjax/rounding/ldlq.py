@@ -58,6 +58,11 @@ class LDLQ:
             raise InputError(f"rounding.order is {self.order!r}; allowed for ldlq are natural, ascending")
         check_passes(self.passes, 0)
 
+    @property
+    def independent_rows(self) -> bool:
+        """Whether rows may be rounded apart; the random numbers of stochastic rounding are drawn for whole columns."""
+        return not self.stochastic
+
     def __call__(
         self,
         weight: Float[Array, "out in"],

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from qjax.hessian.statistics import Hessian
 from qjax.rounding.base import precise
+from qjax.rounding.rows import gathered, over_rows
 
 __all__ = ["factor_norms", "proxy_loss", "quadratic", "weight_mse"]
 
 
-def quadratic(error: Float[Array, "out in"], hessian: Hessian) -> Float[Array, ""]:
-    """`tr(H_out E H_in Eᵀ)` (H_out = I when absent)."""
-    right = jnp.matmul(error, hessian.input.astype(error.dtype), precision=precise)
-    left = error if hessian.output is None else jnp.matmul(hessian.output.astype(error.dtype), error, precision=precise)
-    return jnp.sum(left * right)
+def quadratic(error: Float[Array, "out in"], hessian: Hessian, mesh: Mesh | None = None) -> Float[Array, ""]:
+    """`tr(H_out E H_in Eᵀ)` (H_out = I when absent), without H_out with the rows of E over the devices of `mesh`.
+
+    Row by row first, and the rows always in the same order: the sum does not depend on where rows were computed.
+    """
+    h = hessian.input.astype(error.dtype)
+    if hessian.output is not None:
+        left = jnp.matmul(hessian.output.astype(error.dtype), error, precision=precise)
+        return jnp.sum(left * jnp.matmul(error, h, precision=precise))
+
+    def rows(error: Array, h: Array) -> tuple[Array, None]:
+        return jnp.sum(error * jnp.matmul(error, h, precision=precise), axis=1), None
+
+    each = rows(error, h)[0] if mesh is None else gathered(over_rows(rows, mesh, error, h)[0][: error.shape[0]], mesh)
+    return jnp.sum(jax.lax.optimization_barrier(each))
 
 
 def factor_norms(hessian: Hessian, rows: int) -> Float[Array, ""]:
@@ -28,12 +41,14 @@ def factor_norms(hessian: Hessian, rows: int) -> Float[Array, ""]:
     return jnp.where(norm > 0, norm, 1)
 
 
-def proxy_loss(weight: Float[Array, "out in"], rounded: Float[Array, "out in"], hessian: Hessian) -> Float[Array, ""]:
+def proxy_loss(
+    weight: Float[Array, "out in"], rounded: Float[Array, "out in"], hessian: Hessian, mesh: Mesh | None = None
+) -> Float[Array, ""]:
     """Relative proxy loss `tr(H_out E H_in Eᵀ) / tr(H_out W H_in Wᵀ)`, E = W − Ŵ (QuIP, equation 1; 0 for 0/0).
 
     The scale of H cancels. Dimensionless: 0 is lossless, 1 is as bad as rounding everything to zero.
     """
-    loss, reference = quadratic(weight - rounded, hessian), quadratic(weight, hessian)
+    loss, reference = quadratic(weight - rounded, hessian, mesh), quadratic(weight, hessian, mesh)
     return jnp.where(reference > 0, loss / jnp.where(reference > 0, reference, 1), jnp.where(loss > 0, jnp.inf, 0))
 
 

@@ -21,6 +21,11 @@ __all__ = ["Nearest", "Stochastic"]
 class Nearest:
     """`Ŵ = Q(W)`: every tile to its nearest codeword."""
 
+    @property
+    def independent_rows(self) -> bool:
+        """Rows may be rounded apart."""
+        return True
+
     def __call__(
         self,
         weight: Float[Array, "out in"],

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from qjax.errors import InputError, RunError
+from qjax import errors
+from qjax.errors import InputError, QjaxError, RunError
 
-__all__ = ["DistributedSettings", "initialise"]
+__all__ = ["DistributedSettings", "every", "initialise", "leads", "lost", "together"]
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +63,8 @@ class DistributedSettings:
             )
 
 
+# Processes end together (`together`, `every`); one that ends alone should not be waited for.
+_SHUTDOWN_S = 30
 _started: DistributedSettings | None = None
 
 
@@ -76,6 +87,7 @@ def initialise(settings: DistributedSettings) -> None:
             settings.process,
             initialization_timeout=settings.start_s,
             heartbeat_timeout_seconds=settings.heartbeat_s,
+            shutdown_timeout_seconds=_SHUTDOWN_S,
         )
         joined = jax.process_count()
     except RuntimeError as error:
@@ -91,3 +103,74 @@ def initialise(settings: DistributedSettings) -> None:
             "collectives was chosen, or devices were touched before"
         )
     _started = settings
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes: process 0, the only one where there are no others."""
+    return jax.process_index() == 0
+
+
+def together(task: Callable[[], Any]) -> Any:
+    """The result of `task()`, a JSON value, which process 0 alone carries out; the others wait and get the same.
+
+    What process 0 wrote is there for all when it returns. An error of process 0 is raised in every process: those of
+    `qjax.errors` as they are, others as RunError.
+    """
+    if jax.process_count() == 1:
+        return task()
+    failure, answer = None, {}
+    if leads():
+        try:
+            answer = {"value": task()}
+        except BaseException as error:  # the others must not wait for ever
+            failure, answer = error, {"error": type(error).__name__, "message": str(error)}
+    answer = json.loads(_from(0, json.dumps(answer).encode()))
+    if failure is not None:
+        raise failure
+    if "error" in answer:
+        kind = getattr(errors, answer["error"], None)
+        if isinstance(kind, type) and issubclass(kind, QjaxError):
+            raise kind(answer["message"])
+        raise RunError(f"process 0 ended by {answer['error']}: {answer['message']}")
+    return answer["value"]
+
+
+def every(task: Callable[[], T]) -> T:
+    """The result of this process's own `task()`, when all processes have ended theirs without an error.
+
+    An error in one is raised in all; it is the first process's that failed, and named where it is another's.
+    """
+    if jax.process_count() == 1:
+        return task()
+    failure, text, result = None, "", None
+    try:
+        result = task()
+    except BaseException as error:
+        failure, text = error, f"{type(error).__name__}: {error}"
+    failed = np.asarray(multihost_utils.process_allgather(np.int32(failure is not None)))
+    if failed.any():
+        source = int(np.argmax(failed))
+        message = _from(source, text.encode()).decode()
+        raise failure or RunError(f"process {source} ended by {message}")
+    return cast(T, result)
+
+
+def _from(source: int, data: bytes) -> bytes:
+    """The bytes that process `source` gives (those of the others are ignored)."""
+    mine = jax.process_index() == source
+    send = functools.partial(multihost_utils.broadcast_one_to_all, is_source=mine)
+    size = int(send(np.int32(len(data))))
+    padded = np.zeros(1 << max(size - 1, 255).bit_length(), np.uint8)  # powers of two: few programs
+    if mine:
+        padded[:size] = np.frombuffer(data, np.uint8)
+    return np.asarray(send(padded))[:size].tobytes()
+
+
+def lost(error: BaseException) -> str:
+    """What to say when an operation between processes failed, which is how the end of one shows in the others."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return (
+        f"process {jax.process_index()} of {jax.process_count()}: another process is gone or cannot be reached "
+        f"({reason}); see its own messages. What was finished is kept: start all processes again with the same "
+        "command, in the same number or another"
+    )

@@ -10,6 +10,7 @@ from qjax.errors import ArtifactError, DataError, InputError, NumericsError
 from qjax.hessian import HessianStore
 from qjax.hessian.accumulate import _second_moment, accumulate, empty, finish
 from qjax.hessian.collect import batches
+from qjax.hessian.spread import Spread
 from qjax.hessian.store import pack_triangle, unpack_triangle
 from qjax.models.transformer import LINEARS, SITES, block_inputs, embed
 from qjax.run.fingerprint import digest
@@ -43,14 +44,16 @@ def test_many_batches_lose_nothing(model):
     activations (test_collected_hessians_are_the_second_moments does that).
     """
     x = np.asarray(embed(model.params["embed"], np.arange(24, dtype=np.int32).reshape(2, 12)))
-    parameters, mask = model.params["blocks"][0], np.ones(2, np.float32)
+    parameters = model.params["blocks"][0]
 
     def mean_of(batches):
-        moments = empty(model.config)
+        spread = Spread(2, 2)
+        moments, (step,) = empty(model.config, spread), spread.feed(x)
+        inputs = (parameters, *step.parts, step.mask, step.numbers)
         for _ in range(batches):
-            moments, _ = accumulate(moments, parameters, x, mask, model.config, propagate=False)
-        means, count, broken = finish(moments)
-        assert count == 24 * batches and not broken
+            moments, _ = accumulate(moments, *inputs, model.config, mesh=spread.mesh, propagate=False)
+        means, broken = finish(moments, 24 * batches, spread.mesh)
+        assert not broken
         return means
 
     once, often = mean_of(1), mean_of(1000)

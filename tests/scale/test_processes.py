@@ -1,0 +1,156 @@
+"""Real processes over gloo: the run of one process, killed and continued by another number of them, in one folder."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+pytestmark = pytest.mark.slow
+MODEL = pathlib.Path(__file__).parents[1] / "fixtures" / "models" / "llama3"
+SETTINGS = [
+    "model=hf",
+    f"model.source={MODEL}",
+    "data=tokens",
+    "hessian=original",
+    "rounding=ldlq",
+    "codebook=half_integer",
+    "bits=2",
+    "incoherence=none",
+    "tracker=none",
+    "evaluate.sanity_perplexity=null",  # random weights
+    "data.calibration_sequences=10",
+    "data.evaluation_sequences=2",
+    "data.length=16",
+    "hessian.batch=2",
+    "distributed.start_s=200",
+    "distributed.heartbeat_s=10",
+]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(out, cache, processes, *overrides):
+    """`processes` of experiments.quantize that form a group (one: a plain run)."""
+    port = free_port()
+    group = ["mesh=all", f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={processes}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "experiments.quantize", *SETTINGS, f"out={out}", f"cache={cache}", *overrides]
+            + ([*group, f"distributed.process={index}"] if processes > 1 else []),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for index in range(processes)
+    ]
+
+
+def ended(processes, timeout=300):
+    """(exit codes, outputs)."""
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], outputs
+
+
+def codes(out):
+    """The arrays of all records, in the order of their names."""
+    files = sorted((pathlib.Path(out) / "layers").glob("*.safetensors"))
+    return {file.name: safetensors.numpy.load_file(file) for file in files}
+
+
+def same(a, b):
+    assert a.keys() == b.keys() and a
+    for name, arrays in a.items():
+        assert arrays.keys() == b[name].keys()
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(array, b[name][key], err_msg=f"{name} {key}")
+
+
+def hessians(cache):
+    """The stored Hessians, by block."""
+    (folder,) = (pathlib.Path(cache) / "hessians").iterdir()
+    return {file.name: safetensors.numpy.load_file(file) for file in sorted(folder.glob("block_*.safetensors"))}
+
+
+def wait_for(condition, processes, timeout=300):
+    """Until `condition()` holds or a process ends."""
+    deadline = time.monotonic() + timeout
+    while not condition() and all(process.poll() is None for process in processes):
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """One process from start to end; four, one of them killed; two that go on; one with the Hessians of the four."""
+    folder = tmp_path_factory.mktemp("processes")
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 64, 400).astype(np.int32))
+    data = f"data.path={folder / 'tokens.npy'}"
+    alone, cache, out = folder / "alone", folder / "cache", folder / "out"
+    found = {"folder": folder}
+    found["alone"] = ended(start(alone / "run", alone / "cache", 1, data))
+
+    four = start(out, cache, 4, data)
+    found["began"] = wait_for(lambda: any((out / "layers").glob("layers.0.*.safetensors")), four)
+    four[2].send_signal(signal.SIGKILL)
+    found["four"] = ended(four)
+    found["finished early"] = (out / "results.json").exists()
+    found["two"] = ended(start(out, cache, 2, data))
+    found["reference"] = ended(start(folder / "reference", cache, 1, data))
+    return found
+
+
+def test_the_end_of_one_process_ends_all_and_says_so(story):
+    codes, outputs = story["four"]
+    assert story["began"], outputs
+    assert codes[2] == -signal.SIGKILL and all(code != 0 for code in codes), (codes, outputs)
+    assert not story["finished early"]
+    for index in (0, 1, 3):
+        # the broken connection, or JAX's own end of a process whose peer shows no sign of life
+        lost = "another process is gone or cannot be reached" in outputs[index]
+        assert lost or "indicates that another task died" in outputs[index], outputs[index]
+        assert "the same command, in any number of processes, continues" in outputs[index]
+
+
+def test_another_number_of_processes_goes_on_to_the_codes_of_one(story):
+    """From the same Hessians, which the four had stored: bit for bit."""
+    for name in ("two", "reference"):
+        assert set(story[name][0]) == {0}, story[name]
+    out, reference = story["folder"] / "out", story["folder"] / "reference"
+    same(codes(out), codes(reference))
+    results = [json.loads((folder / "results.json").read_text()) for folder in (out, reference)]
+    for key in ("proxy_loss_mean", "kl_mean", "perplexity", "bits_per_weight"):
+        assert results[0][key] == pytest.approx(results[1][key], rel=1e-6), key
+    assert (results[0]["device"]["processes"], results[1]["device"]["processes"]) == (2, 1)
+
+
+def test_hessians_of_four_processes_are_those_of_one(story):
+    one, four = hessians(story["folder"] / "alone" / "cache"), hessians(story["folder"] / "cache")
+    assert one.keys() == four.keys() and len(one) == 2
+    for name, sites in one.items():
+        for site, triangle in sites.items():
+            assert np.max(np.abs(four[name][site] - triangle)) <= 1e-6 * np.max(np.abs(triangle)), (name, site)
+
+
+def test_one_process_speaks(story):
+    codes, (leader, other) = story["two"]
+    assert codes == [0, 0]
+    assert "bits per weight" in leader and "bits per weight" not in other and "quantise" not in other
