@@ -47,7 +47,8 @@ class Provided:
 def _sketch(settings: Mapping[str, Any]) -> Sketch | None:
     if settings["estimator"] == "input":
         return None
-    return Sketch(**{name: settings[name] for name in ("estimator", "rounds", "labels", "seed", "compute")})
+    known = {name: settings[name] for name in ("estimator", "rounds", "labels", "seed")}
+    return Sketch(**known, compute=settings.get("compute", "float32"))
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
