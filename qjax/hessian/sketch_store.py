@@ -200,7 +200,7 @@ def _load(path: pathlib.Path) -> Sums:
 def _on_mesh(sums: Sums, spread: Spread) -> Sums:
     """The sums of a checkpoint as those of the first device; the others begin with zeros."""
 
-    def first(array: np.ndarray, rest: np.generic) -> HostOrDevice:
+    def first(array: Any, rest: Any) -> HostOrDevice:
         if spread.mesh.size == 1:
             return np.asarray(array)[None]
 
