@@ -69,7 +69,7 @@ COMPOSED = {
     r"^quantize .*hydra/": "needs the extra `sweep`; tests/experiments/test_launchers.py",
     r"^finetune": "minutes; tests/finetune",
     r"tasks=": "needs the extra `eval`",
-    r"mesh\.(data|model)=": "needs several devices; tests of meshes",
+    r"mesh(=all|\.(data|model)=)": "needs several devices or processes; tests/scale, tests/parallel",
     r"chat=true": "tiny has no chat template; tests/models",
     r"--help": "Hydra's own",
     r"^hessians|^train_tiny": "minutes",
