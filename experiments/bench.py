@@ -83,7 +83,7 @@ def _decode(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
             results.append(decode.matvec(matrix.parse_size(text), bits, code, settings["repeats"]))
     artifacts = settings["artifacts"]
     if not isinstance(artifacts, Mapping):
-        artifacts = dict.fromkeys(_as_list(artifacts) or [], settings["original"])
+        artifacts = {str(folder): settings["original"] for folder in _as_list(artifacts) or []}
     for folder, reference in artifacts.items():
         print(f"measuring {folder}", file=sys.stderr, flush=True)
         results.append(decode.model(folder, reference, settings["tokens"], settings["repeats"]))
