@@ -22,6 +22,7 @@ from qjax.directory import RunDirectory
 from qjax.errors import InputError, RunError
 from qjax.evaluate import TeacherCache, hidden_states
 from qjax.finetune import BlockReport, BlockSettings, lora
+from qjax.finetune.sharding import check_mesh
 from qjax.hessian.collect import layer_names
 from qjax.hessian.fit import Fit, error_bound, predicted_cost
 from qjax.hessian.provide import check_settings, fits, provide
@@ -125,6 +126,7 @@ def run(job: Job) -> dict[str, Any] | None:
             f"finetune is {job.finetune['name']!r} and there are {jax.process_count()} processes; a run of several "
             "quantises only: use finetune=none, and experiments.finetune on its artifact"
         )
+    shared_out = _tuning_mesh(job, mesh)
     with CompileCounter() as compiles, returning_memory(), leading(job.out):
         watch = Stopwatch(compiles)
         with watch.stage("load"):
@@ -205,6 +207,7 @@ def run(job: Job) -> dict[str, Any] | None:
                         cache=job.cache,
                         out=job.out,
                         tracker=tracker,
+                        mesh=shared_out,
                     )
                 quantized = dataclasses.replace(quantized, params=tuned.params)
                 tuning = {"finetune": {**tuning, **tuned.report}}
@@ -306,6 +309,14 @@ def _crashes_to(path: pathlib.Path) -> IO[str] | None:
     file = path.open("a")
     faulthandler.enable(file)
     return file
+
+
+def _tuning_mesh(job: Job, mesh: Mesh) -> Mesh | None:
+    """The devices that end-to-end tuning is shared out among, checked before anything is computed; None is one."""
+    if mesh.size == 1 or job.finetune["name"] in ("none", "block", "pv"):
+        return None
+    check_mesh(mesh, job.finetune["batch"])
+    return mesh
 
 
 def reference_states(
