@@ -85,7 +85,7 @@ def same(a, b):
 
 def hessians(cache):
     """The stored Hessians, by block."""
-    (folder,) = (pathlib.Path(cache) / "hessians").iterdir()
+    (folder,) = (path for path in (pathlib.Path(cache) / "hessians").iterdir() if path.is_dir())
     return {file.name: safetensors.numpy.load_file(file) for file in sorted(folder.glob("block_*.safetensors"))}
 
 
