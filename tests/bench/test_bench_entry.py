@@ -62,6 +62,6 @@ def test_finetune_compares_steps_with_the_dense_model(tmp_path, monkeypatch, cap
     invoke(monkeypatch, "finetune", *options)
     assert "dense_all" in capsys.readouterr().out
     (result,) = json.loads((tmp_path / "f.json").read_text())["results"]
-    assert list(result["steps"]) == ["dense", "dense_all", "e2e", "lora"]
+    assert list(result["steps"]) == ["dense", "dense_all", "e2e", "dense_lora", "lora"]
     held = {name: step["argument_bytes"] for name, step in result["steps"].items()}
     assert held["lora"] < held["dense"] < held["dense_all"]
