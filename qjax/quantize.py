@@ -191,13 +191,14 @@ def _quantize(
     rms = jnp.sqrt(jnp.mean(jnp.square(rotated / scale)))
     loss = proxy_loss(weight, dense, hessian, mesh)
     dead = jnp.sum(jnp.diagonal(hessian.input) <= 0)
-    ok = rounded.ok & jnp.isfinite(loss)
+    mse = weight_mse(weight, dense)
+    squared = jnp.sum(jnp.square(weight - dense))
+    # The loss alone would not do: a finite error over squares of W that overflow is 0.
+    ok = rounded.ok & jnp.isfinite(loss) & jnp.isfinite(mse) & jnp.isfinite(squared)
     before = None
     if rounded.start is not None:
         before = proxy_loss(weight, transform.weight_inverse(rounded.start), hessian, mesh)
     shift = proxy_loss(original, weight, hessian, mesh)
-    mse = weight_mse(weight, dense)
-    squared = jnp.sum(jnp.square(weight - dense))
     kronecker = quadratic(weight - dense, hessian, mesh) / factor_norms(hessian, weight.shape[0])
     aligned = loss / jnp.maximum(mse * _undirected(weight, hessian, mesh), jnp.finfo(jnp.float32).tiny)
     used = rounded.output_damping
@@ -334,7 +335,7 @@ def quantize_matrix(
         )
     )
     largest = 0.0 if ok else float(np.max(np.abs(np.asarray(weight, np.float32))))
-    if not ok and not np.isfinite(loss) and largest > _LARGE:
+    if not ok and largest > _LARGE and not np.isfinite([loss, mse, squared]).all():
         raise NumericsError(
             f"layer {name}: the losses are not finite: weights reach {largest:.3g} and their squared sums overflow "
             "float32; check the checkpoint, or scale the layer down"
