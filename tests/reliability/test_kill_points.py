@@ -23,7 +23,7 @@ kill_points = load("kill_points")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "states"), [("sequential", 65), ("sketch_b", 60), ("finetune", 10), ("block", 5), ("sweep", 60)]
+    ("name", "states"), [("sequential", 85), ("sketch_b", 70), ("finetune", 10), ("block", 5), ("sweep", 30)]
 )
 def test_two_hundred_recorded_states_end_in_the_same_bytes(tmp_path, name, states):
     outcomes = list(kill_points.recorded(name, states, seed=0, folder=tmp_path))
