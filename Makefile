@@ -25,7 +25,8 @@ STAMP := $(VENV)/.installed-$(VERSION)
 PYTEST := $(BIN)/python -m pytest
 WORKERS := 2
 # Small and quick, yet through the mathematics and what changes most between versions of JAX: the second column of .ci/run.
-SHORT := linalg codebooks rounding models hessian pallas_kernels/test_mosaic_gpu.py pallas_kernels/test_gram.py
+SHORT := linalg rounding evaluate hessian/test_collect.py models/test_cached.py models/test_linear.py \
+  pallas_kernels/test_mosaic_gpu.py pallas_kernels/test_gram.py
 
 .PHONY: help demo test test-short test-tpu-aot lint typecheck format bench clean venv
 
