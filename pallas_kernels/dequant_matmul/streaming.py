@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -104,7 +105,6 @@ def _trellis_sums(x: Float[Array, "blocks slabs batch 16 1"], weight: PackedMatr
     blocks, _, batch = x.shape[:3]
     lanes, bits, L, code = weight.words.shape[2], weight.bits, weight.L, weight.code
     assert code is not None
-    whole, rest = divmod(weight.shape[1], BLOCK)
     pieces = weight.words.reshape(blocks, bits, ROWS, lanes)
     following = jnp.roll(pieces[:, 0].reshape(blocks, ROWS, -1, 16), -1, axis=3).reshape(blocks, 1, ROWS, lanes)
     by_half = x.reshape(blocks, 2, ROWS, batch, ROWS, 1)
@@ -125,13 +125,22 @@ def _trellis_sums(x: Float[Array, "blocks slabs batch 16 1"], weight: PackedMatr
             acc = acc + trellis.state_values(code, state)[None] * inputs[t]
         return acc
 
-    # Always two turns or more: XLA would write out a loop of one and join it with what surrounds it.
+    return _over_blocks(add, 2, weight.shape[1], batch, lanes)
+
+
+def _over_blocks(add: Callable[..., Array], turns: int, inputs: int, batch: int, lanes: int) -> Array:
+    """Sums over all inputs by rows of a piece: `add(k, acc, start, rows)` adds turn k of the blocks from `start` on.
+
+    A block takes `turns` turns, always two or more: XLA would write out a loop of one and join it with what surrounds
+    it. The last block has only the rows that hold inputs.
+    """
+    whole, rest = divmod(inputs, BLOCK)
     acc = jnp.zeros((batch, ROWS, lanes), jnp.float32)
-    acc = jax.lax.fori_loop(0, 2 * whole, functools.partial(add, start=0, rows=ROWS), acc)
+    acc = jax.lax.fori_loop(0, turns * whole, functools.partial(add, start=0, rows=ROWS), acc)
     if rest:
         rows = -(-rest // SLABS)
         last = jnp.zeros((batch, rows, lanes), jnp.float32)
-        last = jax.lax.fori_loop(0, 2, functools.partial(add, start=whole, rows=rows), last)
+        last = jax.lax.fori_loop(0, turns, functools.partial(add, start=whole, rows=rows), last)
         acc = acc + jnp.pad(last, ((0, 0), (0, ROWS - rows), (0, 0)))
     return acc
 
@@ -143,7 +152,6 @@ def _lattice_sums(x: Float[Array, "blocks slabs batch 16 1"], weight: PackedMatr
     """
     blocks, _, batch = x.shape[:3]
     lanes = weight.words.shape[2]
-    whole, rest = divmod(weight.shape[1], BLOCK)
     pieces = weight.words.reshape(blocks, 2, ROWS, lanes)
     by_code = x.reshape(blocks, 4, 8, batch, ROWS, 1)
     shared = jnp.sum(by_code, axis=2)
@@ -167,11 +175,4 @@ def _lattice_sums(x: Float[Array, "blocks slabs batch 16 1"], weight: PackedMatr
             acc = acc + whole_nibble.astype(jnp.int32).astype(jnp.float32)[None] * inputs[i]
         return acc
 
-    acc = jnp.zeros((batch, ROWS, lanes), jnp.float32)
-    acc = jax.lax.fori_loop(0, 4 * whole, functools.partial(add, start=0, rows=ROWS), acc)
-    if rest:
-        rows = -(-rest // SLABS)
-        last = jnp.zeros((batch, rows, lanes), jnp.float32)
-        last = jax.lax.fori_loop(0, 4, functools.partial(add, start=whole, rows=rows), last)
-        acc = acc + jnp.pad(last, ((0, 0), (0, ROWS - rows), (0, 0)))
-    return acc
+    return _over_blocks(add, 4, weight.shape[1], batch, lanes)
