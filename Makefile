@@ -24,6 +24,8 @@ STAMP := $(VENV)/.installed-$(VERSION)
 
 PYTEST := $(BIN)/python -m pytest
 WORKERS := 2
+# Neighbouring tests go to one worker: they share compiled programs, and no two workers compile the same one at once.
+SPREAD := -n $(WORKERS) --dist worksteal
 # Small and quick, yet through the mathematics and what changes most between versions of JAX: the second column of .ci/run.
 SHORT := linalg rounding evaluate hessian/test_collect.py models/test_cached.py models/test_linear.py \
   pallas_kernels/test_mosaic_gpu.py pallas_kernels/test_gram.py
@@ -55,10 +57,10 @@ demo: $(STAMP) ## quantise SmolLM2-135M at 2 bits with three rounding algorithms
 	$(BIN)/python -m experiments.report runs=runs/demo out=runs/demo/report
 
 test: lint typecheck ## lint, format check, type check and all tests
-	$(PYTEST) -n $(WORKERS) $(ARGS)
+	$(PYTEST) $(SPREAD) $(ARGS)
 
 test-short: $(STAMP) ## the tests of the mathematics only, without the slow ones
-	$(PYTEST) -n $(WORKERS) -m 'not slow' $(wildcard $(SHORT:%=tests/%)) $(ARGS)
+	$(PYTEST) $(SPREAD) -m 'not slow' $(wildcard $(SHORT:%=tests/%)) $(ARGS)
 
 test-tpu-aot: $(STAMP) ## compile the TPU kernels for v5e and v6e with libtpu, without a TPU
 	@$(BIN)/python -c 'import libtpu' 2>/dev/null || { echo 'make: needs libtpu (a wheel of 0.7 GB):' \

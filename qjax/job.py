@@ -50,6 +50,8 @@ __all__ = ["IRRELEVANT", "Job", "compare", "reference_states", "run"]
 
 _log = logging.getLogger("qjax")
 
+_GROWTH = 64 << 20  # bytes that a run may hold freed before they are given back between two matrices
+
 # Settings that change where or how a run is carried out, not its bytes. The mesh changes the order in which Hessians
 # are summed, so their last bits; it is left out nevertheless, so that a run may go on with other devices and processes.
 IRRELEVANT = frozenset({"out", "cache", "dry_run", "resume", "tracker", "memory", "sweep", "mesh", "distributed"})
@@ -391,7 +393,7 @@ def _quantize_by(
     with watch.stage("quantize"), Progress(f"quantise {job.out.name}", matrices) as progress:
 
         def on_layer(report: MatrixReport, found: bool) -> None:
-            return_freed_memory()
+            return_freed_memory(grown=_GROWTH)
             peaks[report.name] = peak_memory_bytes()
             place[0] = f"what follows {report.name}"
             progress.advance(note=f"{report.name} proxy loss {report.proxy_loss:.4f}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import gc
 import json
 import os
@@ -308,6 +309,15 @@ def _poisoned(*arguments: object, **options: object) -> Any:
     raise AssertionError("pickle was used on an input")
 
 
+def _peak_of_reading_again(reader: Reader) -> int:
+    """What one more reading allocates: a library's first use of something (an import, a table) is not the input's."""
+    base = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    with contextlib.suppress(Exception):  # it was judged the first time
+        reader.read()
+    return tracemalloc.get_traced_memory()[1] - base
+
+
 def fuzz(reader: Reader, inputs: int, seed: int, watch: Watch, seconds: float = float("inf")) -> dict[str, Any]:
     """Read up to `inputs` damaged inputs; returns counts and what was wrong."""
     from qjax.errors import QjaxError
@@ -343,11 +353,14 @@ def fuzz(reader: Reader, inputs: int, seed: int, watch: Watch, seconds: float = 
                     raise
                 wrong.append(f"{where}: {type(error).__name__}: {str(error)[:200]}")
             spent, peak = time.process_time() - before, tracemalloc.get_traced_memory()[1] - base
-            counts["slowest"], counts["largest"] = max(counts["slowest"], spent), max(counts["largest"], peak)
+            counts["slowest"] = max(counts["slowest"], spent)
             if spent > SECONDS:
                 wrong.append(f"{where}: {spent:.2f} s")
             if peak > 2 * reader.bytes + ALLOWANCE:
+                peak = _peak_of_reading_again(reader)
+            if peak > 2 * reader.bytes + ALLOWANCE:
                 wrong.append(f"{where}: {peak} bytes allocated, the files have {reader.bytes}")
+            counts["largest"] = max(counts["largest"], peak)
             if watch.outside:
                 wrong.append(f"{where}: opened {watch.outside[:3]}")
                 watch.outside.clear()

@@ -324,7 +324,7 @@ def main() -> int:
     parser.add_argument("--real", type=int, default=0, help="processes to kill, over all scenarios")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenario", choices=[*SCENARIOS, "all"], default="all")
-    parser.add_argument("--folder", type=pathlib.Path, default=None, help="where to work; a temporary folder")
+    parser.add_argument("--folder", type=pathlib.Path, default=None, help="where to work instead of /tmp")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
@@ -339,15 +339,16 @@ def main() -> int:
     for index, name in enumerate(names):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             share = lambda total: total // len(names) + (index < total % len(names))  # noqa: B023, E731
-            begun, done = time.monotonic(), 0
+            begun, done, kinds = time.monotonic(), 0, set()
             for what, same in recorded(name, share(options.states), options.seed, pathlib.Path(folder) / "recorded"):
                 done += 1
+                kinds.add(what)
                 if not same:
                     bad += 1
                     print(f"DIFFERS {what}", flush=True)
                 if done % 50 == 0:
                     print(f"{name}: {done} states, {bad} differ, {time.monotonic() - begun:.0f} s", flush=True)
-            print(f"{name}: {done} states in {time.monotonic() - begun:.0f} s", flush=True)
+            print(f"{name}: {done} states, {len(kinds)} different, in {time.monotonic() - begun:.0f} s", flush=True)
             if share(options.real):
                 killed, changed = real(name, share(options.real), options.seed, pathlib.Path(folder) / "real")
                 bad += bool(changed)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 
 from qjax.errors import RunError
-from qjax.run.monitor import device_peak_memory_bytes, peak_memory_bytes
+from qjax.run.monitor import device_peak_memory_bytes, memory_bytes, peak_memory_bytes
 
 __all__ = ["out_of_memory", "return_freed_memory", "returning_memory", "shrinking"]
 
@@ -29,10 +29,23 @@ def _trim() -> Callable[[int], int] | None:
     return None
 
 
-def return_freed_memory() -> None:
-    """Give the operating system back what this process has freed: the C library keeps it for allocations to come."""
-    if (trim := _trim()) is not None:
-        trim(0)
+class _Held:
+    """What this process held when memory was last given back."""
+
+    bytes = 0
+
+
+def return_freed_memory(grown: int = 0) -> None:
+    """Give the operating system back what this process has freed: the C library keeps it for allocations to come.
+
+    With `grown`, only when the process holds that many bytes more than after the last time: looking is a thousand times
+    cheaper than walking through all that is free.
+    """
+    trim = _trim()
+    if trim is None or (grown and memory_bytes() < _Held.bytes + grown):
+        return
+    trim(0)
+    _Held.bytes = memory_bytes()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import resource
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["CompileCounter", "Stopwatch", "device_peak_memory_bytes", "peak_memory_bytes"]
+__all__ = ["CompileCounter", "Stopwatch", "device_peak_memory_bytes", "memory_bytes", "peak_memory_bytes"]
 
 # Wraps both a compilation and a load from the persistent cache, so counts do not depend on the state of the cache.
 _PROGRAM = "/jax/core/compile/backend_compile_duration"
@@ -28,6 +29,13 @@ def peak_memory_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_bytes() -> int:
+    """Bytes of memory that this process holds now; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def device_peak_memory_bytes() -> int | None:

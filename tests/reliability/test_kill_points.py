@@ -1,7 +1,10 @@
 """Runs killed at seeded points end in the same bytes; `scripts/kill_points.py` has the harness and the longer run."""
 
 import importlib.util
+import os
 import pathlib
+import re
+import subprocess
 import sys
 
 import pytest
@@ -22,13 +25,17 @@ kill_points = load("kill_points")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "states"), [("sequential", 85), ("sketch_b", 70), ("finetune", 10), ("block", 5), ("sweep", 30)]
-)
-def test_two_hundred_recorded_states_end_in_the_same_bytes(tmp_path, name, states):
-    outcomes = list(kill_points.recorded(name, states, seed=0, folder=tmp_path))
-    assert len(outcomes) == states and len({what for what, _ in outcomes}) > states // 2
-    assert [what for what, same in outcomes if not same] == []
+@pytest.mark.parametrize("name", ["sequential", "sketch_b", "finetune", "block", "sweep"])
+def test_two_hundred_recorded_states_end_in_the_same_bytes(tmp_path, name):
+    """In a process of its own, without checked annotations and with its files in memory: a quarter of the time."""
+    script = REPOSITORY / "scripts" / "kill_points.py"
+    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
+    command = [sys.executable, script, "--scenario", name, "--states", "40", "--folder", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(rf"^{name}: (\d+) states, (\d+) different", done.stdout, re.MULTILINE)
+    assert found is not None, done.stdout
+    assert int(found[1]) == 40 and int(found[2]) > 20
 
 
 @pytest.mark.slow
