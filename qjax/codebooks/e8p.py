@@ -84,15 +84,25 @@ class E8P(VectorCodebook):
 
         Raises InputError when n is not a multiple of 8.
         """
-        found = []
-        for shift in _SHIFTS:
-            y = [v - shift for v in self.split(x)]
-            found.append((y, *_nearest_option(y)))
-        (plus, option, distance), (minus, minus_option, minus_distance) = found
-        closer = minus_distance < distance
-        y = [jnp.where(closer, b, a) for a, b in zip(plus, minus, strict=True)]
-        option = jnp.where(closer, minus_option, option)
-        return _encode(option, *_resolve(y, option), closer)
+        coordinates = self.split(x)
+
+        def search(_: None, shift: Array) -> tuple[None, Array]:
+            return None, _nearest_option([v - shift.astype(v.dtype) for v in coordinates])
+
+        def improve(best: tuple[Array, Array], step: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
+            minus, shift, option = step
+            y = [v - shift.astype(v.dtype) for v in coordinates]
+            levels, negative = _resolve(y, option)
+            code, distance = _encode(option, levels, negative, minus), _distance(y, levels, negative)
+            closer = distance < best[0]
+            return (jnp.where(closer, distance, best[0]), jnp.where(closer, code, best[1])), None
+
+        # Loops, because what comes out of one lies in memory: XLA would compute the whole search anew for every
+        # coordinate of what decodes these codes (on a CPU thirty times slower, and optimization_barrier is gone by then).
+        shifts = jnp.asarray(_SHIFTS, jnp.float32)
+        options = lax.scan(search, None, shifts)[1]
+        nothing = jnp.full_like(coordinates[0], jnp.inf), jnp.zeros(coordinates[0].shape, jnp.uint16)
+        return lax.scan(improve, nothing, (jnp.asarray([False, True]), shifts, options))[0][1]
 
     def dequantize(self, codes: UInt16[Array, "m groups"]) -> Float[Array, "m groups*8"]:
         """The codewords, from the bits of the codes and one look-up in a table of 256 words."""
@@ -179,16 +189,13 @@ def _outer_option(place: int) -> int:
     return (_BALL_SIZE + place) << 8 | sum(1 << i for i in _OUTER_TRIPLES[place])
 
 
-def _nearest_option(y: Sequence[Array]) -> tuple[Array, Array]:
-    """(the best magnitudes as a shape of the ball or an outer option, squared distance) for one shift."""
+def _nearest_option(y: Sequence[Array]) -> Array:
+    """The best magnitudes for one shift, as a shape of the ball or an outer option."""
     size = [jnp.abs(v) for v in y]
     ordered, negative = descending(size), odd([v < 0 for v in y])
     gain, option = search_ball(ordered, negative)
     outer_gain, outer = _search_outer(size, ordered[-1], negative)
-    better = outer_gain > gain
-    halves = [jnp.square(a - 0.5) for a in size]
-    distance = sum(halves[1:], halves[0]) - jnp.where(better, outer_gain, gain)
-    return jnp.where(better, outer, option), distance
+    return jnp.where(outer_gain > gain, outer, option)
 
 
 def _resolve(y: Sequence[Array], option: Array, second: Array | bool = False) -> tuple[list[Array], list[Array]]:

@@ -274,3 +274,16 @@ def test_columns_that_no_tile_divides_are_refused(name, bits):
         match="codes 8 columns of a row together, found a matrix of 4×12; pad the columns to a multiple of 8",
     ):
         make(name, bits).quantize(jnp.zeros((4, 12)))
+
+
+@pytest.mark.parametrize(("name", "bits"), [("e8p", 2), ("e8p_rvq", 3), ("e8p_rvq", 4)])
+def test_a_program_that_rounds_and_decodes_searches_once(name, bits):
+    """XLA fuses what it can: without a loop around the search, every coordinate of the decoded tile repeats it."""
+    book, x = make(name, bits), jnp.zeros((4, 16))
+    codes = QUANTIZE(book, x)
+
+    def size(function, argument):
+        return len(jax.jit(function).lower(argument).compile().as_text())
+
+    apart = size(book.quantize, x) + size(book.dequantize, codes)
+    assert size(lambda x: book.dequantize(book.quantize(x)), x) < 1.5 * apart
