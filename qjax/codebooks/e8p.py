@@ -97,8 +97,8 @@ class E8P(VectorCodebook):
             closer = distance < best[0]
             return (jnp.where(closer, distance, best[0]), jnp.where(closer, code, best[1])), None
 
-        # Loops, because what comes out of one lies in memory: XLA would compute the whole search anew for every
-        # coordinate of what decodes these codes (on a CPU thirty times slower, and optimization_barrier is gone by then).
+        # Loops, because what comes out of one lies in memory: otherwise XLA computes the whole search anew for every
+        # coordinate of what decodes these codes, thirty times slower on a CPU, where optimization_barrier is gone.
         shifts = jnp.asarray(_SHIFTS, jnp.float32)
         options = lax.scan(search, None, shifts)[1]
         nothing = jnp.full_like(coordinates[0], jnp.inf), jnp.zeros(coordinates[0].shape, jnp.uint16)
