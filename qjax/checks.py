@@ -78,11 +78,14 @@ def codebook_doubts(codebooks: Iterable[Any]) -> list[str]:
 def check_reference(model: Any, states: np.ndarray, tokens: TokenStream, batch: int, limit: float | None) -> None:
     """Refuse to quantise a model that does not understand the evaluation text, which is what a wrong tokenizer does.
 
-    `states` are the reference's `hidden_states` of `tokens`. Raises DataError when its perplexity is above `limit`.
+    `states` are the reference's `hidden_states` of `tokens`. One batch of sequences, evenly spaced, shows it.
+    Raises DataError when its perplexity is above `limit`.
     """
     if limit is None:
         return
-    found = reference_perplexity(states, head(model.params), tokens, model.config, batch=batch)
+    rows = np.linspace(0, tokens.sequences - 1, min(batch, tokens.sequences)).astype(int)
+    sample = TokenStream.of(tokens.tokens[rows], tokens.description)
+    found = reference_perplexity(states[rows], head(model.params), sample, model.config, batch=batch)
     if not math.isfinite(found) or found > limit:
         raise DataError(
             f"the original model {model.name} has perplexity {found:.4g} on the evaluation text, above "
