@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import logging
-import math
 import pathlib
-import time
 from collections.abc import Callable, Mapping
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import Mesh
@@ -19,32 +17,33 @@ from qjax.activations import Place, placed
 from qjax.blockwise import quantize_and_tune
 from qjax.checks import check_reference, codebook_doubts, doubts
 from qjax.directory import RunDirectory
-from qjax.errors import InputError, RunError
+from qjax.errors import InputError
 from qjax.evaluate import TeacherCache, hidden_states
 from qjax.finetune import BlockReport, BlockSettings, lora
 from qjax.finetune.sharding import check_mesh
 from qjax.hessian.collect import layer_names
-from qjax.hessian.fit import Fit, error_bound, predicted_cost
+from qjax.hessian.fit import Fit
 from qjax.hessian.provide import check_settings, fits, provide
 from qjax.hessian.store import HessianStore, identity
 from qjax.inputs import Inputs
 from qjax.mesh import MeshSettings
-from qjax.models.weights import tensor_shapes
 from qjax.needs import estimated, place
 from qjax.pipeline import STREAMS, QuantizedModel, quantize_model
 from qjax.preflight import Estimate
 from qjax.quantize import MatrixReport
 from qjax.recipe import Recipe
 from qjax.records import Records
+from qjax.results import bound, circumstances, finite, losses, sizes
 from qjax.run.distributed import every, leads, together
-from qjax.run.fingerprint import device, versions
+from qjax.run.fingerprint import versions
 from qjax.run.group import leading, visible
+from qjax.run.log import crashes_to, log_to
 from qjax.run.memory import return_freed_memory, returning_memory, shrinking
-from qjax.run.monitor import CompileCounter, Stopwatch, device_peak_memory_bytes, peak_memory_bytes
+from qjax.run.monitor import CompileCounter, Stopwatch, peak_memory_bytes
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
 from qjax.run.tracker import make as make_tracker
-from qjax.tuning import FINETUNE, finetune_model, recovered, save_adapters, settings_of, stored_bits, whole_model_bytes
+from qjax.tuning import FINETUNE, finetune_model, recovered, save_adapters, settings_of
 
 __all__ = ["IRRELEVANT", "Job", "compare", "reference_states", "run"]
 
@@ -164,8 +163,8 @@ def run(job: Job) -> dict[str, Any] | None:
         if (known := together(directory.results)) is not None:
             print(f"{job.out}: finished before; nothing to do (resume=false starts anew)")
             return known
-        handler = _log_to(job.out / "log.txt") if leads() else logging.NullHandler()
-        crashes = _crashes_to(job.out / "log.txt") if leads() else None
+        handler = log_to(job.out / "log.txt") if leads() else logging.NullHandler()
+        crashes = crashes_to(job.out / "log.txt") if leads() else None
         tracker = job.tracker(job.out) if leads() else make_tracker("none", job.out)
         try:
             _log.info("started: %s", job.settings)
@@ -213,9 +212,9 @@ def run(job: Job) -> dict[str, Any] | None:
                     )
                 quantized = dataclasses.replace(quantized, params=tuned.params)
                 tuning = {"finetune": {**tuning, **tuned.report}}
-            results = {**_sizes(model, quantized), **_losses(quantized.reports), **tuning}
+            results = {**sizes(model, quantized), **losses(quantized.reports), **tuning}
             if measured is not None:
-                results["error_bound"] = _bound(quantized.reports, measured)
+                results["error_bound"] = bound(quantized.reports, measured)
 
             def evaluated() -> dict[str, Any]:
                 with watch.stage("evaluate"):
@@ -234,7 +233,8 @@ def run(job: Job) -> dict[str, Any] | None:
                 with watch.stage("save"):
                     save_adapters(directory.path, quantized.params)
                     directory.write_layers(quantized.reports, peaks)
-                return directory.write_results(_finite(results | _circumstances(job, model, tokens, watch, compiles)))
+                found = circumstances(job.settings, str(job.model["source"]), model, tokens, watch, compiles)
+                return directory.write_results(finite(results | found))
 
             results = together(written)
             tracker.summary(results)
@@ -290,27 +290,6 @@ def _fingerprint(job: Job, model_sha256: str, tokens: data.TokenSplit) -> dict[s
         "versions": versions(),
         "platform": jax.default_backend(),
     }
-
-
-def _log_to(path: pathlib.Path) -> logging.Handler:
-    try:
-        handler = logging.FileHandler(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror}); choose another out=") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    _log.addHandler(handler)
-    _log.setLevel(logging.INFO)
-    _log.propagate = False  # the file is the log; the terminal has the progress display
-    return handler
-
-
-def _crashes_to(path: pathlib.Path) -> IO[str] | None:
-    """Where Python's stacks go when native code crashes; None when someone else (a test runner) takes them already."""
-    if faulthandler.is_enabled():
-        return None
-    file = path.open("a")
-    faulthandler.enable(file)
-    return file
 
 
 def _tuning_mesh(job: Job, mesh: Mesh) -> Mesh | None:
@@ -453,54 +432,6 @@ def _remark(report: MatrixReport, damping: float) -> None:
         _log.warning("%s: the rounding lost more than plain rounding, which was kept", report.name)
 
 
-def _sizes(model: models.Model, quantized: QuantizedModel) -> dict[str, Any]:
-    weights = [math.prod(report.shape) for report in quantized.reports]
-    bits = stored_bits(quantized.params)
-    return {
-        "bits_per_weight": bits / sum(weights),
-        "quantized_weights": sum(weights),
-        "whole_model_bytes": whole_model_bytes(quantized.params),
-        "whole_model_bytes_reference": sum(map(math.prod, tensor_shapes(model.config).values()))
-        * model.params["embed"].dtype.itemsize,
-    }
-
-
-def _losses(reports: list[MatrixReport]) -> dict[str, Any]:
-    mean = lambda name: sum(getattr(report, name) for report in reports) / len(reports)  # noqa: E731
-    worst = max(reports, key=lambda report: report.proxy_loss)
-    passes = {}
-    if all(report.proxy_loss_before_passes is not None for report in reports):
-        passes = {"proxy_loss_mean_before_passes": mean("proxy_loss_before_passes")}
-    return {
-        **passes,
-        "matrices": len(reports),
-        "proxy_loss_mean": mean("proxy_loss"),
-        "proxy_loss_worst": worst.proxy_loss,
-        "proxy_loss_worst_layer": worst.name,
-        "weight_mse_mean": mean("weight_mse"),
-        "damping_max": max(report.damping for report in reports),
-        "dead_columns": sum(report.dead_columns for report in reports),
-        "fallbacks": [report.name for report in reports if report.fallback is not None],
-    }
-
-
-def _bound(reports: list[MatrixReport], measured: Mapping[str, Fit]) -> dict[str, Any]:
-    """The end-to-end error bound of every matrix as it was quantised, before any tuning (see `error_bound`)."""
-    layers = {}
-    for report in reports:
-        fit = measured[report.name]
-        bound = error_bound(fit, report.squared_error, report.kronecker_loss)
-        cost = predicted_cost(fit, report.kronecker_loss)
-        layers[report.name] = {**dataclasses.asdict(fit), "nats_per_token": bound, "predicted_nats_per_token": cost}
-    total = lambda name: sum(layer[name] for layer in layers.values())  # noqa: E731
-    return {
-        "nats_per_token": total("nats_per_token"),
-        "predicted_nats_per_token": total("predicted_nats_per_token"),
-        "cosine_mean": sum(layer["cosine"] for layer in layers.values()) / len(layers),
-        "layers": layers,
-    }
-
-
 def compare(
     model: models.Model,
     params: Any,
@@ -527,38 +458,3 @@ def compare(
             mesh=mesh,
         )
     return report.to_dict()
-
-
-def _circumstances(
-    job: Job, model: models.Model, tokens: data.TokenSplit, watch: Stopwatch, compiles: CompileCounter
-) -> dict[str, Any]:
-    return {
-        "model": {
-            "name": model.name,
-            "description": model.description,
-            "source": str(job.model["source"]),
-            "fingerprint": model.fingerprint,
-        },
-        "settings": dict(job.settings),
-        "tokens_calibration": int(tokens.calibration.tokens.size),
-        "calibration": tokens.calibration.description,
-        "evaluation": tokens.evaluation.description,
-        "seconds": {name: round(value, 3) for name, value in watch.seconds.items()},
-        "stages": watch.stages,
-        "compiled_programs": compiles.count,
-        "compiled_program_names": compiles.programs,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "device_peak_memory_bytes": device_peak_memory_bytes(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions(),
-        "device": device(),
-    }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: a hopeless model's perplexity becomes null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

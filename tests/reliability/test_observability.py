@@ -61,10 +61,10 @@ def test_stages_hold_their_programs_and_the_memory_up_to_their_end():
 def test_the_log_keeps_what_a_crash_of_native_code_leaves(tmp_path):
     program = (
         "import ctypes, logging, pathlib, sys\n"
-        "from qjax import job\n"
+        "from qjax.run import log\n"
         "path = pathlib.Path(sys.argv[1])\n"
-        "job._log_to(path)\n"
-        "job._crashes_to(path)\n"
+        "log.log_to(path)\n"
+        "log.crashes_to(path)\n"
         "logging.getLogger('qjax').info('layer 7 is done')\n"
         "def crashing():\n"
         "    ctypes.string_at(0)\n"
