@@ -22,13 +22,13 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py313).txt
 STAMP := $(VENV)/.installed-$(VERSION)
 
-PYTEST := $(BIN)/python -m pytest
+PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=5
 WORKERS := 2
 # Neighbouring tests go to one worker: they share compiled programs, and no two workers compile the same one at once.
 SPREAD := -n $(WORKERS) --dist worksteal
 # Small and quick, yet through the mathematics and what changes most between versions of JAX: the second column of .ci/run.
-SHORT := linalg rounding evaluate hessian/test_collect.py models/test_cached.py models/test_linear.py \
-  pallas_kernels/test_mosaic_gpu.py pallas_kernels/test_gram.py
+SHORT := linalg evaluate rounding/test_relations.py rounding/test_guarded.py hessian/test_collect.py models/test_cached.py \
+  models/test_linear.py pallas_kernels/test_mosaic_gpu.py pallas_kernels/test_gram.py
 
 .PHONY: help demo test test-short test-tpu-aot lint typecheck format bench clean venv
 
