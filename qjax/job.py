@@ -38,7 +38,7 @@ from qjax.run.distributed import every, leads, together
 from qjax.run.fingerprint import versions
 from qjax.run.group import leading, visible
 from qjax.run.log import crashes_to, log_to
-from qjax.run.memory import return_freed_memory, returning_memory, shrinking
+from qjax.run.memory import forget_programs, return_freed_memory, returning_memory, shrinking
 from qjax.run.monitor import CompileCounter, Stopwatch, peak_memory_bytes
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
@@ -128,6 +128,7 @@ def run(job: Job) -> dict[str, Any] | None:
             "quantises only: use finetune=none, and experiments.finetune on its artifact"
         )
     shared_out = _tuning_mesh(job, mesh)
+    forget_programs()  # of the jobs before this one
     with CompileCounter() as compiles, returning_memory(), leading(job.out):
         watch = Stopwatch(compiles)
         with watch.stage("load"):
@@ -215,6 +216,8 @@ def run(job: Job) -> dict[str, Any] | None:
             results = {**sizes(model, quantized), **losses(quantized.reports), **tuning}
             if measured is not None:
                 results["error_bound"] = bound(quantized.reports, measured)
+
+            forget_programs()
 
             def evaluated() -> dict[str, Any]:
                 with watch.stage("evaluate"):
@@ -367,6 +370,7 @@ def _quantize_by(
         store, settings = HessianStore(job.cache / "hessians"), {**job.hessian, "batch": batch}
         source = provide(store, model, calibration, settings, mesh)
         measured = fits(store, model, tokens.evaluation, settings, source)
+    forget_programs()
     peaks: dict[str, int] = {}
     place[0] = "the first matrix"
     with watch.stage("quantize"), Progress(f"quantise {job.out.name}", matrices) as progress:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib.util
 import os
 import pathlib
@@ -66,24 +64,13 @@ def _strict_jax():
     jax.config.update("jax_enable_x64", False)
 
 
-def _mapped_regions() -> int:
-    """How many regions of memory this process has mapped, 0 where that cannot be read."""
-    with contextlib.suppress(OSError):
-        return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
-    return 0
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _bounded_programs():
-    """Forget compiled programs before they use up the regions that Linux lets one process map.
-
-    A program of XLA maps several, the kernel's limit (vm.max_map_count) is 65,530, and LLVM crashes when it is reached;
-    a program that is needed again comes from the compilation cache.
-    """
+    """Forget compiled programs before the regions that Linux lets one process map are used up."""
     yield
-    if _mapped_regions() > 15_000:
-        jax.clear_caches()
-        gc.collect()
+    from qjax.run.memory import forget_programs  # after the import hook
+
+    forget_programs(share=0.25)
 
 
 @pytest.fixture(scope="session", autouse=True)

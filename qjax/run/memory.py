@@ -1,10 +1,12 @@
-"""Memory: what is freed is given back; what is used up is answered with smaller batches, at last with the numbers."""
+"""Memory: what is freed is given back, programs are forgotten in time; what runs out is answered with smaller batches."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
+import gc
+import pathlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ import jax
 from qjax.errors import RunError
 from qjax.run.monitor import device_peak_memory_bytes, memory_bytes, peak_memory_bytes
 
-__all__ = ["out_of_memory", "return_freed_memory", "returning_memory", "shrinking"]
+__all__ = ["forget_programs", "out_of_memory", "return_freed_memory", "returning_memory", "shrinking"]
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -46,6 +48,32 @@ def return_freed_memory(grown: int = 0) -> None:
         return
     trim(0)
     _Held.bytes = memory_bytes()
+
+
+def mapped_regions() -> int:
+    """How many regions of memory this process has mapped; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
+    return 0
+
+
+def _most_regions() -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
+    return 65_530
+
+
+def forget_programs(share: float = 0.4) -> bool:
+    """Drop all compiled programs once they hold `share` of the regions that Linux lets one process map; whether it did.
+
+    On a CPU a program maps hundreds of regions, one for each function in it, and at the limit (vm.max_map_count) LLVM
+    aborts the process. A program that is needed again comes from the compilation cache.
+    """
+    if mapped_regions() <= share * _most_regions():
+        return False
+    jax.clear_caches()
+    gc.collect()
+    return True
 
 
 @contextlib.contextmanager

@@ -145,3 +145,18 @@ before = size(); return_freed_memory(grown=64 << 20); print(before - size())
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     kept, given_back = map(int, done.stdout.split())
     assert kept < 1e6 and given_back > 60e6
+
+
+def test_programs_are_forgotten_before_the_regions_of_memory_are_used_up(monkeypatch):
+    from qjax.run import memory
+
+    assert memory.mapped_regions() > 50
+    double = jax.jit(lambda x: 2 * x)
+    double(jnp.ones(3))
+    assert double._cache_size() == 1
+    limit = memory._most_regions()
+    monkeypatch.setattr(memory, "mapped_regions", lambda: 0.39 * limit)
+    assert not memory.forget_programs() and double._cache_size() == 1
+    monkeypatch.setattr(memory, "mapped_regions", lambda: 0.41 * limit)
+    assert memory.forget_programs() and double._cache_size() == 0
+    assert double(jnp.ones(3)).tolist() == [2, 2, 2]
