@@ -1,4 +1,4 @@
-"""Memory: what is freed is given back, programs are forgotten in time; what runs out is answered with smaller batches."""
+"""Memory: what is freed is given back, programs are forgotten in time; what runs out is met with smaller batches."""
 
 from __future__ import annotations
 
