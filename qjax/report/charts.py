@@ -28,8 +28,10 @@ _STAGES = ("load", "reference", "hessians", "quantize", "finetune", "evaluate", 
 
 
 def method(run: Run) -> str:
-    """The rounding and the codebook, by which points have their colour and shape."""
-    return f"{run.settings.get('rounding', '?')} · {run.settings.get('codebook', '?')}"
+    """The recipe, if any, the rounding and the codebook, by which points have their colour and shape."""
+    parts = f"{run.settings.get('rounding', '?')} · {run.settings.get('codebook', '?')}"
+    recipe = run.settings.get("recipe")
+    return parts if recipe in (None, "none") else f"{recipe}: {parts}"
 
 
 def _look(methods: Sequence[str], name: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ _MARKS = ("results.json", "fingerprint.json", "failure.json")
 # They change where or how a run is carried out, not what it computes.
 _CONVENIENCES = ("out", "cache", "dry_run", "resume", "tracker", "memory", "sweep")
 # The key that says which entry of a group was chosen.
-_CHOICES = ("name", "method")
+_CHOICES = ("name", "method", "estimator")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,6 +69,18 @@ def _label(run: Run, keys: Sequence[str]) -> str:
     return textwrap.fill(text, 34).replace("\u00a0", " ") or str(run.settings.get("rounding", run.name))
 
 
+def _telling(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
+    """Few of the settings `keys` that tell the same groups of runs apart as all of them: the most telling one first."""
+
+    def groups(chosen: Sequence[str]) -> int:
+        return len({tuple(_plain(run.settings.get(key)) for key in chosen) for run in runs})
+
+    chosen: list[str] = []
+    while groups(chosen) < groups(keys):
+        chosen.append(max((key for key in keys if key not in chosen), key=lambda key: groups([*chosen, key])))
+    return [key for key in keys if key in chosen]
+
+
 def series(runs: Sequence[Run], *, join_bits: bool = True) -> list[Series]:
     """Group runs into series; without `join_bits` every run is one."""
     runs = ordered(runs)
@@ -78,6 +90,7 @@ def series(runs: Sequence[Run], *, join_bits: bool = True) -> list[Series]:
         identity = tuple(_plain(run.settings.get(key)) for key in keys)
         groups.setdefault(identity if join_bits else run.name, []).append(run)
     made = []
+    telling = _telling(runs, keys)
     for members in groups.values():
         points = {
             metric: tuple(sorted(filter(None, (_point(run, metric) for run in members)), key=lambda point: point.bits))
@@ -85,7 +98,7 @@ def series(runs: Sequence[Run], *, join_bits: bool = True) -> list[Series]:
         }
         first = members[0]
         # A run that differs in many settings is better known by its directory than by a list of them.
-        label = first.name if len(members) == 1 and len(keys) > 3 else _label(first, keys)
+        label = first.name if len(members) == 1 and len(keys) > 3 else _label(first, telling)
         made.append(Series(label, str(first.settings.get("rounding", "?")), points))
     return made
 
