@@ -153,6 +153,10 @@ else:
         properties.test_feedback_beats_nearest_on_correlated_inputs,
     ]
     for law in laws:
-        for algorithm in ("partial_feedback", "ldlq"):
-            law(algorithm, "powers_of_two")
+        for pair in (
+            ("partial_feedback", "half_integer"),
+            ("partial_feedback", "powers_of_two"),
+            ("ldlq", "powers_of_two"),
+        ):
+            law(*pair)
         print("holds:", law.__name__.removeprefix("test_").replace("_", " "))

@@ -89,11 +89,11 @@ class E8P(VectorCodebook):
         def search(_: None, shift: Array) -> tuple[None, Array]:
             return None, _nearest_option([v - shift.astype(v.dtype) for v in coordinates])
 
-        def improve(best: tuple[Array, Array], step: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
-            minus, shift, option = step
+        def improve(best: tuple[Array, Array], step: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+            shift, option = step
             y = [v - shift.astype(v.dtype) for v in coordinates]
             levels, negative = _resolve(y, option)
-            code, distance = _encode(option, levels, negative, minus), _distance(y, levels, negative)
+            code, distance = _encode(option, levels, negative, shift < 0), _distance(y, levels, negative)
             closer = distance < best[0]
             return (jnp.where(closer, distance, best[0]), jnp.where(closer, code, best[1])), None
 
@@ -102,7 +102,7 @@ class E8P(VectorCodebook):
         shifts = jnp.asarray(_SHIFTS, jnp.float32)
         options = lax.scan(search, None, shifts)[1]
         nothing = jnp.full_like(coordinates[0], jnp.inf), jnp.zeros(coordinates[0].shape, jnp.uint16)
-        return lax.scan(improve, nothing, (jnp.asarray([False, True]), shifts, options))[0][1]
+        return lax.scan(improve, nothing, (shifts, options))[0][1]
 
     def dequantize(self, codes: UInt16[Array, "m groups"]) -> Float[Array, "m groups*8"]:
         """The codewords, from the bits of the codes and one look-up in a table of 256 words."""

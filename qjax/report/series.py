@@ -70,7 +70,7 @@ def _label(run: Run, keys: Sequence[str]) -> str:
 
 
 def _telling(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
-    """Few of the settings `keys` that tell the same groups of runs apart as all of them: the most telling one first."""
+    """Few of the settings `keys`, chosen greedily, that tell the same groups of runs apart as all of them."""
 
     def groups(chosen: Sequence[str]) -> int:
         return len({tuple(_plain(run.settings.get(key)) for key in chosen) for run in runs})
