@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -39,9 +40,19 @@ __all__ = ["FORMAT", "incoherence_spec", "load", "model_bytes", "save", "seal"]
 FORMAT = "qjax-artifact-1"
 
 
-def _dense_leaves(params: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, QuantizedMatrix))
-    return {_path(path): leaf for path, leaf in leaves}
+_PIECE = 256 << 20  # bytes of leaves that are written at once: one piece for small models, some blocks for large ones
+
+
+def _leaves(params: Any) -> Iterator[tuple[str, Any]]:
+    """Dense leaves and quantised matrices by path, one block after the other: the blocks may be read as they come."""
+    for index, block in enumerate(params["blocks"]):
+        yield from _leaves_of(block, f"blocks/{index}/")
+    yield from _leaves_of({name: value for name, value in params.items() if name != "blocks"})
+
+
+def _leaves_of(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, QuantizedMatrix))
+    return ((prefix + _path(path), leaf) for path, leaf in leaves)
 
 
 def _path(path: tuple[Any, ...]) -> str:
@@ -55,7 +66,7 @@ def _sha256(array: np.ndarray) -> str:
 def model_bytes(params: Any) -> int:
     """Bytes of all parameters as stored: packed codes, scales, signs, dense leaves, and every codebook table once."""
     total, tables = 0, {}
-    for leaf in _dense_leaves(params).values():
+    for _, leaf in _leaves(params):
         if isinstance(leaf, QuantizedMatrix):
             total += leaf.stored_bits // 8
             content = [_sha256(np.asarray(table)) for table in jax.tree.leaves(leaf.codebook)]
@@ -68,20 +79,12 @@ def model_bytes(params: Any) -> int:
 def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[str, Any]) -> None:
     """Write `params` (dense leaves and QuantizedMatrix) of `model`'s architecture to `path`, replacing what is there.
 
-    `incoherence` is the spec of the run's incoherence object. Written beside and renamed: `path` is always whole. All
-    processes of a group call this with the same parameters; process 0 writes.
+    `incoherence` is the spec of the run's incoherence object. Written beside and renamed: `path` is always whole.
+    `params["blocks"]` is iterated once and written piece by piece, so that blocks which are read as they come
+    (`qjax.finished`) need no more memory than a piece. All processes of a group call this with the same parameters;
+    process 0 writes.
     """
-    from orbax.checkpoint import v1 as ocp
-
     path = pathlib.Path(path).absolute()
-    arrays: dict[str, np.ndarray] = {}
-    matrices: dict[str, Any] = {}
-    for name, leaf in _dense_leaves(params).items():
-        if isinstance(leaf, QuantizedMatrix):
-            parts, matrices[name] = to_arrays(leaf, incoherence)
-            arrays |= {f"{name}#{part}": np.atleast_1d(value) for part, value in parts.items()}
-        else:
-            arrays[name] = np.asarray(leaf)
     scratch, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
 
     def begin() -> None:
@@ -90,8 +93,40 @@ def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[
         scratch.mkdir(parents=True)
 
     together(begin)
-    ocp.save(str(scratch / "weights"), arrays)  # in all processes: orbax lets one write and has the others wait
-    together(lambda: _complete(path, scratch, old, model, matrices, arrays))
+    matrices, hashes = _write(scratch / "weights", params, incoherence)
+    together(lambda: _complete(path, scratch, old, model, matrices, hashes))
+
+
+def _write(folder: pathlib.Path, params: Any, incoherence: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The checkpoint of all leaves; what describes the matrices, and the SHA-256 of every array.
+
+    In all processes: orbax lets one write and has the others wait.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    matrices: dict[str, Any] = {}
+    hashes: dict[str, str] = {}
+    arrays: dict[str, np.ndarray] = {}
+    size, pieces = 0, 0
+    for name, leaf in _leaves(params):
+        if isinstance(leaf, QuantizedMatrix):
+            parts, matrices[name] = to_arrays(leaf, incoherence)
+            found = {f"{name}#{part}": np.atleast_1d(value) for part, value in parts.items()}
+        else:
+            found = {name: np.asarray(leaf)}
+        hashes |= {key: _sha256(array) for key, array in found.items()}
+        arrays |= found
+        size += sum(array.nbytes for array in found.values())
+        if size >= _PIECE:
+            ocp.partial.save(str(folder), arrays)
+            arrays, size, pieces = {}, 0, pieces + 1
+    if not pieces:
+        ocp.save(str(folder), arrays)
+        return matrices, hashes
+    if arrays:
+        ocp.partial.save(str(folder), arrays)
+    ocp.partial.finalize(str(folder))
+    return matrices, hashes
 
 
 def _complete(
@@ -100,7 +135,7 @@ def _complete(
     old: pathlib.Path,
     model: Model,
     matrices: dict[str, Any],
-    arrays: dict[str, np.ndarray],
+    hashes: dict[str, str],
 ) -> None:
     """Everything beside the arrays, and the names changed last."""
     tokenizer = model.tokenizer
@@ -114,7 +149,7 @@ def _complete(
         "config": dataclasses.asdict(model.config),
         "matrices": matrices,
         "checksums": True,
-        "sha256": {name: _sha256(array) for name, array in arrays.items()},
+        "sha256": hashes,
     }
     if tokenizer.chat is not None:
         chat = tokenizer.chat

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 
 from qjax.finetune.blockwise import GROUPS, BlockReport, BlockSettings, tune_block
+from qjax.finished import FinishedBlocks
 from qjax.hessian.collect import embedded, layer_names
 from qjax.hessian.statistics import Hessian
 from qjax.hessian.store import forward_block
 from qjax.models.config import ModelConfig
+from qjax.models.linears import replace_linears
 from qjax.models.transformer import LINEARS
-from qjax.pipeline import QuantizedModel, quantize_layer, replace_linears, root_key
+from qjax.pipeline import QuantizedModel, quantize_layer, root_key
 from qjax.quantize import MatrixReport
 from qjax.quantized import QuantizedMatrix
 from qjax.recipe import LayerPlan, Recipe
@@ -40,6 +42,7 @@ def quantize_and_tune(
     batch: int = 8,
     on_layer: Callable[[MatrixReport, bool], None] = lambda report, found: None,
     on_block: Callable[[int, BlockReport], None] = lambda index, report: None,
+    held_bytes: int | None = None,
 ) -> QuantizedModel:
     """As `pipeline.quantize_model` with the stream "original", and every block tuned after each group of its matrices.
 
@@ -51,7 +54,8 @@ def quantize_and_tune(
     key = root_key(seed)
     x = embedded(params["embed"], tokens, batch)
     own = x  # what the block reads
-    blocks, reports = [], []
+    reports = []
+    blocks = [] if records is None or held_bytes is None else FinishedBlocks(records, held_bytes)
     for index, parameters in enumerate(params["blocks"]):
         y = forward_block(parameters, x, config, batch)
         found = None if records is None else _found_block(parameters, index, plans, records)

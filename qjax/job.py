@@ -21,6 +21,7 @@ from qjax.errors import InputError
 from qjax.evaluate import TeacherCache, hidden_states
 from qjax.finetune import BlockReport, BlockSettings, lora
 from qjax.finetune.sharding import check_mesh
+from qjax.finished import HELD_BYTES
 from qjax.hessian.collect import layer_names
 from qjax.hessian.fit import Fit
 from qjax.hessian.provide import check_settings, fits, provide
@@ -387,6 +388,7 @@ def _quantize_by(
                 _log.info("%s", report)
                 _remark(report, job.recipe.damping)
 
+        held = HELD_BYTES if _streams(job) else None
         block_reports: list[dict[str, Any]] = []
 
         def on_block(index: int, report: BlockReport) -> None:
@@ -408,6 +410,7 @@ def _quantize_by(
                 batch=batch,
                 on_layer=on_layer,
                 on_block=on_block,
+                held_bytes=held,
             )
             return quantized, peaks, block_reports, measured
         quantized = quantize_model(
@@ -424,6 +427,7 @@ def _quantize_by(
             batch=batch,
             on_layer=on_layer,
             mesh=mesh,
+            held_bytes=held,
         )
     return quantized, peaks, block_reports, measured
 

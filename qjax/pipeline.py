@@ -12,12 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qjax.errors import InputError, RunError
+from qjax.finished import FinishedBlocks
 from qjax.hessian.collect import block_hessians, block_hessians_of_two_streams, embedded, layer_names
 from qjax.hessian.spread import Spread
 from qjax.hessian.statistics import Hessian
 from qjax.hessian.store import forward_block
 from qjax.mesh import single
 from qjax.models.config import ModelConfig
+from qjax.models.linears import linear_weight, replace_linears
 from qjax.models.transformer import LINEARS
 from qjax.quantize import MatrixReport, quantize_matrix, splits_rows
 from qjax.quantized import QuantizedMatrix
@@ -57,6 +59,7 @@ def quantize_model(
     batch: int = 8,
     on_layer: Callable[[MatrixReport, bool], None] | None = None,
     mesh: Mesh | None = None,
+    held_bytes: int | None = None,
 ) -> QuantizedModel:
     """Quantise every linear of a model by `recipe`.
 
@@ -73,6 +76,8 @@ def quantize_model(
         matrices whose rows are not independent shared out. All processes call this with the same arguments and a
         folder for `records` that all see: process 0 writes it, and every process what it alone computed. Given the same
         Hessians the codes are those of one device; Hessians of another mesh differ in their last bits.
+      held_bytes: how much of the finished matrices stays in memory, None for all. The blocks beyond it are read from
+        `records` again, one at a time, when those of the result are iterated over (`FinishedBlocks`).
 
     Raises InputError for a recipe that does not fit the model, NumericsError as `quantize_matrix`.
     """
@@ -87,7 +92,8 @@ def quantize_model(
     if hessians is None:
         z = embedded(params["embed"], spread.take(tokens), batch)
     x = z if stream == "corrected" else None  # inputs in the original model
-    blocks, reports = [], []
+    reports = []
+    blocks = [] if records is None or held_bytes is None else FinishedBlocks(records, held_bytes)
     for index, parameters in enumerate(params["blocks"]):
         planned = {linear: plan for linear in LINEARS if (plan := plans[f"layers.{index}.{linear}"]) is not None}
         done = {} if records is None else _found(index, planned, records)
@@ -118,9 +124,10 @@ def quantize_model(
             reports.append(done[linear][1])
             if on_layer is not None:
                 on_layer(done[linear][1], linear not in todo)
-        blocks.append(replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()}))
+        finished = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()})
+        blocks.append(finished)
         if z is not None and index + 1 < config.num_layers:
-            z = forward_block(blocks[-1], z, config, batch, None if z is x else z, spread)
+            z = forward_block(finished, z, config, batch, None if z is x else z, spread)
     return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
 
 
@@ -164,7 +171,7 @@ def _alone(
         return matrix, report
 
     def cost(linear: str) -> float:
-        rows, columns = np.shape(_weight(parameters, linear))
+        rows, columns = np.shape(linear_weight(parameters, linear))
         return float(rows) * columns * (rows + columns)
 
     done = every(
@@ -191,11 +198,6 @@ def _of_another(records: Records, name: str) -> tuple[QuantizedMatrix, MatrixRep
     return found
 
 
-def _weight(parameters: Any, linear: str) -> Any:
-    group, leaf = linear.split(".")
-    return parameters[group][leaf]["weight"]
-
-
 def root_key(seed: int) -> jax.Array:
     """`jax.random.key(seed)` without compiling a program."""
     return jax.random.wrap_key_data(jax.device_put(np.array([0, seed], np.uint32)))
@@ -219,7 +221,7 @@ def quantize_layer(
 
     def by(rounding: Rounding) -> tuple[QuantizedMatrix, MatrixReport]:
         return quantize_matrix(
-            _weight(parameters, linear),
+            linear_weight(parameters, linear),
             hessian,
             codebook=plan.codebook,
             rounding=rounding,
@@ -243,12 +245,3 @@ def quantize_layer(
 def suspicious(report: MatrixReport) -> bool:
     """Whether feedback did harm: an error that H sees more than a white one of its size, or one as large as W."""
     return report.proxy_loss > 0 and (report.proxy_loss >= 1 or (report.alignment or 0) > 1)
-
-
-def replace_linears(parameters: Any, matrices: Mapping[str, Any]) -> Any:
-    """A block's parameters with the weights of some linears replaced."""
-    result = {key: dict(value) if isinstance(value, dict) else value for key, value in parameters.items()}
-    for linear, matrix in matrices.items():
-        group, leaf = linear.split(".")
-        result[group][leaf] = {**result[group][leaf], "weight": matrix}
-    return result

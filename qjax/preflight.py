@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from qjax.errors import RunError
+from qjax.finished import HELD_BYTES
 from qjax.hessian.accumulate import site_widths
 from qjax.models.config import ModelConfig
 from qjax.models.transformer import LINEARS
@@ -124,7 +125,8 @@ def estimate(
     hessian = 4 * sum(n * n for n in site_widths(config).values())
     rounding = 2 * hessian + max(_rounding(out, inner) for out, inner in shapes.values())
     collecting = 4 * hessian + _working(config, batch, calibration[1])  # sum, compensation, product, mean
-    device = model + codes + max(rounding, collecting, extra.memory)
+    kept = min(codes, HELD_BYTES) if streamed else codes
+    device = model + kept + max(rounding, collecting, extra.memory)
     host = _BASE_BYTES + reference + (model + 2 * hessian if _accelerated() else device)
     disk = 2 * codes + edges * bytes_per_parameter + 2 * config.hidden_size * evaluation[0] * evaluation[1] + extra.disk
     disk += config.num_layers * hessian * 6 // 10 if stored_hessians else 0

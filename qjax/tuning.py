@@ -129,8 +129,9 @@ def save_adapters(folder: pathlib.Path, params: Any) -> None:
 
 def stored_bits(params: Any) -> int:
     """Bits of all quantised matrices, without shared tables."""
-    leaves = jax.tree.leaves(params["blocks"], is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
-    return sum(leaf.stored_bits for leaf in leaves if isinstance(leaf, QuantizedMatrix))
+    is_matrix = lambda leaf: isinstance(leaf, QuantizedMatrix)  # noqa: E731
+    leaves = (leaf for block in params["blocks"] for leaf in jax.tree.leaves(block, is_leaf=is_matrix))
+    return sum(leaf.stored_bits for leaf in leaves if is_matrix(leaf))
 
 
 def whole_model_bytes(params: Any) -> int:

@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import experiments.quantize as entry_point
 from qjax import artifact, job, models
 from qjax.errors import ArtifactError, InputError, RunError
+from qjax.finished import FinishedBlocks
+from qjax.quantized import QuantizedMatrix
 from qjax.recipe import LayerRule
 from qjax.records import Records
 
@@ -99,6 +102,36 @@ def test_the_artifact_gives_the_same_numbers(finished, cache):
     assert {key: results[key] for key in again} == again
     assert artifact.model_bytes(stored.params) == results["whole_model_bytes"]
     assert stored.tokenizer.encode("The function").tolist() == reference.tokenizer.encode("The function").tolist()
+
+
+def test_blocks_that_stay_in_their_records_give_the_same_run(finished, cache, tmp_path, monkeypatch):
+    """A budget for one block and a half, and a checkpoint written in pieces of less than a block."""
+    out, results = finished
+    one = sum(leaf.stored_bits for leaf in _matrices(artifact.load(out / "artifact").params["blocks"][0])) // 8
+    monkeypatch.setattr(job, "HELD_BYTES", one * 3 // 2)
+    monkeypatch.setattr(artifact, "_PIECE", one // 2)
+    kept = []
+    save = artifact.save
+    monkeypatch.setattr(artifact, "save", lambda *arguments: (kept.append(arguments[2]), save(*arguments)))
+    again = job.run(entry_point.job_of(settings(tmp_path / "streamed", cache, "bits=4")))
+    circumstances = "seconds stages peak_memory_bytes compiled_programs compiled_program_names finished sha256 settings"
+    assert {key for key in results if results[key] != again[key]} <= set(circumstances.split())
+    ours, theirs = (artifact.load(folder / "artifact") for folder in (tmp_path / "streamed", out))
+    assert ours.fingerprint == theirs.fingerprint
+    blocks = kept[0]["blocks"]
+    assert isinstance(blocks, FinishedBlocks) and len(blocks) == 4
+    first, last = (lambda: _matrices(blocks[0])[0]), (lambda: _matrices(blocks[3])[0])
+    assert first() is first()  # within the budget: held
+    assert last() is not last()  # beyond: read anew
+    record = tmp_path / "streamed" / "layers" / "layers.3.mlp.up_proj.safetensors"
+    record.write_bytes(record.read_bytes()[:-1])
+    with pytest.raises(RunError, match=r"layers\.3\.mlp\.up_proj: its record .* damaged .* start the same command"):
+        list(blocks)
+
+
+def _matrices(block):
+    leaves = jax.tree.leaves(block, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
+    return [leaf for leaf in leaves if isinstance(leaf, QuantizedMatrix)]
 
 
 def test_a_finished_run_is_not_repeated(finished, cache, capsys):

@@ -25,8 +25,8 @@ from qjax.codebooks.base import Codebook
 from qjax.finetune import lora
 from qjax.finetune.loop import train_step
 from qjax.hessian.statistics import Hessian
+from qjax.models.linears import replace_linears
 from qjax.models.transformer import LINEARS
-from qjax.pipeline import replace_linears
 from qjax.quantize import quantize_matrix
 
 __all__ = ["lines", "measure"]

@@ -13,7 +13,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from qjax.errors import ArtifactError, InputError
 from qjax.finetune.parameters import Layout, layer_value
 from qjax.linalg.rotations import Leaf
+from qjax.models.linears import linear_weight
 from qjax.models.transformer import LINEARS
 from qjax.prng import named_key
 from qjax.quantized import QuantizedMatrix
@@ -150,6 +151,13 @@ class Merged:
         return jnp.einsum("...i,oi->...o", x, self.dense.astype(x.dtype))
 
 
+def _weights(params: Any) -> Iterator[tuple[str, Any]]:
+    """Layer name and weight of every linear, block by block."""
+    for index, block in enumerate(params["blocks"]):
+        for linear in LINEARS:
+            yield f"layers.{index}.{linear}", linear_weight(block, linear)
+
+
 def mapped(params: Any, change: Callable[[str, Any], Any]) -> Any:
     """`params` with `change(layer name, weight)` in place of every linear's weight."""
     blocks = []
@@ -207,7 +215,9 @@ def filled(params: Any, layout: Layout, tuned: Mapping[str, Any]) -> Any:
 
 
 def stripped(params: Any) -> Any:
-    """The quantised model without its adapters."""
+    """The quantised model without its adapters; itself where it has none."""
+    if not any(isinstance(weight, LowRank | Decoded) for _, weight in _weights(params)):
+        return params
 
     def change(name: str, weight: Any) -> Any:
         base = weight.base if isinstance(weight, LowRank) else weight
@@ -218,15 +228,7 @@ def stripped(params: Any) -> Any:
 
 def adapters(params: Any) -> dict[str, LowRank]:
     """The adapted layers by name."""
-    found: dict[str, LowRank] = {}
-
-    def look(name: str, weight: Any) -> Any:
-        if isinstance(weight, LowRank):
-            found[name] = weight
-        return weight
-
-    mapped(params, look)
-    return found
+    return {name: weight for name, weight in _weights(params) if isinstance(weight, LowRank)}
 
 
 def attached(params: Any, parts: Mapping[str, tuple[Any, Any, float]]) -> Any:

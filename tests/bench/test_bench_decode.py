@@ -8,8 +8,8 @@ from qjax import artifact, codebooks, incoherence, models, rounding
 from qjax.bench import decode
 from qjax.errors import InputError
 from qjax.hessian import collect
+from qjax.models.linears import replace_linears
 from qjax.models.transformer import LINEARS
-from qjax.pipeline import replace_linears
 from qjax.quantize import quantize_matrix
 
 

@@ -10,8 +10,8 @@ from qjax.errors import ArtifactError, InputError
 from qjax.finetune import Optimizer, Options, RateRule, assign, gained, merged, tunable, view
 from qjax.finetune.loop import train_step
 from qjax.finetune.parameters import Gained, hidden
+from qjax.models.linears import replace_linears
 from qjax.models.transformer import block, embed
-from qjax.pipeline import replace_linears
 from qjax.serialize import from_arrays, to_arrays
 
 HYB = {"L": 8, "code": "hyb", "Q": 6}
