@@ -33,8 +33,8 @@ class YAQA:
       rows: rows between which H_out feeds nothing back (the block of its LDL); None means the codebook's tile height,
         or for codebooks of single rows at most 16.
       output_damping: damping of H_out, None for that of H_in.
-      chunk: most tiles rounded in one call of the codebook, None: what is fastest on a CPU, 16 tiles of a codebook
-        with tiles of several rows, else 8 (as many rows and columns are read and written as blocks of chunk² tiles).
+      chunk: most tiles of an anti-diagonal that are rounded together, None: what is fastest on a CPU, 16 tiles where a
+        tile is one codeword of several rows, else 2 of about 32×128 weights.
     """
 
     block: int | None = None
@@ -69,7 +69,7 @@ class YAQA:
         left = damped_factor(
             hessian.output.astype(weight.dtype), damping if self.output_damping is None else self.output_damping, rows
         )
-        chunk = (16 if codebook.tile[0] > 1 else 8) if self.chunk is None else self.chunk
+        chunk = (16 if codebook.tile[0] > 1 else 2) if self.chunk is None else self.chunk
         codes = two_sided_codes(weight, right.lower, left.lower, codebook, scaling, rows=rows, block=block, chunk=chunk)
         rounded = finish(codes, codebook, scaling, weight.dtype, None, right.damping, right.ok & left.ok)
         return dataclasses.replace(rounded, output_damping=jnp.asarray(left.damping, weight.dtype))

@@ -14,6 +14,7 @@ from qjax.hessian import Hessian
 from qjax.incoherence import make as incoherence
 from qjax.linalg.damping import damped_factor, normalise
 from qjax.quantize import quantize_matrix
+from qjax.rounding import wavefront
 from qjax.rounding.losses import proxy_loss
 from qjax.rounding.wavefront import two_sided_codes
 
@@ -97,6 +98,18 @@ def test_chunks_change_nothing(name, chunk):
         for size in (chunk, 32)
     ]
     np.testing.assert_array_equal(*codes)
+
+
+@pytest.mark.parametrize("field", [32, 48, 96])
+@pytest.mark.parametrize("tile", [(16, 48), (32, 16), (48, 24), (96, 48)])
+@pytest.mark.parametrize("name", ["half_integer", "e8p"])
+def test_fields_and_tiles_change_nothing(name, tile, field, monkeypatch):
+    """Several fields with products between them, and up to six row blocks that follow each other through a tile."""
+    w, _, book, right, left = problem(name, "tall")
+    monkeypatch.setattr(wavefront, "_FIELD", field)
+    monkeypatch.setattr(wavefront, "tile_shape", lambda *_: tile)
+    codes = two_sided_codes(w, right.lower, left.lower, book, identity(), rows=ROWS, block=book.tile[1], chunk=2)
+    np.testing.assert_array_equal(codes, naive(w, right, left, book))
 
 
 @pytest.mark.parametrize("name", BOOKS)
