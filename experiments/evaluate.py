@@ -11,16 +11,19 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import yaml
 from jax.sharding import Mesh
 from omegaconf import DictConfig
 
-from experiments._entry import cache_folder, compilation_cache, entry, mesh_or_none, plain
+from experiments._entry import cache_folder, compilation_cache, entry, join, mesh_or_none, plain
 from qjax import artifact, data, job, models
 from qjax.errors import InputError
 from qjax.evaluate.harness import evaluate_tasks
 from qjax.finetune import lora
 from qjax.run.atomic import write_json
+from qjax.run.distributed import leads
+from qjax.run.group import speaking
 from qjax.tensor_parallel import distribute, summary
 from qjax.tuning import whole_model_bytes
 
@@ -76,7 +79,15 @@ def main(config: DictConfig) -> None:
     settings = plain(config)
     cache = cache_folder(settings["cache"])
     compilation_cache(cache)
+    join(settings)
+    if jax.process_count() > 1 and settings["tasks"] is not None:
+        raise InputError("tasks=[…] run in one process with all its devices; leave distributed.coordinator out")
     mesh = mesh_or_none(settings)
+    with speaking():
+        _evaluate(settings, mesh, cache)
+
+
+def _evaluate(settings: dict[str, Any], mesh: Mesh | None, cache: pathlib.Path) -> None:
     if settings["tasks"] is not None:
         settings["tasks"] = settings["tasks"] if isinstance(settings["tasks"], list) else [settings["tasks"]]
         finish(tasks_of(settings, mesh), settings["out"])
@@ -108,7 +119,7 @@ def main(config: DictConfig) -> None:
 def finish(report: dict[str, Any], out: str | None) -> None:
     """Print the report and, with `out`, write it."""
     print(json.dumps(report, indent=2))
-    if out is not None:
+    if out is not None and leads():
         write_json(pathlib.Path(out), report)
 
 

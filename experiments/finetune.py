@@ -6,9 +6,10 @@ import contextlib
 import pathlib
 from typing import Any
 
+import jax
 from omegaconf import DictConfig
 
-from experiments._entry import cache_folder, compilation_cache, entry, mesh_or_none, plain
+from experiments._entry import cache_folder, compilation_cache, entry, join, mesh_or_none, plain
 from experiments.evaluate import run_settings
 from experiments.quantize import tuning_line
 from qjax import artifact, data, job, models
@@ -16,8 +17,9 @@ from qjax.errors import InputError, RunError
 from qjax.finetune import lora
 from qjax.finetune.sharding import check_mesh
 from qjax.run.atomic import read_json, write_json
+from qjax.run.distributed import leads, together
 from qjax.run.fingerprint import device, versions
-from qjax.run.lock import RunLock
+from qjax.run.group import leading
 from qjax.run.monitor import peak_memory_bytes
 from qjax.run.tracker import make
 from qjax.tuning import finetune_model, recovered, save_adapters, stored_bits, whole_model_bytes
@@ -45,23 +47,33 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     mesh = mesh_or_none(settings)
     if mesh is not None:
         check_mesh(mesh, settings["finetune"]["batch"])
+    if jax.process_count() > 1 and settings["finetune"]["name"] == "pv":
+        raise InputError("finetune=pv runs on one device; use one process, or finetune=e2e, lora or qat")
     source, out = pathlib.Path(settings["artifact"]).resolve(), pathlib.Path(settings["out"])
     cache = cache_folder(settings["cache"])
     if source.is_relative_to(out.resolve()):
         raise RunError(f"out={out} holds the artifact that is tuned; choose another out=")
-    with RunLock(out):
-        if (out / "results.json").exists():
+    with leading(out):
+        if (known := together(lambda: _finished(out))) is not None:
             print(f"{out}: finished before; nothing to do", flush=True)
-            return read_json(out / "results.json")
+            return known
         quantized = artifact.load(source)
         model = models.load(settings["model"]["source"], settings["model"].get("dtype", "float32"))
         text = {key: value for key, value in settings["data"].items() if value is not None}
         tokens = data.load(
             tokenizer=model.tokenizer, vocab_size=model.config.vocab_size, seed=settings["seed"], **text
         ).evaluation
-        teacher = job.reference_states(model, tokens, settings["batch"], cache)
-        before = job.compare(model, quantized.params, teacher, tokens, settings["batch"])
-        with contextlib.closing(make("jsonl", out, run_name=out.name, config=settings)) as tracker:
+        teacher: Any = None
+
+        def evaluated(params: Any) -> dict[str, Any]:
+            nonlocal teacher
+            if teacher is None:
+                teacher = job.reference_states(model, tokens, settings["batch"], cache)
+            return job.compare(model, params, teacher, tokens, settings["batch"])
+
+        before = together(lambda: evaluated(quantized.params))
+        kind = "jsonl" if leads() else "none"
+        with contextlib.closing(make(kind, out, run_name=out.name, config=settings)) as tracker:
             tuned = finetune_model(
                 model,
                 quantized.params,
@@ -73,7 +85,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
                 tracker=tracker,
                 mesh=mesh,
             )
-        after = job.compare(model, tuned.params, teacher, tokens, settings["batch"])
+        after = together(lambda: evaluated(tuned.params))
         artifact.save(out / "artifact", model, lora.stripped(tuned.params), artifact.incoherence_spec(source))
         save_adapters(out, tuned.params)
         results = {
@@ -86,8 +98,13 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
             "versions": versions(),
             "device": device(),
         }
-        write_json(out / "results.json", results)
+        together(lambda: write_json(out / "results.json", results))
         return results
+
+
+def _finished(out: pathlib.Path) -> dict[str, Any] | None:
+    file = out / "results.json"
+    return read_json(file) if file.exists() else None
 
 
 @entry("finetune")
@@ -95,7 +112,10 @@ def main(config: DictConfig) -> None:
     """Run and print the numbers."""
     settings = plain(config)
     compilation_cache(cache_folder(settings["cache"]))
+    join(settings)
     results = run(settings)
+    if not leads():
+        return
     print(tuning_line(results["finetune"]))
     print(
         f"after: KL {results['kl_mean']:.4f}, perplexity {results['perplexity']:.2f}, "

@@ -123,10 +123,10 @@ def run(job: Job) -> dict[str, Any] | None:
     Raises the errors of `qjax.errors`; the run directory never looks finished unless it is.
     """
     mesh = job.mesh.make()
-    if jax.process_count() > 1 and job.finetune["name"] != "none":
+    if jax.process_count() > 1 and job.finetune["name"] in ("block", "pv"):
         raise InputError(
-            f"finetune is {job.finetune['name']!r} and there are {jax.process_count()} processes; a run of several "
-            "quantises only: use finetune=none, and experiments.finetune on its artifact"
+            f"finetune is {job.finetune['name']!r}, which runs on one device, and there are {jax.process_count()} "
+            "processes; use finetune=e2e, lora, qat or none, or one process"
         )
     shared_out = _tuning_mesh(job, mesh)
     forget_programs()  # of the jobs before this one
@@ -186,6 +186,11 @@ def run(job: Job) -> dict[str, Any] | None:
 
                 if job.evaluate["enabled"]:
                     together(reference)
+
+            def evaluated(params: Any) -> dict[str, Any]:
+                with watch.stage("evaluate"):
+                    return compare(model, params, teacher, tokens.evaluation, job.evaluate["batch"], tokens.rows)
+
             with placed(where):
                 quantized, peaks, block_reports, measured = _quantize(
                     job, model, tokens, records, need.matrices, watch, tracker, mesh
@@ -194,12 +199,8 @@ def run(job: Job) -> dict[str, Any] | None:
             if job.finetune["name"] == "block":
                 tuning = {"finetune": {"blocks": block_reports}}
             elif job.finetune["name"] != "none":
-                if teacher is not None:
-                    with watch.stage("evaluate"):
-                        before = compare(
-                            model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"], tokens.rows
-                        )
-                    tuning = {"before": before}
+                if job.evaluate["enabled"]:
+                    tuning = {"before": together(lambda: evaluated(quantized.params))}
                 with watch.stage("finetune"):
                     tuned = finetune_model(
                         model,
@@ -220,22 +221,16 @@ def run(job: Job) -> dict[str, Any] | None:
 
             forget_programs()
 
-            def evaluated() -> dict[str, Any]:
-                with watch.stage("evaluate"):
-                    return compare(
-                        model, quantized.params, teacher, tokens.evaluation, job.evaluate["batch"], tokens.rows
-                    )
-
             if job.evaluate["enabled"]:
-                results |= together(evaluated)
+                results |= together(lambda: evaluated(quantized.params))
                 if "before" in results.get("finetune", {}):
                     results["finetune"]["recovered"] = recovered(results["finetune"]["before"], results)
             with watch.stage("save"):
                 artifact.save(directory.artifact, model, lora.stripped(quantized.params), quantized.incoherence)
+                save_adapters(directory.path, quantized.params)
 
             def written() -> dict[str, Any]:
                 with watch.stage("save"):
-                    save_adapters(directory.path, quantized.params)
                     directory.write_layers(quantized.reports, peaks)
                 found = circumstances(job.settings, str(job.model["source"]), model, tokens, watch, compiles)
                 return directory.write_results(finite(results | found))
@@ -321,7 +316,7 @@ def reference_states(
     key = f"{identity(model.fingerprint['sha256'])}-{batch}"
     if mesh is not None:
         key += f"-{mesh.shape['data']}x{mesh.shape['model']}"
-    return TeacherCache(cache / "teachers").get(key, tokens.sha256, compute)
+    return TeacherCache(cache / "teachers").get(key, tokens.sha256, compute, jointly=mesh is not None)
 
 
 _Quantized: TypeAlias = tuple[QuantizedModel, dict[str, int], list[dict[str, Any]], Mapping[str, Fit] | None]

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qjax.errors import InputError
 
-__all__ = ["AXES", "EACH", "WHOLE", "MeshSettings", "make", "place", "single"]
+__all__ = ["AXES", "EACH", "WHOLE", "MeshSettings", "fetched", "make", "place", "single"]
 
 AXES = ("data", "model")
 EACH = PartitionSpec(AXES)
@@ -117,3 +118,17 @@ def place(tree: Any, mesh: Mesh, spec: PartitionSpec = WHOLE) -> Any:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(put, tree)
+
+
+def fetched(tree: Any) -> Any:
+    """The arrays of a tree on the host, whole, also those whose parts lie with other processes.
+
+    All processes that hold parts call this with the same tree.
+    """
+
+    def get(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+        return np.asarray(leaf)
+
+    return jax.tree.map(get, tree)

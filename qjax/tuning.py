@@ -18,6 +18,7 @@ from qjax.finetune import Settings, Step, Tuned, end_to_end, lora, pv
 from qjax.hessian.store import identity
 from qjax.models import Model
 from qjax.quantized import QuantizedMatrix
+from qjax.run.distributed import together
 from qjax.run.progress import Progress
 from qjax.run.tracker import Tracker
 
@@ -122,9 +123,10 @@ def recovered(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | No
 
 
 def save_adapters(folder: pathlib.Path, params: Any) -> None:
-    """`adapters.safetensors` beside `artifact/`, when the model has adapters."""
+    """`adapters.safetensors` beside `artifact/`, when the model has adapters. All processes of a group call this."""
     if lora.adapters(params):
-        lora.save(folder / "adapters.safetensors", params, artifact.load(folder / "artifact").fingerprint["sha256"])
+        fingerprint = artifact.load(folder / "artifact").fingerprint["sha256"]  # orbax: all processes, or none
+        together(lambda: lora.save(folder / "adapters.safetensors", params, fingerprint))
 
 
 def stored_bits(params: Any) -> int:

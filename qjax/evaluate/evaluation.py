@@ -14,6 +14,7 @@ from qjax.data.stream import TokenStream, check_vocabulary
 from qjax.errors import InputError
 from qjax.evaluate.metrics import token_metrics, token_nll
 from qjax.evaluate.report import EvaluationReport, check_finite, summarise
+from qjax.mesh import fetched
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
 
@@ -39,11 +40,11 @@ def hidden_states(
     `progress` is called after every block. Raises DataError for an id outside the vocabulary.
     """
     tokens = _checked(tokens, config, batch)
-    states = [np.asarray(transformer.embed(params["embed"], part)) for part in _batches(tokens, batch)]
+    states = [fetched(transformer.embed(params["embed"], part)) for part in _batches(tokens, batch)]
     done = 0
     for done, parameters in enumerate(params["blocks"], start=1):
         for index, state in enumerate(states):
-            states[index] = np.asarray(transformer.block(parameters, state, config))
+            states[index] = fetched(transformer.block(parameters, state, config))
         if progress is not None:
             progress(done, config.num_layers)
     if done != config.num_layers:
@@ -90,7 +91,7 @@ def evaluate(
     parts = (_batches(array, batch) for array in (reference_hidden, hidden, stream.tokens[:, 1:]))
     for reference_part, part, targets in zip(*parts, strict=True):
         found = token_metrics(reference_head, head, reference_part, part, targets, config, mesh)
-        rows.append({name: np.asarray(values) for name, values in found.items()})
+        rows.append(fetched(found))
     metrics = {name: np.concatenate([row[name] for row in rows])[: stream.sequences] for name in rows[0]}
     check_finite({"nll_reference": metrics["nll_reference"]}, "the reference model")
     check_finite({name: metrics[name] for name in ("nll", "kl")}, "the evaluated model")
@@ -125,7 +126,7 @@ def perplexity(
     hidden = hidden_states(params, windows, config, batch, progress)
     head = transformer.head(params)
     parts = zip(_batches(hidden, batch), _batches(windows[:, 1:], batch), strict=True)
-    found = [np.asarray(token_nll(head, part, targets, config, mesh)) for part, targets in parts]
+    found = [fetched(token_nll(head, part, targets, config, mesh)) for part, targets in parts]
     nll = np.concatenate(found)[: len(windows)]
     check_finite({"nll": nll}, "the model")
     with np.errstate(over="ignore"):
@@ -147,7 +148,7 @@ def reference_perplexity(
     """
     rows = []
     for part, targets in zip(_batches(hidden, batch), _batches(tokens.tokens[:, 1:], batch), strict=True):
-        rows.append(np.asarray(token_metrics(head, head, part, part, targets, config, mesh)["nll"]))
+        rows.append(fetched(token_metrics(head, head, part, part, targets, config, mesh)["nll"]))
     mean = float(np.concatenate(rows)[: tokens.sequences].mean(dtype=np.float64))
     return float(np.exp(mean)) if mean < 700 else float("inf")
 

@@ -10,10 +10,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
 from qjax.errors import RunError
+from qjax.run.distributed import every, together
 from qjax.run.lock import turn
 
 __all__ = ["TeacherCache"]
@@ -39,12 +41,20 @@ class TeacherCache:
         model_fingerprint: str,
         tokens_sha256: str,
         compute: Callable[[], Float[np.ndarray, "sequences length width"]],
+        jointly: bool = False,
     ) -> Float[np.ndarray, "sequences length width"]:
         """The stored states, or those of `compute()`, which are then stored.
 
-        A damaged entry is reported in the log and computed again. Raises RunError when the entry cannot be written.
+        `jointly`: all processes of a group call this, and compute together. A damaged entry is reported in the log and
+        computed again. Raises RunError when the entry cannot be written.
         """
         name = self._name(model_fingerprint, tokens_sha256)
+        if jointly and jax.process_count() > 1:
+            if together(lambda: self._read(name) is not None):
+                return every(lambda: self._found(name))
+            states = np.ascontiguousarray(compute(), dtype=np.float32)
+            together(lambda: self._store(name, model_fingerprint, tokens_sha256, lambda: states) is None)
+            return states
         found = self._read(name)
         if found is not None:
             return found
@@ -67,6 +77,15 @@ class TeacherCache:
                 f"{self.folder}: the reference's hidden states ({states.nbytes / 1e6:.0f} MB) cannot be stored "
                 f"({error.strerror}); free space or choose another cache folder"
             ) from error
+        return states
+
+    def _found(self, name: str) -> np.ndarray:
+        states = self._read(name)
+        if states is None:
+            raise RunError(
+                f"{self.folder}: process 0 has an entry that process {jax.process_index()} cannot read; all processes "
+                "need the same cache= folder"
+            )
         return states
 
     @staticmethod

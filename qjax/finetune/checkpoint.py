@@ -13,7 +13,9 @@ import jax
 import numpy as np
 
 from qjax.errors import ArtifactError, RunError
+from qjax.mesh import fetched
 from qjax.run.atomic import read_json, write_json
+from qjax.run.distributed import together
 
 __all__ = ["Checkpoints"]
 
@@ -28,26 +30,27 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         self.folder = pathlib.Path(folder).absolute()
-        mark = self.folder / "task.json"
-        if mark.exists():
-            found = self._task(mark)
-            if found is None:  # torn or damaged: what it marked cannot be told apart any more
-                shutil.rmtree(self.folder)
-                write_json(mark, {"task": task})
-            elif found != task:
-                raise RunError(
-                    f"{self.folder} holds the fine-tuning of another model, text or configuration ({found[:12]}, this "
-                    f"one is {task[:12]}); choose another out=, or resume=false to remove it"
-                )
-        else:
-            write_json(mark, {"task": task})
+        together(lambda: self._claim(task))
         keep: Any = ocp.training.preservation_policies.LatestN(2)
         self._store = ocp.training.Checkpointer(
             str(self.folder / "steps"), preservation_policy=keep, cleanup_tmp_directories=True
         )
 
+    def _claim(self, task: str) -> None:
+        mark = self.folder / "task.json"
+        found = self._task(mark) if mark.exists() else None
+        if found is not None and found != task:
+            raise RunError(
+                f"{self.folder} holds the fine-tuning of another model, text or configuration ({found[:12]}, this "
+                f"one is {task[:12]}); choose another out=, or resume=false to remove it"
+            )
+        if mark.exists() and found is None:  # torn or damaged: what it marked cannot be told apart any more
+            shutil.rmtree(self.folder)
+        if found is None:
+            write_json(mark, {"task": task})
+
     def save(self, step: int, state: Any, log: dict[str, Any]) -> None:
-        """Keep `state` (a pytree of arrays) and `log` (JSON values) as of `step`."""
+        """Keep `state` (a pytree of arrays) and `log` (JSON values, those of process 0) as of `step`."""
         try:
             sealed = {"log": log, "sha256": _digest(state, log)}
             self._store.save(step, state, force=True, custom_metadata=sealed)
@@ -92,7 +95,7 @@ class Checkpoints:
 def _digest(state: Any, log: dict[str, Any]) -> str:
     """SHA-256 of all arrays, in the order of their paths, and of the log."""
     hasher = hashlib.sha256(json.dumps(log, sort_keys=True).encode())
-    for path, leaf in jax.tree_util.tree_flatten_with_path(jax.device_get(state))[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(fetched(state))[0]:
         value = np.ascontiguousarray(leaf)
         hasher.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
         hasher.update(value.tobytes())

@@ -26,6 +26,7 @@ from qjax.finetune.parameters import Trainable, merged, tunable, view
 from qjax.finetune.rules import RateRule, assign
 from qjax.finetune.sharding import Parts, check_mesh, placing
 from qjax.finetune.teacher import targets
+from qjax.mesh import fetched
 from qjax.models import Model
 from qjax.models.transformer import head
 from qjax.run.monitor import peak_memory_bytes
@@ -107,7 +108,7 @@ def movement(start: Mapping[str, Any], end: Mapping[str, Any]) -> dict[str, dict
     """
     kinds: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for name, value in start.items():
-        kinds.setdefault(name.rsplit(".", 1)[-1], []).append((np.asarray(value), np.asarray(end[name])))
+        kinds.setdefault(name.rsplit(".", 1)[-1], []).append((fetched(value), np.asarray(end[name])))
     report = {}
     for kind, pairs in sorted(kinds.items()):
         before, after = (np.concatenate([np.ravel(pair[i]) for pair in pairs]).astype(np.float64) for i in range(2))
@@ -122,7 +123,7 @@ def movement(start: Mapping[str, Any], end: Mapping[str, Any]) -> dict[str, dict
 def _digest(settings: Settings, model: Trainable, fingerprint: str, tokens: TokenStream, seed: int) -> str:
     hasher = hashlib.sha256(json.dumps([repr(settings), fingerprint, tokens.sha256, seed]).encode())
     for name, value in sorted(model.tuned.items()):
-        hasher.update(name.encode() + np.asarray(value).tobytes() + model.rates[name].tobytes())
+        hasher.update(name.encode() + fetched(value).tobytes() + model.rates[name].tobytes())
     return hasher.hexdigest()
 
 

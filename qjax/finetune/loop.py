@@ -20,6 +20,7 @@ from qjax.finetune.optimizer import Optimizer
 from qjax.finetune.parameters import Trainable
 from qjax.finetune.sharding import Parts, check_mesh
 from qjax.finetune.step import Options, train_step, validation_step
+from qjax.mesh import fetched
 from qjax.models.config import ModelConfig
 
 __all__ = ["Options", "Result", "Step", "Task", "tune", "windows_at"]
@@ -166,11 +167,11 @@ def tune(
         state: Any = {"tuned": tuned, "optimizer": optimizer.init(tuned)}
     else:
         state = {"tuned": tuned, "optimizer": _initial(tuned, optimizer, task.parts)}
-    best: Any = jax.device_get(tuned)
+    best: Any = fetched(tuned)
     log: dict[str, Any] = {"step": 0, "recent": [], "history": [], "best": 0, "stopped": None, "seconds": 0.0}
     found = None if checkpoints is None else checkpoints.restore({"state": state, "best": tuned})
     if found is not None:
-        state, best, log = found[0]["state"], jax.device_get(found[0]["best"]), found[1]
+        state, best, log = found[0]["state"], fetched(found[0]["best"]), found[1]
     begun, before = time.monotonic(), log["seconds"]
 
     def keep() -> None:
@@ -213,7 +214,7 @@ def tune(
             log["history"].append([step, float(np.mean(log["recent"])), validation])
             log["recent"] = []
             if validation <= min(entry[2] for entry in log["history"]):
-                log["best"], best = step, jax.device_get(state["tuned"])
+                log["best"], best = step, fetched(state["tuned"])
         log["seconds"] = before + time.monotonic() - begun
         if step % task.checkpoint_every == 0 or step == optimizer.steps:
             keep()

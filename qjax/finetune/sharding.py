@@ -35,11 +35,6 @@ def check_mesh(mesh: Mesh, batch: int) -> None:
             f"mesh.model is {mesh.shape['model']}; fine-tuning shares parameters and batches out over mesh.data alone: "
             "use mesh.model=1"
         )
-    if jax.process_count() > 1:
-        raise InputError(
-            f"fine-tuning runs in one process with all its devices; there are {jax.process_count()}: leave "
-            "distributed.coordinator out"
-        )
     if batch % mesh.shape[AXIS]:
         raise InputError(
             f"finetune.batch is {batch} and mesh.data {mesh.shape[AXIS]}; every device reads equally many windows: use "

@@ -39,7 +39,11 @@ def targets(
         return hidden_states(params, tokens, config, batch, progress)
 
     key = hashlib.sha256(np.ascontiguousarray(tokens).tobytes() + str(tokens.shape).encode()).hexdigest()
-    states = compute() if cache is None else TeacherCache(cache).get(f"{model_fingerprint}-{batch}", key, compute)
+    states = (
+        compute()
+        if cache is None
+        else TeacherCache(cache).get(f"{model_fingerprint}-{batch}", key, compute, jointly=True)
+    )
     if topk is None:
         return {"states": states}
     head = transformer.head(params)

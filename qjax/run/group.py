@@ -13,17 +13,25 @@ from qjax.errors import RunError
 from qjax.run.distributed import every, leads, together
 from qjax.run.lock import RunLock
 
-__all__ = ["leading", "visible"]
+__all__ = ["leading", "speaking", "visible"]
+
+
+@contextlib.contextmanager
+def speaking() -> Iterator[None]:
+    """Only process 0 prints."""
+    with contextlib.ExitStack() as stack:
+        if not leads():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
 
 
 @contextlib.contextmanager
 def leading(path: pathlib.Path) -> Iterator[None]:
     """Process 0 holds the run directory's lock; the others print nothing. Raises as `RunLock`, in all processes."""
     with contextlib.ExitStack() as stack:
-        if not leads():
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        stack.enter_context(speaking())
 
         def hold() -> None:
             stack.enter_context(RunLock(path))

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from qjax import artifact
+
 pytestmark = pytest.mark.slow
 MODEL = pathlib.Path(__file__).parents[1] / "fixtures" / "models" / "llama3"
 SETTINGS = [
@@ -30,8 +32,17 @@ SETTINGS = [
     "data.evaluation_sequences=2",
     "data.length=16",
     "hessian.batch=2",
-    "distributed.start_s=200",
-    "distributed.heartbeat_s=10",
+]
+PATIENCE = ["distributed.start_s=200", "distributed.heartbeat_s=10"]
+TUNING = [
+    "mesh=all",
+    "finetune=e2e",
+    "finetune.tokens=256",
+    "finetune.sequences=8",
+    "finetune.validation=2",
+    "finetune.batch=2",
+    "finetune.validate_every=2",
+    "finetune.checkpoint_every=2",
 ]
 
 
@@ -43,13 +54,19 @@ def free_port():
 
 def start(out, cache, processes, *overrides):
     """`processes` of experiments.quantize that form a group (one: a plain run)."""
+    mesh = ["mesh=all"] if processes > 1 else []
+    return group("quantize", processes, 1, *SETTINGS, f"out={out}", f"cache={cache}", *overrides, *mesh)
+
+
+def group(program, processes, devices, *words):
+    """`processes` with `devices` each that run `experiments.<program> <words>`, as a group where there are several."""
     port = free_port()
-    group = ["mesh=all", f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={processes}"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    together = [f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={processes}", *PATIENCE]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "experiments.quantize", *SETTINGS, f"out={out}", f"cache={cache}", *overrides]
-            + ([*group, f"distributed.process={index}"] if processes > 1 else []),
+            [sys.executable, "-m", f"experiments.{program}", *words]
+            + ([*together, f"distributed.process={index}"] if processes > 1 else []),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -154,3 +171,31 @@ def test_one_process_speaks(story):
     codes, (leader, other) = story["two"]
     assert codes == [0, 0]
     assert "bits per weight" in leader and "bits per weight" not in other and "quantise" not in other
+
+
+def test_tuning_and_tensor_parallel_evaluation_of_two_processes_are_those_of_two_devices(tmp_path):
+    """Parameters and batches shared out among processes, one of which is killed; then a model cut into two parts."""
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 64, 2000).astype(np.int32))
+    words = [*SETTINGS, f"data.path={tmp_path / 'tokens.npy'}", *TUNING]
+    for name, processes in (("one", 1), ("two", 2)):
+        out, own = tmp_path / name, [*words, f"out={tmp_path / name}", f"cache={tmp_path / name}-cache"]
+        if processes == 2:
+            killed = group("quantize", processes, 1, *own)
+            assert wait_for(lambda out=out: (out / "finetune" / "steps" / "2").exists(), killed)
+            killed[1].send_signal(signal.SIGKILL)
+            ended(killed)
+            assert not (out / "results.json").exists()
+        codes, outputs = ended(group("quantize", processes, 2 // processes, *own))
+        assert set(codes) == {0}, outputs
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert one["finetune"]["history"] == two["finetune"]["history"] and one["kl_mean"] == two["kl_mean"]
+    assert one["finetune"]["validation_after"] < one["finetune"]["validation_before"]
+    ours, theirs = (artifact.load(tmp_path / name / "artifact") for name in ("two", "one"))
+    assert ours.fingerprint == theirs.fingerprint
+    words = [f"artifact={tmp_path / 'two' / 'artifact'}", f"cache={tmp_path / 'e'}", f"out={tmp_path / 'e.json'}"]
+    codes, outputs = ended(group("evaluate", 2, 1, *words, "mesh.data=1", "mesh.model=2"))
+    assert set(codes) == {0}, outputs
+    assert "kl_mean" in outputs[0] and "kl_mean" not in outputs[1]
+    evaluated = json.loads((tmp_path / "e.json").read_text())
+    for key in ("kl_mean", "perplexity", "perplexity_reference"):
+        assert evaluated[key] == pytest.approx(two[key], rel=1e-5), key
