@@ -88,7 +88,7 @@ def check_reference(model: Any, states: np.ndarray, tokens: TokenStream, batch: 
     found = reference_perplexity(states[rows], head(model.params), sample, model.config, batch=batch)
     if not math.isfinite(found) or found > limit:
         raise DataError(
-            f"the original model {model.name} has perplexity {found:.4g} on {len(rows)} windows of the evaluation text, "
-            f"above evaluate.sanity_perplexity={limit:g}: the tokenizer is another model's, BOS is missing "
+            f"the original model {model.name} has perplexity {found:.4g} on {len(rows)} windows of the evaluation "
+            f"text, above evaluate.sanity_perplexity={limit:g}: the tokenizer is another model's, BOS is missing "
             "(data.bos=sequence), or the text is foreign to it; evaluate.sanity_perplexity=null goes on all the same"
         )
