@@ -1,35 +1,22 @@
 """The time-boxed part of `scripts/fuzz.py`, and no pickle anywhere."""
 
-import importlib.util
 import json
 import pathlib
 import pickle
 import random
 import re
 import subprocess
-import sys
 import tempfile
 
 import numpy as np
 import pytest
+from faults import REPOSITORY, script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qjax.errors import ModelFileError, QjaxError
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-
-
-def load(name):
-    specification = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-fuzz = load("fuzz")
+fuzz = script("fuzz")
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,14 @@
 """Runs killed at seeded points end in the same bytes; `scripts/kill_points.py` has the harness and the longer run."""
 
-import importlib.util
 import os
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+from faults import REPOSITORY, script
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-
-
-def load(name):
-    specification = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-kill_points = load("kill_points")
+kill_points = script("kill_points")
 
 
 @pytest.mark.slow
