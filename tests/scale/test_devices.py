@@ -1,6 +1,5 @@
 """Eight devices give what one gives: Hessians, sketches, codes; and exchange no more than they must."""
 
-import fcntl
 import json
 import os
 import pathlib
@@ -16,24 +15,18 @@ CLOSE = 1e-6
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    shared = (
-        tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("e")
-    )
-    file = shared / "found-on-eight-devices.json"
-    with open(shared / "found-on-eight-devices.lock", "w") as lock:  # tests of this module may be with several workers
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not file.exists():
-            _run(file)
-    return json.loads(file.read_text())
+def found(once):
+    return once("eight", tell)
 
 
-def _run(file):
+def tell(folder):
+    file = folder / "found.json"
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     # Most of the time is LLVM's: collectives are decided before it, and what is compared comes from the same process.
     environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     done = subprocess.run([sys.executable, "-W", "error", str(SCRIPT), str(file)], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return json.loads(file.read_text())
 
 
 def test_the_mesh_has_eight_devices_and_no_more(found):
