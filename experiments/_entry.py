@@ -113,10 +113,12 @@ def mesh_of(settings: Mapping[str, Any]) -> MeshSettings:
 
 
 def mesh_or_none(settings: Mapping[str, Any]) -> Mesh | None:
-    """The mesh of the `mesh` group; None for one device, which needs none."""
+    """The mesh of the `mesh` group; None for one device, which needs none. Several processes give at least one each."""
     wanted = mesh_of(settings)
-    made = None if (wanted.data, wanted.model) == (1, 1) else wanted.make()
-    return None if made is None or made.size == 1 else made
+    if (wanted.data, wanted.model) == (1, 1) and jax.process_count() == 1:
+        return None
+    made = wanted.make()
+    return None if made.size == 1 else made
 
 
 def join(settings: Mapping[str, Any]) -> None:

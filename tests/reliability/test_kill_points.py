@@ -17,9 +17,9 @@ kill_points = script("kill_points")
 )
 def test_two_hundred_recorded_states_end_in_the_same_bytes(tmp_path, name, states):
     """In a process of its own, without checked annotations and with its files in memory: a quarter of the time."""
-    script = REPOSITORY / "scripts" / "kill_points.py"
+    program = REPOSITORY / "scripts" / "kill_points.py"
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
-    command = [sys.executable, script, "--scenario", name, "--states", str(states), "--folder", folder]
+    command = [sys.executable, program, "--scenario", name, "--states", str(states), "--folder", folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(rf"^{name}: (\d+) states, (\d+) different", done.stdout, re.MULTILINE)
