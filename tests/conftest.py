@@ -24,6 +24,10 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+# The mathematics is compiled as users' programs are. Elsewhere (orchestration, files, entry points) a test's time is
+# LLVM's time, and what is asserted holds whatever LLVM does: those compile at once, two fifths faster.
+AS_USERS = {"codebooks", "evaluate", "hessian", "linalg", "pallas_kernels", "properties", "rounding"}
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
@@ -39,6 +43,7 @@ hypothesis.settings.register_profile("qjax", deadline=None, max_examples=25, der
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "qjax"))
 
+_QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 _LOCAL = {"localhost", "127.0.0.1", "::1", "", None}
 
 
@@ -62,6 +67,16 @@ def _strict_jax():
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimised(request):
+    """Programs of this folder, and of the processes that it starts, go through LLVM's optimisations or do not."""
+    quick = not AS_USERS.intersection(request.path.relative_to(REPOSITORY / "tests").parts)
+    if os.environ.get(_QUICK, "0") != str(int(quick)):
+        jax.clear_caches()  # the other kind's
+        jax.config.update(_QUICK.lower(), quick)
+        os.environ[_QUICK] = str(int(quick))
 
 
 @pytest.fixture(scope="module", autouse=True)

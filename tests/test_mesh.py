@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from experiments._entry import mesh_or_none
 from qjax import mesh
 from qjax.errors import InputError, RunError
 from qjax.run import distributed
@@ -31,6 +32,14 @@ def test_too_many_devices_are_refused_with_the_remedy():
 def test_sizes_are_positive_whole_numbers(data, model):
     with pytest.raises(InputError, match="it is a number of devices, at least 1"):
         mesh.MeshSettings(data, model)
+
+
+def test_one_device_for_several_processes_is_refused_not_used_by_each_of_them(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    one = {"mesh": {"data": 1, "model": 1}}
+    for ask in (lambda: mesh.make(1, 1), lambda: mesh_or_none(one)):
+        with pytest.raises(InputError, match="asks for 1 devices of 2 processes; .* a multiple of the number"):
+            ask()
 
 
 def test_placing_keeps_values_and_copies_nothing_twice():

@@ -12,8 +12,6 @@ def test_checks_on_eight_devices():
     """All of `eight_devices/check_*.py`, in one process of its own."""
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", str(FOLDER)]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    # Most of the time is LLVM's; where collectives stand and what they give within tolerances is decided before it.
-    environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     done = subprocess.run(
         [*command, "-o", "python_files=check_*.py"], env=environment, capture_output=True, text=True, check=False
     )

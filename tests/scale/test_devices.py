@@ -22,8 +22,6 @@ def found(once):
 def tell(folder):
     file = folder / "found.json"
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    # Most of the time is LLVM's: collectives are decided before it, and what is compared comes from the same process.
-    environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     done = subprocess.run([sys.executable, "-W", "error", str(SCRIPT), str(file)], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     return json.loads(file.read_text())

@@ -63,8 +63,6 @@ def group(program, processes, devices, *words):
     port = free_port()
     together = [f"distributed.coordinator=127.0.0.1:{port}", f"distributed.processes={processes}", *PATIENCE]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    # Most of the time is LLVM's, and what is compared comes from processes with the same settings.
-    environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     return [
         subprocess.Popen(
             [sys.executable, "-m", f"experiments.{program}", *words]
