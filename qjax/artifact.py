@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import shutil
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ from qjax.models.config import ModelConfig, RopeScaling
 from qjax.models.files import sha256_file
 from qjax.models.loading import Model
 from qjax.models.tokenizer import Tokenizer, parsed
+from qjax.models.weights import leaf_shapes
 from qjax.quantized import QuantizedMatrix
 from qjax.run.atomic import read_bytes, read_json, write_json, write_text
 from qjax.run.distributed import together
@@ -261,8 +263,8 @@ def _check_arrays(path: pathlib.Path, expected: dict[str, str], arrays: dict[str
 def _assemble(path: pathlib.Path, manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Model:
     config = dict(manifest["config"])
     if config.get("rope_scaling") is not None:
-        config["rope_scaling"] = RopeScaling(**config["rope_scaling"])
-    config = ModelConfig(**config)
+        config["rope_scaling"] = _typed(RopeScaling, config["rope_scaling"])
+    config = _typed(ModelConfig, config)
     leaves: dict[str, Any] = {}
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
@@ -274,6 +276,7 @@ def _assemble(path: pathlib.Path, manifest: dict[str, Any], arrays: dict[str, np
             leaves[name] = array
     for name, spec in manifest["matrices"].items():
         leaves[name] = from_arrays(parts[name], spec, f"{path}: {name}")
+    _check_leaves(config, leaves)
     params: dict[str, Any] = {"blocks": [{} for _ in range(config.num_layers)]}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
@@ -290,6 +293,31 @@ def _assemble(path: pathlib.Path, manifest: dict[str, Any], arrays: dict[str, np
         description=f"quantised from {manifest['description']}",
         fingerprint={"sha256": digest},
     )
+
+
+def _typed(kind: Any, values: dict[str, Any]) -> Any:
+    """A dataclass from JSON: every value has its field's type, and every number is positive and finite."""
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        allowed = typing.get_args(hints[name]) or (hints[name],)
+        if type(value) not in allowed and not (type(value) is int and float in allowed):
+            raise ValueError(f"{name} is {value!r}")
+        if type(value) in (int, float) and not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}; it is above 0 and finite")
+    return kind(**values)
+
+
+def _check_leaves(config: ModelConfig, leaves: dict[str, Any]) -> None:
+    if config.num_layers > len(leaves):  # before a false number of layers costs memory
+        raise ValueError(f"{config.num_layers} layers and {len(leaves)} arrays")
+    expected = leaf_shapes(config)
+    if "head" in leaves:  # tuning may have untied it
+        expected.setdefault("head", expected["embed"])
+    if other := sorted(expected.keys() ^ leaves.keys()):
+        raise ValueError(f"{other[:4]} are missing or surplus")
+    for name, shape in expected.items():
+        if tuple(leaves[name].shape) != shape:
+            raise ValueError(f"{name} has shape {list(leaves[name].shape)}, the configuration asks for {list(shape)}")
 
 
 def _tokenizer(path: pathlib.Path, manifest: dict[str, Any]) -> Tokenizer:

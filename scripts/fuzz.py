@@ -7,7 +7,8 @@ shards, `tokenizer.json` and piece lists, and an artifact. An input is a valid f
 out, doubled, moved or replaced by numbers at the edges of their range, or with entries of its JSON changed.
 
 What is wrong: an error that is no `QjaxError`, more than a second, an allocation that Python's tracer sees above twice
-the size of the files and a fixed allowance, a file opened outside the folder, and any use of pickle.
+the size of the files and a fixed allowance, a peak of the process that one input raises by more, a file opened outside
+the folder, and any use of pickle.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import pathlib
 import pickle
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,8 @@ sys.path.insert(0, str(REPOSITORY))
 NAMES = ("gguf", "index", "tokenizer", "artifact")
 SECONDS = 1.0
 ALLOWANCE = 4 << 20  # of the interpreter and the libraries, independent of the input
+NATIVE = 64 << 20  # of what Python's tracer does not see: threads of the storage engine with arenas of their own
+LIMIT = 8 << 30  # of a process, so that the machine survives what is looked for
 _EDGES = [0, 1, 2, 7, 8, 31, 32, 127, 128, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64 - 1]
 _VALUES = [None, True, False, -1, 0, 1, 2, 2**31, 2**63, 2**64, 1e308, 1.5, "", "a", "../x", "/etc/x", [], {}, [0]]
 _TOKENS = [
@@ -318,6 +322,10 @@ def _peak_of_reading_again(reader: Reader) -> int:
     return tracemalloc.get_traced_memory()[1] - base
 
 
+def _peak_of_the_process() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def fuzz(reader: Reader, inputs: int, seed: int, watch: Watch, seconds: float = float("inf")) -> dict[str, Any]:
     """Read up to `inputs` damaged inputs; returns counts and what was wrong."""
     from qjax.errors import QjaxError
@@ -341,7 +349,7 @@ def fuzz(reader: Reader, inputs: int, seed: int, watch: Watch, seconds: float = 
                 gc.collect()
             base = tracemalloc.get_traced_memory()[0]
             tracemalloc.reset_peak()
-            before = time.process_time()
+            before, resident = time.process_time(), _peak_of_the_process()
             where = f"{reader.name}, input {counts['inputs']} ({name})"
             try:
                 reader.read()
@@ -361,6 +369,8 @@ def fuzz(reader: Reader, inputs: int, seed: int, watch: Watch, seconds: float = 
             if peak > 2 * reader.bytes + ALLOWANCE:
                 wrong.append(f"{where}: {peak} bytes allocated, the files have {reader.bytes}")
             counts["largest"] = max(counts["largest"], peak)
+            if (raised := _peak_of_the_process() - resident) > 2 * reader.bytes + NATIVE:
+                wrong.append(f"{where}: raised the peak of the process by {raised} bytes")
             if watch.outside:
                 wrong.append(f"{where}: opened {watch.outside[:3]}")
                 watch.outside.clear()
@@ -406,16 +416,19 @@ def side_by_side(names: list[str], inputs: int, seed: int, workers: int, seconds
 
     def one(piece: tuple[str, int, int]) -> bool:
         name, own_seed, count = piece
+        folder = tempfile.mkdtemp(dir=in_memory())
         command = [sys.executable, __file__, "--reader", name, "--inputs", str(count), "--seed", str(own_seed)]
-        command += ["--seconds", str(seconds)]
+        command += ["--seconds", str(seconds), "--folder", folder]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120 + count * SECONDS, check=False)
         except subprocess.TimeoutExpired:
-            print(f"{name}, seed {own_seed}: a hang: no end after {120 + count * SECONDS:.0f} s", flush=True)
+            print(f"{name}, seed {own_seed}: a hang: no end after {120 + count * SECONDS:.0f} s: {folder}", flush=True)
             return False
         print(done.stdout.rstrip(), flush=True)
         if done.returncode not in (0, 1):  # it crashed
-            print(f"{name}, seed {own_seed}: ended by {done.returncode}: {done.stderr[-2000:]}", flush=True)
+            print(f"{name}, seed {own_seed}: ended by {done.returncode} at {folder}: {done.stderr[-2000:]}", flush=True)
+        else:
+            shutil.rmtree(folder)
         return done.returncode == 0
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -432,12 +445,15 @@ def main() -> int:
     parser.add_argument("--reader", choices=NAMES, default=None)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="for every reader, or piece with --workers")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time, 25,000 inputs each")
+    parser.add_argument("--folder", default=None, help=argparse.SUPPRESS)  # empty, and left as it is after a crash
     options = parser.parse_args()
     if options.workers > 1:
         names = list(NAMES) if options.reader is None else [options.reader]
         return int(side_by_side(names, options.inputs, options.seed, options.workers, options.seconds) > 0)
     bad, watch = 0, Watch()
-    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
+    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or stack.enter_context(tempfile.TemporaryDirectory(dir=in_memory()))
         made = readers(pathlib.Path(folder) / "files", options.reader)
         share, rest = divmod(options.inputs, len(made))
         for index, reader in enumerate(made):

@@ -139,6 +139,9 @@ class Recorder:
                 self._busy = True
                 try:
                     self.names[self.count] = what
+                    if not os.path.isdir(self.root):  # the first operation makes it
+                        os.mkdir(target)
+                        return
                     shutil.copytree(self.root, target, copy_function=_copied, dirs_exist_ok=True)
                 finally:
                     self._busy = False

@@ -14,7 +14,7 @@ import numpy as np
 from qjax.errors import InputError, ModelFileError, listed
 from qjax.models.config import ModelConfig
 
-__all__ = ["DTYPES", "WeightSource", "check_source", "read_block", "read_edges", "tensor_shapes"]
+__all__ = ["DTYPES", "WeightSource", "check_source", "leaf_shapes", "read_block", "read_edges", "tensor_shapes"]
 
 Params = Any  # a pytree of numpy arrays as documented in qjax.models.transformer
 
@@ -24,6 +24,7 @@ DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
 }
 _HEAD = "lm_head.weight"
+_EDGES = {"model.embed_tokens.weight": "embed", "model.norm.weight": "norm", _HEAD: "head"}
 _SHOWN = 6  # how many problems one message lists
 
 
@@ -85,18 +86,36 @@ def _block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a model of this configuration has."""
+def _edge_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
         "model.norm.weight": (config.hidden_size,),
     }
     if not config.tie_embeddings:
         shapes[_HEAD] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a model of this configuration has."""
     block = _block_shapes(config)
-    return shapes | {
+    return _edge_shapes(config) | {
         f"model.layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in block.items()
     }
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """Where a block's tensor lies in its parameters: norms are arrays, linears have a weight and perhaps a bias."""
+    *parts, kind = name.split(".")
+    norm = len(parts) == 1 or parts[-1] in ("q_norm", "k_norm")
+    return tuple(parts) if norm else (*parts, kind)
+
+
+def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Path (`blocks/0/mlp/up_proj/weight`, `embed`) and shape of every leaf that a model's parameters have."""
+    block = {"/".join(_place(name)): shape for name, shape in _block_shapes(config).items()}
+    shapes = {_EDGES[name]: shape for name, shape in _edge_shapes(config).items()}
+    return shapes | {f"blocks/{i}/{path}": shape for i in range(config.num_layers) for path, shape in block.items()}
 
 
 def check_source(source: WeightSource, config: ModelConfig) -> None:
@@ -162,13 +181,11 @@ def read_block(source: WeightSource, config: ModelConfig, index: int, dtype: str
     parameters: dict[str, Any] = {"self_attn": {}, "mlp": {}}
     for name in _block_shapes(config):
         values = _read(source, f"model.layers.{index}.{name}", target)
-        match name.split("."):
-            case [group, "q_norm" | "k_norm" as norm, "weight"]:
-                parameters[group][norm] = values
-            case [group, linear, kind]:
-                parameters[group].setdefault(linear, {})[kind] = values
-            case [norm, _]:
-                parameters[norm] = values
+        *groups, last = _place(name)
+        node = parameters
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = values
     return parameters
 
 

@@ -1,10 +1,12 @@
 """The time-boxed part of `scripts/fuzz.py`, and no pickle anywhere."""
 
 import json
+import mmap
 import pathlib
 import pickle
 import random
 import re
+import resource
 import subprocess
 import tempfile
 
@@ -14,7 +16,7 @@ from faults import REPOSITORY, script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qjax.errors import ModelFileError, QjaxError
+from qjax.errors import ArtifactError, ModelFileError, QjaxError
 
 fuzz = script("fuzz")
 
@@ -70,12 +72,44 @@ def test_what_long_fuzzing_found_by_name(readers, capfd):
     capfd.readouterr()  # the panic's own message
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_layers", 2**20, "1048576 layers and 2. arrays"),  # 2**64 of them took all memory of the machine
+        ("num_layers", 1, "'blocks/1/.* are missing or surplus"),
+        ("num_layers", 3, "'blocks/2/.* are missing or surplus"),
+        ("head_dim", {}, "head_dim is {}"),
+        ("head_dim", 16, "blocks/0/self_attn/q_proj/weight has shape .*, the configuration asks for"),
+        ("rms_norm_eps", -1, "rms_norm_eps is -1; it is above 0"),
+        ("tie_embeddings", 0, "tie_embeddings is 0"),
+        ("sliding_window", "4", "sliding_window is '4'"),
+        ("rope_scaling", {"factor": True}, "factor is True"),
+    ],
+)
+def test_an_artifact_whose_configuration_is_not_that_of_its_arrays(readers, field, value, message):
+    reader = readers["artifact"]
+    manifest = json.loads(reader.valid["model.json"])
+    manifest["config"][field] = value
+    (reader.folder / "model.json").write_text(json.dumps(manifest))
+    reader.seal(reader.folder)
+    try:
+        with pytest.raises(ArtifactError, match=f"does not describe the arrays .*{message}"):
+            reader.read()
+    finally:
+        (reader.folder / "model.json").write_bytes(reader.valid["model.json"])
+        reader.seal(reader.folder)
+
+
 def test_the_harness_sees_what_is_wrong(readers, watch, tmp_path):
     def read(kind):
         if kind == "error":
             raise KeyError("x")
         if kind == "memory":
             np.zeros(16 << 20, np.uint8)
+        if kind == "native":  # what Python's tracer does not see
+            with mmap.mmap(-1, fuzz.NATIVE + (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)) as memory:
+                for page in range(0, len(memory), mmap.PAGESIZE):
+                    memory[page] = 1
         if kind == "outside":
             (tmp_path / "secret").read_bytes()
         if kind == "pickle":
@@ -86,6 +120,7 @@ def test_the_harness_sees_what_is_wrong(readers, watch, tmp_path):
     for kind, message in {
         "error": "KeyError",
         "memory": "bytes allocated",
+        "native": "raised the peak of the process",
         "outside": "secret",
         "pickle": "pickle was used",
     }.items():
@@ -101,7 +136,7 @@ def test_the_harness_sees_what_is_wrong(readers, watch, tmp_path):
         assert len(found["wrong"]) == 1 and message in found["wrong"][0], found["wrong"]
 
 
-def test_a_run_in_several_processes_counts_all_inputs_and_sees_crashes_and_hangs(monkeypatch, capsys):
+def test_a_run_in_several_processes_counts_all_inputs_and_sees_crashes_and_hangs(monkeypatch, capsys, tmp_path):
     commands = []
 
     def run(command, **options):
@@ -112,11 +147,14 @@ def test_a_run_in_several_processes_counts_all_inputs_and_sees_crashes_and_hangs
         return subprocess.CompletedProcess(command, code, "out", "err")
 
     monkeypatch.setattr(fuzz.subprocess, "run", run)
+    monkeypatch.setattr(fuzz, "in_memory", lambda: tmp_path)
     assert fuzz.side_by_side(["gguf", "index", "tokenizer", "artifact"], 100_002, 3, 2, 9.0) == 5
     assert sum(int(command["--inputs"]) for command in commands) == 100_002
     assert len({(command["--reader"], command["--seed"]) for command in commands}) == len(commands) == 6
     text = capsys.readouterr().out
-    assert "index, seed 3: a hang" in text and "tokenizer, seed 3: ended by -11: err" in text
+    kept = {str(folder) for folder in tmp_path.iterdir()}  # with the inputs that were being read
+    ends = re.search(r"index, seed 3: a hang: no end after .*: (.*)\n", text), re.search(r"-11 at (.*): err\n", text)
+    assert {end[1] for end in ends if end} <= kept and all(ends)
 
 
 def test_damage_is_the_same_for_the_same_seed():

@@ -57,6 +57,13 @@ def test_a_recorded_state_is_what_is_on_the_disk_in_the_middle_of_a_write(tmp_pa
     assert len(remove_leftovers(state)) == 1 and list(state.iterdir()) == [state / "value.json"]
 
 
+def test_before_the_first_operation_there_is_nothing(tmp_path):
+    state = tmp_path / "state"
+    with kill_points.Recorder(tmp_path / "root", {1: state}):
+        (tmp_path / "root").mkdir()
+    assert list(state.iterdir()) == []
+
+
 def test_an_outcome_that_differs_is_seen(tmp_path):
     old, new = {"proxy_loss_mean": 0.1, "seconds": {"a": 1}}, {"proxy_loss_mean": 0.2, "seconds": {"a": 2}}
     assert kill_points._lasting(old) != kill_points._lasting(new)
