@@ -294,10 +294,22 @@ def load(
     arrays, metadata = read_safetensors(path)
     if metadata.get("format") != _FORMAT:
         raise ArtifactError(f"{path}: format {metadata.get('format')!r}; this qjax reads adapters of {_FORMAT}")
-    if artifact_sha256 is not None and metadata["artifact"] != artifact_sha256:
+    try:
+        artifact, scales = metadata["artifact"], json.loads(metadata["scales"])
+        parts = {name: (arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"], scale) for name, scale in scales.items()}
+        fit = all(
+            a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and isinstance(scale, int | float)
+            for a, b, scale in parts.values()
+        )
+    except (KeyError, ValueError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{path}: does not describe its adapters ({error!r}); copy the file again") from error
+    if not fit or 2 * len(parts) != len(arrays):
         raise ArtifactError(
-            f"{path}: adapters of the artifact {metadata['artifact'][:12]}, this one is {artifact_sha256[:12]}; "
+            f"{path}: an adapter has A [rank, in], B [out, rank] and a scale, which not all have here; copy it again"
+        )
+    if artifact_sha256 is not None and artifact != artifact_sha256:
+        raise ArtifactError(
+            f"{path}: adapters of the artifact {artifact[:12]}, this one is {artifact_sha256[:12]}; "
             "use the artifact they were tuned on"
         )
-    scales = json.loads(metadata["scales"])
-    return {name: (arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"], scale) for name, scale in scales.items()}
+    return parts

@@ -11,6 +11,7 @@ from qjax import Hessian, codebooks, incoherence, models, quantize_matrix, round
 from qjax.codebooks.base import CODEBOOKS
 from qjax.errors import ArtifactError, InputError
 from qjax.finetune import lora
+from qjax.run.atomic import write_safetensors
 
 BITS = {"e81b": 1, "e8p_rvq": 4}
 OPTIONS = {"trellis": {"L": 8}}
@@ -115,6 +116,34 @@ def model():
     )[0]
     first = {**block, "mlp": {**block["mlp"], "up_proj": {"weight": matrix}}}
     return loaded, {**loaded.params, "blocks": [first, *loaded.params["blocks"][1:]]}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "metadata", "message"),
+    [
+        ({}, {"scales": "{"}, "does not describe its adapters .*JSONDecodeError"),
+        ({}, {"scales": "[1]"}, "does not describe its adapters"),
+        ({}, {"scales": None}, "does not describe its adapters .*'scales'"),
+        ({"x.lora_b": None}, {}, "does not describe its adapters .*x.lora_b"),
+        ({"x.lora_a": np.zeros(3, np.float32)}, {}, "an adapter has A"),
+        ({"x.lora_a": np.zeros((3, 4), np.float32)}, {}, "an adapter has A"),
+        ({"y.lora_a": np.zeros((2, 4), np.float32)}, {}, "an adapter has A"),
+        ({}, {"scales": '{"x": "2"}'}, "an adapter has A"),
+    ],
+)
+def test_a_file_of_adapters_that_is_none_is_refused(tmp_path, arrays, metadata, message):
+    whole = {"x.lora_a": np.zeros((2, 4), np.float32), "x.lora_b": np.zeros((3, 2), np.float32)}
+    about = {"format": "qjax-adapters-1", "scales": '{"x": 2.0}', "artifact": "a" * 64}
+    file = tmp_path / "adapters.safetensors"
+
+    def written(arrays, metadata):
+        kept = [{k: v for k, v in table.items() if v is not None} for table in (whole | arrays, about | metadata)]
+        write_safetensors(file, *kept)
+        return lora.load(file)
+
+    assert written({}, {})["x"][2] == 2.0
+    with pytest.raises(ArtifactError, match=rf"adapters\.safetensors: {message}"):
+        written(arrays, metadata)
 
 
 def test_fresh_adapters_change_nothing_and_are_stored_apart(model, tmp_path):
