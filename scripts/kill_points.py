@@ -351,7 +351,7 @@ def main() -> int:
                     print(f"DIFFERS {what}", flush=True)
                 if done % 50 == 0:
                     print(f"{name}: {done} states, {bad} differ, {time.monotonic() - begun:.0f} s", flush=True)
-            print(f"{name}: {done} states, {len(kinds)} different, in {time.monotonic() - begun:.0f} s", flush=True)
+            print(f"{name}: {done} states, {len(kinds)} distinct, in {time.monotonic() - begun:.0f} s", flush=True)
             if share(options.real):
                 killed, changed = real(name, share(options.real), options.seed, pathlib.Path(folder) / "real")
                 bad += bool(changed)

@@ -22,7 +22,7 @@ def test_two_hundred_recorded_states_end_in_the_same_bytes(tmp_path, name, state
     command = [sys.executable, program, "--scenario", name, "--states", str(states), "--folder", folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = re.search(rf"^{name}: (\d+) states, (\d+) different", done.stdout, re.MULTILINE)
+    found = re.search(rf"^{name}: (\d+) states, (\d+) distinct", done.stdout, re.MULTILINE)
     assert found is not None, done.stdout
     assert int(found[1]) == states and int(found[2]) > states // 2
 
