@@ -34,7 +34,7 @@ SPREAD := -n $(WORKERS) --dist worksteal
 SHORT := linalg evaluate rounding codebooks hessian/test_collect.py models/test_cached.py models/test_linear.py \
   pallas_kernels/test_mosaic_gpu.py pallas_kernels/test_gram.py test_incoherence.py
 
-.PHONY: help demo test test-short test-tpu-aot lint typecheck format bench clean venv
+.PHONY: help demo test test-short test-gpu-aot test-tpu-aot lint typecheck format bench clean venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -70,6 +70,11 @@ test-tpu-aot: $(STAMP) ## compile the TPU kernels for v5e and v6e with libtpu, w
 	@$(BIN)/python -c 'import libtpu' 2>/dev/null || { echo 'make: needs libtpu (a wheel of 0.7 GB):' \
 	  "$(BIN)/python -m pip install -e '.[tpu]' -c $(CONSTRAINTS)" >&2; exit 1; }
 	TPU_SKIP_MDS_QUERY=1 $(PYTEST) -n 0 -m tpu_aot tests/pallas_kernels $(ARGS)
+
+test-gpu-aot: $(STAMP) ## compile the GPU kernels to machine code for an H100, without a GPU
+	@$(BIN)/python -c 'import jax_plugins.xla_cuda13' 2>/dev/null || { echo 'make: needs the CUDA plugin (about 3 GB):' \
+	  "$(BIN)/python -m pip install -e '.[cuda]' -c $(CONSTRAINTS)" >&2; exit 1; }
+	JAX_PLATFORMS=cpu $(PYTEST) -n 0 -m gpu_aot tests/pallas_kernels $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

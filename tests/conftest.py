@@ -43,6 +43,11 @@ hypothesis.settings.register_profile("qjax", deadline=None, max_examples=25, der
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "qjax"))
 
+
+def _cuda_plugin() -> bool:
+    return any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+
+
 _QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 _LOCAL = {"localhost", "127.0.0.1", "::1", "", None}
 
@@ -53,6 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     absent = {
         "gpu": None if backend == "gpu" else "needs a CUDA device: JAX_PLATFORMS=cuda pytest -m gpu",
         "tpu": None if backend == "tpu" else "needs a TPU: JAX_PLATFORMS=tpu pytest -m tpu",
+        "gpu_aot": None if _cuda_plugin() else "needs the CUDA plugin: pip install -e '.[cuda]'",
         "tpu_aot": None if importlib.util.find_spec("libtpu") else "needs libtpu: pip install -e '.[tpu]'",
     }
     for item in items:

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench.timing import chained
+from pallas_kernels.dequant_matmul import pallas_gpu
 from pallas_kernels.dequant_matmul.decode import block_weights
 from pallas_kernels.dequant_matmul.layout import BLOCK, LANES, ROWS, PackedMatrix
 from pallas_kernels.dequant_matmul.pallas_mosaic_gpu import decoder
 from pallas_kernels.dequant_matmul.rows import to_rows
 
-__all__ = ["ROUND_OPS", "Rooflines", "decode_ops", "integer_rounds", "measure", "row_ops"]
+__all__ = ["ROUND_OPS", "Rooflines", "decode_ops", "integer_rounds", "kernel_ops", "measure", "row_ops"]
 
 _ROUNDS = 64
 ROUND_OPS = 3
@@ -101,6 +102,21 @@ def decode_ops(weight: PackedMatrix) -> dict[str, float]:
     return _counted(jax.make_jaxpr(block)(parts, parts[0], line, line, tree.table), ROWS * lanes, BLOCK * lanes)
 
 
+def kernel_ops(x: Any, weight: PackedMatrix) -> dict[str, float]:
+    """The same of the loop over blocks of the Triton kernel, all that it does for a weight: also multiplying.
+
+    Each row of an instruction named in PTX counts as one, but moves; `pallas_gpu` must be the kernel that runs.
+    """
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (x, weight))
+    closed = jax.make_jaxpr(pallas_gpu.matmul)(*shapes)
+    kernel = next(e for e in closed.eqns if e.primitive.name == "pallas_call")
+    tile = kernel.params["grid_mapping"].block_mappings[1].block_shape[2]
+    lanes = int(getattr(tile, "block_size", tile))
+    loops = [e for e in kernel.params["jaxpr"].eqns if e.primitive.name in ("while", "scan")]
+    body = loops[0].params["body_jaxpr" if loops[0].primitive.name == "while" else "jaxpr"]
+    return _counted(body, ROWS * 16, BLOCK * lanes)
+
+
 def row_ops(weight: PackedMatrix) -> dict[str, float]:
     """The same of the Mosaic GPU kernel's own decoder, which leaves the scale to the sums unless there are groups."""
     rows = jax.eval_shape(to_rows, weight)
@@ -124,7 +140,16 @@ def _counted(closed: Any, least: int, weights: int) -> dict[str, float]:
             inner = [equation.params[name] for name in _INNER if name in equation.params]
             for one in inner:
                 count(getattr(one, "jaxpr", one))
-            name, out = equation.primitive.name, equation.outvars[0].aval
+            name = equation.primitive.name
+            if not equation.outvars:
+                continue
+            out = equation.outvars[0].aval
+            if name.startswith("elementwise_inline_asm") and out.size >= least:
+                for line in equation.params["asm"].split(";"):
+                    words = line.strip(" {}").split()
+                    if words and not words[0].startswith((".reg", "mov")):
+                        found["integer" if words[0].startswith(("lop3", "dp4a")) else "other"] += out.size
+                continue
             if inner or name not in _COUNTED or out.size < least:
                 continue
             integer = jnp.issubdtype(equation.invars[-1].aval.dtype, jnp.integer) and name in _INTEGER

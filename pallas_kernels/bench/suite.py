@@ -9,23 +9,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
 import platform
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_kernels import dequant_matmul, gram, hadamard, tuned, viterbi
 from pallas_kernels.bench.cases import LAYER, RATE, describe, packed
 from pallas_kernels.bench.checks import checks, gram_kernels, search_operands
-from pallas_kernels.bench.rooflines import Rooflines, decode_ops, measure, row_ops
-from pallas_kernels.bench.timing import HOW, chained, ring
+from pallas_kernels.bench.rooflines import Rooflines, decode_ops, kernel_ops, measure, row_ops
+from pallas_kernels.bench.timing import HOW, Measured, busy_seconds, in_threads, prepared, ring
 from pallas_kernels.bench.tuning import tune
 from pallas_kernels.dequant_matmul import reference
 from pallas_kernels.dequant_matmul import specs as products
@@ -50,6 +55,8 @@ class Settings:
       tune: try block sizes first, and write the best ones as `tuned.json` beside `out`.
       ring_bytes: of weights that a timing loop cycles through, more than the caches.
       out: the JSON file, None for none.
+      processes: that check and compile side by side before this one measures; they share a compilation cache.
+      part: (i, n): be the i-th of n such processes.
     """
 
     seconds: float = 480.0
@@ -57,36 +64,72 @@ class Settings:
     tune: bool = False
     ring_bytes: int = 256 << 20
     out: pathlib.Path | None = None
+    processes: int = 1
+    part: tuple[int, int] | None = None
 
 
 def _dense(shape: tuple[int, int], key: jax.Array) -> jax.Array:
     return jax.random.normal(key, shape[::-1], jnp.bfloat16)
 
 
-def _times(programs: dict[str, Any]) -> dict[str, Any]:
-    return {name: own.to_dict() for name, own in programs.items()}
+def _times(programs: dict[str, Measured]) -> dict[str, Any]:
+    found = {name: own.to_dict() for name, own in programs.items()}
+    if backend() == "gpu":
+        for name, seconds in busy_seconds(programs).items():
+            found[name]["busy_microseconds"] = seconds * 1e6
+    return found
 
 
-def _time_product(spec: Spec, limits: Rooflines, settings: Settings) -> dict[str, Any]:
+Case = Generator[None, None, dict[str, Any]]
+"""A benchmark: up to its only `yield` it compiles, side by side with others, then it measures alone and returns.
+
+XLA chooses its own matrix products by timing them: those are compiled after the `yield`.
+"""
+
+
+def _measured(programs: dict[str, Callable[[], Measured]]) -> dict[str, Measured]:
+    return {name: measure() for name, measure in programs.items()}
+
+
+def _begun(bench: Callable[[], Case]) -> Case:
+    case = bench()
+    next(case)
+    return case
+
+
+def _result(case: Case) -> dict[str, Any]:
+    try:
+        next(case)
+    except StopIteration as finished:
+        return finished.value
+    raise AssertionError("a benchmark yields once")
+
+
+def _time_product(spec: Spec, limits: Rooflines, settings: Settings) -> Case:
     rate = RATE[backend()]
     x = jax.random.normal(jax.random.key(1), (spec.batch, spec.inner), jnp.bfloat16)
     first = packed(spec, jax.random.key(0))
     weights = ring(functools.partial(packed, spec), first.nbytes, settings.ring_bytes)
     dense_bytes = 2 * spec.out * spec.inner
     dense = ring(functools.partial(_dense, (spec.out, spec.inner)), dense_bytes, settings.ring_bytes)
-    timed = {
-        "kernel": chained(dequant_matmul.matmul, x, weights, expected=first.nbytes / rate),
-        "unfused": chained(reference.matmul, x, weights, expected=4 * dense_bytes / rate),
-        "dense": chained(lambda x, w: jnp.matmul(x, w), x, dense, expected=dense_bytes / rate),
+    programs = {
+        "kernel": prepared(dequant_matmul.matmul, x, weights, expected=first.nbytes / rate),
+        "unfused": prepared(reference.matmul, x, weights, expected=4 * dense_bytes / rate),
     }
-    name, ops = dequant_matmul.chosen(spec.batch, jnp.bfloat16, first), {"kernel": decode_ops(first)}
+    name = dequant_matmul.chosen(spec.batch, jnp.bfloat16, first)
+    ops = {"kernel": kernel_ops(x, first) if name == "pallas_gpu" else decode_ops(first)}
     for other in dequant_matmul.available(spec.batch, jnp.bfloat16, first):
         if other == "mosaic_gpu":
             ops[other] = row_ops(first)
+            if name != other and spec not in products.MOSAIC_BENCHES:
+                continue  # it takes long to compile
         if other != name or name == "mosaic_gpu":
             own = [dequant_matmul.to_rows(w) for w in weights] if other == "mosaic_gpu" else weights
             step = functools.partial(dequant_matmul.matmul, implementation=other)
-            timed[other] = chained(step, x, own, expected=first.nbytes / rate)
+            programs[other] = prepared(step, x, own, expected=first.nbytes / rate)
+    yield
+    programs["dense"] = prepared(lambda x, w: jnp.matmul(x, w), x, dense, expected=dense_bytes / rate)
+    timed = _measured(programs)
     if name == "mosaic_gpu":  # as it runs on a matrix that was prepared
         timed["kernel"], ops["kernel"] = timed["mosaic_gpu"], ops["mosaic_gpu"]
     activations = 2 * spec.batch * (spec.out + spec.inner)
@@ -114,7 +157,7 @@ def _time_product(spec: Spec, limits: Rooflines, settings: Settings) -> dict[str
     }
 
 
-def _time_layer(code: str | None, bits: int, settings: Settings) -> dict[str, Any]:
+def _time_layer(code: str | None, bits: int, settings: Settings) -> Case:
     """The seven products of a Llama-3-8B layer one after the other, the feed-forward's product between them."""
     shapes = {name: Spec(bits, 1, out, inner, None, code) for name, (out, inner) in LAYER.items()}
     count = sum(out * inner for out, inner in LAYER.values())
@@ -135,10 +178,12 @@ def _time_layer(code: str | None, bits: int, settings: Settings) -> dict[str, An
     weights = ring(quantised, count * bits // 8, settings.ring_bytes)
     wide = ring(dense, 2 * count, settings.ring_bytes)
     few = count * bits / 8 / rate
-    timed = {
-        "kernel": chained(functools.partial(layer, dequant_matmul.matmul), x, weights, expected=few),
-        "dense": chained(functools.partial(layer, jnp.matmul), x, wide, expected=2 * count / rate),
+    programs = {
+        "kernel": prepared(functools.partial(layer, dequant_matmul.matmul), x, weights, expected=few),
     }
+    yield
+    programs["dense"] = prepared(functools.partial(layer, jnp.matmul), x, wide, expected=2 * count / rate)
+    timed = _measured(programs)
     return {
         "op": "layer",
         "what": f"all products of a Llama-3-8B layer, {code or 'scalar'} {bits} bits, 1 row",
@@ -148,21 +193,23 @@ def _time_layer(code: str | None, bits: int, settings: Settings) -> dict[str, An
     }
 
 
-def _time_transform(spec: transforms.Spec, limits: Rooflines, settings: Settings) -> dict[str, Any]:
+def _time_transform(spec: transforms.Spec, limits: Rooflines, settings: Settings) -> Case:
     moved = 4 * spec.rows * spec.n
     shape = (spec.rows, spec.n)
     rows = ring(lambda key: jax.random.normal(key, shape, jnp.bfloat16), moved // 2, settings.ring_bytes)
     x = jnp.zeros((1, 1), jnp.bfloat16)
     expected = 2 * moved / RATE[backend()]
-    timed = {
-        name: chained(lambda x, rows, f=f: f(rows + x, spec.block), x, rows, expected=expected)
+    programs = {
+        name: prepared(lambda x, rows, f=f: f(rows + x, spec.block), x, rows, expected=expected)
         for name, f in (("kernel", hadamard.hadamard), ("xla", hadamard_reference.hadamard))
     }
     chosen = hadamard.chosen(spec.block, jnp.bfloat16)
     for name in hadamard.available(spec.block, jnp.bfloat16):
         if name != chosen:
             f = functools.partial(hadamard.hadamard, block=spec.block, implementation=name)
-            timed[name] = chained(lambda x, rows, f=f: f(rows + x), x, rows, expected=expected)
+            programs[name] = prepared(lambda x, rows, f=f: f(rows + x), x, rows, expected=expected)
+    yield
+    timed = _measured(programs)
     limit = moved / limits.bytes_per_second
     return {
         "op": "hadamard",
@@ -181,7 +228,7 @@ def _time_transform(spec: transforms.Spec, limits: Rooflines, settings: Settings
     }
 
 
-def _time_search(spec: searches.Spec, settings: Settings) -> dict[str, Any]:
+def _time_search(spec: searches.Spec, settings: Settings) -> Case:
     x, lut, cost = search_operands(spec)
     states = spec.steps * spec.batch * 2**spec.L
     name = viterbi.chosen(2**spec.L, spec.b)
@@ -195,9 +242,11 @@ def _time_search(spec: searches.Spec, settings: Settings) -> dict[str, Any]:
         return least + path[0].astype(jnp.float32) * 1e-30
 
     rate = 5e11 if backend() == "gpu" else 2e8
-    timed = {"kernel": chained(kernel, x, [lut, lut + 1], expected=states / rate, repeats=3)}
+    programs = {"kernel": prepared(kernel, x, [lut, lut + 1], expected=states / rate, repeats=3)}
     if name != "xla":
-        timed["xla"] = chained(xla, x, [lut, lut + 1], expected=10 * states / rate, repeats=3)
+        programs["xla"] = prepared(xla, x, [lut, lut + 1], expected=10 * states / rate, repeats=3)
+    yield
+    timed = _measured(programs)
     return {
         "op": "viterbi",
         "what": f"trellis encode L={spec.L} {spec.b} bits a step V={spec.V}, {spec.batch} x {spec.steps} steps",
@@ -213,7 +262,7 @@ def _time_search(spec: searches.Spec, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _time_gram(spec: grams.Spec, settings: Settings) -> dict[str, Any]:
+def _time_gram(spec: grams.Spec, settings: Settings) -> Case:
     """The lower triangle by every kernel and by XLA, beside XLA's whole product: what decides whether it is used."""
     flops = spec.rows * spec.n * (spec.n + 1)
     make = lambda key: jax.random.normal(key, (spec.rows, spec.n), jnp.bfloat16)  # noqa: E731
@@ -221,8 +270,11 @@ def _time_gram(spec: grams.Spec, settings: Settings) -> dict[str, Any]:
     expected = flops / (1e11 if backend() == "cpu" else 3e14)
     x, names = jnp.zeros((1, 1), jnp.bfloat16), gram_kernels(jnp.bfloat16)
     steps: dict[str, Callable[[Any], Any]] = {name: functools.partial(gram.gram, implementation=name) for name in names}
-    steps["dense"] = lambda x: jnp.matmul(x.T, x, preferred_element_type=jnp.float32)
-    timed = {name: chained(lambda x, w, f=f: f(w + x), x, rows, expected=expected) for name, f in steps.items()}
+    programs = {name: prepared(lambda x, w, f=f: f(w + x), x, rows, expected=expected) for name, f in steps.items()}
+    yield
+    whole = lambda x: jnp.matmul(x.T, x, preferred_element_type=jnp.float32)  # noqa: E731
+    programs["dense"] = prepared(lambda x, w: whole(w + x), x, rows, expected=expected)
+    timed = _measured(programs)
     timed["kernel"] = timed[names[0]]
     return {
         "op": "gram",
@@ -235,7 +287,7 @@ def _time_gram(spec: grams.Spec, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _benches(settings: Settings, limits: Rooflines) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def _benches(settings: Settings, limits: Rooflines) -> Iterator[tuple[str, Callable[[], Case]]]:
     """The numbers that are asked for first, then the rest."""
     quick = settings.quick
     own = (
@@ -246,19 +298,32 @@ def _benches(settings: Settings, limits: Rooflines) -> Iterator[tuple[str, Calla
     square = [s for s in own if (s.out, s.inner, s.batch, s.group) == (8192, 8192, 1, None)]
     product = lambda spec: (describe(spec), functools.partial(_time_product, spec, limits, settings))  # noqa: E731
     yield from map(product, square)
-    for search in searches.TESTS[:1] if quick else searches.BENCHES[:2]:
-        yield f"viterbi {search}", functools.partial(_time_search, search, settings)
     if not quick:
         for code, bits in ((None, 2), ("mul1", 2), (None, 4)):
             yield f"layer {code or 'scalar'} {bits} bits", functools.partial(_time_layer, code, bits, settings)
-    for triangle in grams.TESTS[:1] if quick else grams.BENCHES:
-        yield f"gram {triangle}", functools.partial(_time_gram, triangle, settings)
+    several = [s for s in own if (s.out, s.inner, s.batch) == (8192, 8192, 16)]
+    yield from map(product, several)
+    for search in searches.TESTS[:1] if quick else searches.BENCHES[:2]:
+        yield f"viterbi {search}", functools.partial(_time_search, search, settings)
     for transform in transforms.TESTS[:1] if quick else transforms.BENCHES:
         yield f"hadamard {transform}", functools.partial(_time_transform, transform, limits, settings)
-    yield from (product(spec) for spec in own if spec not in square)
+    for triangle in grams.TESTS[:1] if quick else grams.BENCHES:
+        yield f"gram {triangle}", functools.partial(_time_gram, triangle, settings)
+    yield from (product(spec) for spec in own if spec not in (*square, *several))
     if not quick:
         for search in searches.BENCHES[2:]:
             yield f"viterbi {search}", functools.partial(_time_search, search, settings)
+
+
+_TOGETHER, _AT_ONCE = 16, 6
+"""Checks that run at once, and benchmarks that are compiled before they run: they hold their weights meanwhile."""
+
+
+def _batched(items: Iterable[Any], count: int) -> Iterator[list[Any]]:
+    """The items in lists of `count`, one at a time where there are no processors to spare."""
+    iterator = iter(items)
+    while some := list(itertools.islice(iterator, count if (os.cpu_count() or 1) > 4 else 1)):
+        yield some
 
 
 def _surroundings() -> dict[str, Any]:
@@ -280,7 +345,6 @@ def run(settings: Settings) -> dict[str, Any]:
     `record["failed"]` names checks beyond their limit and cases that raised; `record["left_out"]` what time forbade.
     """
     begun = time.monotonic()
-    until = begun + settings.seconds
     record: dict[str, Any] = {**_surroundings(), "checks": [], "benches": [], "failed": [], "left_out": []}
 
     def save() -> None:
@@ -290,24 +354,80 @@ def run(settings: Settings) -> dict[str, Any]:
             new.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
             new.replace(settings.out)
 
-    for what, check in checks():
+    cases = list(checks()) if settings.part is None else list(checks())[settings.part[0] :: settings.part[1]]
+    with tempfile.TemporaryDirectory() as folder:
+        if settings.processes > 1:
+            _side_by_side(settings, pathlib.Path(folder), record)
+            cases = []
+        return _alone(settings, begun, record, cases, save)
+
+
+def _side_by_side(settings: Settings, folder: pathlib.Path, record: dict[str, Any]) -> None:
+    """Check everything, and compile benchmarks into a cache, in several processes; what they found goes to `record`."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    count = settings.processes
+    command = [sys.executable, "-m", "pallas_kernels.bench", "--seconds", str(0.5 * settings.seconds)]
+    command += ["--ring-mib", str(settings.ring_bytes >> 20), *(["--quick"] if settings.quick else [])]
+    running = [
+        subprocess.Popen(
+            [*command, "--part", f"{i}/{count}", "--out", str(folder / f"part{i}.json")], env=os.environ | cache
+        )
+        for i in range(count)
+    ]
+    for i, process in enumerate(running):
+        process.wait()
+        file = folder / f"part{i}.json"
+        if not file.exists():
+            record["failed"].append(
+                {"what": f"process {i} of {count}", "reason": f"it ended with {process.returncode}"}
+            )
+            continue
+        own = json.loads(file.read_text())
+        for name in ("checks", "failed", "left_out"):
+            record[name] += own[name]
+    for name, value in cache.items():
+        if name.startswith("JAX"):
+            jax.config.update(name.lower(), json.loads(value) if value.lstrip("-").isdigit() else value)
+    compilation_cache.reset_cache()  # whether there is one was decided before
+
+
+def _alone(settings: Settings, begun: float, record: dict[str, Any], cases: list[Any], save: Any) -> dict[str, Any]:
+    until = begun + settings.seconds
+
+    def failed(what: str, raised: Exception) -> None:
+        record["failed"].append({"what": what, "reason": f"{type(raised).__name__}: {raised}"[:500]})
+        print(f"FAILED {what}: {type(raised).__name__}", flush=True)
+
+    for some in _batched(cases, _TOGETHER):
         if time.monotonic() > until:
-            record["left_out"].append(what)
+            record["left_out"] += [what for what, _ in some]
             continue
-        try:
-            name, error, limit = check()
-        except Exception as raised:
-            record["failed"].append({"what": what, "reason": f"{type(raised).__name__}: {raised}"[:500]})
-            print(f"FAILED {what}: {type(raised).__name__}", flush=True)
-            continue
-        known = {"what": what, "implementation": name, "error": min(error, 1e300), "limit": limit}
-        record["checks"].append(known)
-        if not error <= limit:
-            record["failed"].append({"what": what, "reason": f"error {error:.2e}, at most {limit:.0e}"})
-            print(f"FAILED {what}: {name}, error {error:.2e}, at most {limit:.0e}", flush=True)
+        for (what, _), found in zip(
+            some, in_threads([check for _, check in some], 0 if settings.part is None else 2), strict=True
+        ):
+            if isinstance(found, Exception):
+                failed(what, found)
+                continue
+            name, error, limit = found
+            known = {"what": what, "implementation": name, "error": min(error, 1e300), "limit": limit}
+            record["checks"].append(known)
+            if not error <= limit:
+                record["failed"].append({"what": what, "reason": f"error {error:.2e}, at most {limit:.0e}"})
+                print(f"FAILED {what}: {name}, error {error:.2e}, at most {limit:.0e}", flush=True)
     passed = len(record["checks"]), len(record["failed"]), time.monotonic() - begun
     print("{} checks, {} failed, {:.0f} s".format(*passed), flush=True)
     save()
+    if settings.part is not None:
+        i, count = settings.part
+        benches = list(_benches(settings, Rooflines(1.0, 1.0, 1.0)))[i::count]
+        for what, bench in benches:
+            if time.monotonic() > until:
+                break  # the process that measures compiles it
+            begun_or_error = in_threads([functools.partial(_begun, bench)])[0]
+            if isinstance(begun_or_error, Exception):
+                print(f"{what} does not compile: {type(begun_or_error).__name__}", flush=True)
+        return record
     if settings.tune:
         record["tuned"] = tune(settings.ring_bytes, begun, begun + 0.6 * settings.seconds)
         for operation, best in record["tuned"].items():
@@ -318,20 +438,21 @@ def run(settings: Settings) -> dict[str, Any]:
     big = backend() != "cpu" and not settings.quick
     limits = measure(1 << 30 if big else 1 << 22, 1 << 26 if big else 1 << 16)
     record["rooflines"] = dataclasses.asdict(limits)
-    for what, bench in _benches(settings, limits):
+    for some in _batched(_benches(settings, limits), _AT_ONCE):
         if time.monotonic() > until:
-            record["left_out"].append(what)
+            record["left_out"] += [what for what, _ in some]
             continue
-        try:
-            result = bench()
-        except Exception as raised:
-            record["failed"].append({"what": what, "reason": f"{type(raised).__name__}: {raised}"[:500]})
-            print(f"FAILED {what}: {type(raised).__name__}", flush=True)
-            continue
-        result["measured_on"] = f"{record['device']}, jax {record['jax']}"
-        record["benches"].append(result)
-        print(f"{result['what']}: {result['kernel']['microseconds_median']:.1f} µs", flush=True)
-        save()
+        ready = in_threads([functools.partial(_begun, bench) for _, bench in some])
+        for i, (what, _) in enumerate(some):
+            case, ready[i] = ready[i], None  # its weights are not held any longer
+            result = case if isinstance(case, Exception) else in_threads([functools.partial(_result, case)])[0]
+            if isinstance(result, Exception):
+                failed(what, result)
+                continue
+            result["measured_on"] = f"{record['device']}, jax {record['jax']}"
+            record["benches"].append(result)
+            print(f"{result['what']}: {result['kernel']['microseconds_median']:.1f} µs", flush=True)
+            save()
     save()
     return record
 

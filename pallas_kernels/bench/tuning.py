@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dequant_matmul, hadamard
 from pallas_kernels.bench.cases import RATE, packed
-from pallas_kernels.bench.timing import chained, ring
+from pallas_kernels.bench.timing import chained, in_threads, prepared, ring
 from pallas_kernels.dequant_matmul import pallas_gpu, pallas_mosaic_gpu, pallas_tpu
 from pallas_kernels.dequant_matmul.specs import Spec
 from pallas_kernels.dispatch import backend
@@ -26,6 +26,7 @@ SPECS = (
     Spec(2, 1, 8192, 8192),
     Spec(2, 1, 8192, 8192, None, "mul1"),
     Spec(2, 16, 8192, 8192, None, "mul1"),
+    Spec(2, 16, 8192, 8192),
 )
 """Those that targets are set for."""
 _KERNELS: dict[str, tuple[str, Any]] = {
@@ -33,6 +34,9 @@ _KERNELS: dict[str, tuple[str, Any]] = {
     "pallas_gpu": ("dequant_matmul", pallas_gpu),
     "pallas_tpu": ("dequant_matmul", pallas_tpu),
 }
+
+_TOGETHER = 16
+"""Candidates that are compiled before they are timed."""
 
 Found = dict[str, dict[str, dict[str, int]]]
 
@@ -74,22 +78,28 @@ def packed_shape(spec: Spec) -> Any:
 
 
 def fastest(
-    candidates: Sequence[Mapping[str, int]], seconds_of: Callable[[Mapping[str, int]], float], until: float, what: str
+    candidates: Sequence[Mapping[str, int]],
+    prepare: Callable[[Mapping[str, int]], Callable[[], float]],
+    until: float,
+    what: str,
 ) -> tuple[dict[str, int], float]:
-    """(the best candidate, its seconds); those that raise are named and left out. Empty when there was no time."""
+    """(the best candidate, its seconds); those that raise are named and left out. Empty when there was no time.
+
+    Candidates are compiled side by side, a few at a time, and timed one after another.
+    """
     best: dict[str, int] = {}
     least = math.inf
-    for blocks in candidates:
+    for start in range(0, len(candidates), _TOGETHER):
         if time.monotonic() > until:
             break
-        try:
-            seconds = seconds_of(blocks)
-        except Exception as error:
-            print(f"tune {what} {dict(blocks)}: {type(error).__name__}", flush=True)
-            continue
-        if seconds < least:
-            best, least = dict(blocks), seconds
-            print(f"tune {what} {best}: {least * 1e6:.1f} µs", flush=True)
+        some = candidates[start : start + _TOGETHER]
+        for blocks, ready in zip(some, in_threads([functools.partial(prepare, b) for b in some]), strict=True):
+            seconds = ready if isinstance(ready, Exception) else in_threads([ready])[0]
+            if isinstance(seconds, Exception):
+                print(f"tune {what} {dict(blocks)}: {type(seconds).__name__}", flush=True)
+            elif seconds < least:
+                best, least = dict(blocks), seconds
+                print(f"tune {what} {best}: {least * 1e6:.1f} µs", flush=True)
     return best, least
 
 
@@ -103,12 +113,14 @@ def _best_blocks(name: str, spec: Spec, ring_bytes: int, until: float) -> tuple[
     if name == "mosaic_gpu":
         weights = [dequant_matmul.to_rows(weight) for weight in weights]
     x = jax.random.normal(jax.random.key(1), (spec.batch, spec.inner), jnp.bfloat16)
+    candidates = kernel.candidates(spec.batch) if name == "pallas_gpu" else kernel.CANDIDATES
 
-    def seconds_of(blocks: Mapping[str, int]) -> float:
+    def prepare(blocks: Mapping[str, int]) -> Callable[[], float]:
         step = functools.partial(kernel.matmul, blocks=blocks)
-        return chained(step, x, weights, expected=shapes.nbytes / RATE[backend()], repeats=3).median
+        measure = prepared(step, x, weights, expected=shapes.nbytes / RATE[backend()], repeats=3)
+        return lambda: measure().median
 
-    return key, *fastest(kernel.CANDIDATES, seconds_of, until, f"{name} {key}")
+    return key, *fastest(candidates, prepare, until, f"{name} {key}")
 
 
 def _transform_seconds(spec: Any, ring_bytes: int) -> dict[str, float]:

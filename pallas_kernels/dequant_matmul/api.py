@@ -96,9 +96,10 @@ def matmul(
 ) -> Float[Array, "*batch out"]:
     """`y = x Wᵀ`, `W = scale · code + offset`, in the dtype of x (float32, bfloat16 or float16).
 
-    W is decoded in float32, rounded to the dtype of x, and products are summed in float32 (mosaic_gpu rounds W only
-    where it has groups). Differentiable in x, scale
-    and offset. Raises KernelError when x has not `in` columns, or a named implementation cannot run.
+    Products are summed in float32. W is decoded in float32 and rounded to the dtype of x, as in the reference, or not
+    at all: by pallas_gpu for one and two rows and for grids with scales of whole rows, by mosaic_gpu unless there are
+    groups. Differentiable in x, scale and offset. Raises KernelError when x has not `in` columns, or a named
+    implementation cannot run.
     """
     if x.shape[-1] != weight.shape[1]:
         raise KernelError(f"dequant_matmul: x has {x.shape[-1]} columns and the matrix {weight.shape[1]} inputs")

@@ -84,7 +84,8 @@ def _columns(x: Array, weight: RowMatrix) -> tuple[Array, Array]:
         wide = wide / factor
         terms = [wide.astype(jnp.float16)]
         if x.dtype == jnp.float32:
-            terms.append((wide - terms[0].astype(jnp.float32)).astype(jnp.float16))
+            # not a conversion there and back, which XLA takes out where it may be more precise than asked for
+            terms.append((wide - jax.lax.reduce_precision(wide, 5, 10)).astype(jnp.float16))
     order = (ROWS, SLABS) if weight.code is not None else (SLABS, ROWS)
     columns = jnp.stack(terms).reshape(len(terms), COLUMNS, blocks, *order)
     if weight.code is not None:

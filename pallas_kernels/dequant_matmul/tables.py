@@ -50,7 +50,7 @@ TRELLISES = ("hyb",)
 LATTICES = ("e8p", "e8p_rvq")
 NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 """The nibble of an entry, and the bit of the sign byte, that coordinate i owns."""
-_ENTRIES = 256
+ENTRIES = 256
 
 Lookup = Callable[[int, int, Array], Array]
 """(first entry, how many there are, index) -> entries."""
@@ -78,7 +78,7 @@ def e8p_nibbles(codes: Array, lookup: Lookup) -> tuple[Array, Array]:
     parity = byte ^ (byte >> np.uint32(4))
     parity = parity ^ (parity >> np.uint32(2))
     parity = (parity ^ (parity >> np.uint32(1))) & np.uint32(1)
-    entry = lookup(0, _ENTRIES, (codes >> np.uint32(8)) & np.uint32(255))
+    entry = lookup(0, ENTRIES, (codes >> np.uint32(8)) & np.uint32(255))
     # an odd nibble 8 + 2 v becomes 8 − 2 v when its upper three bits are inverted
     nibbles = entry ^ (_spread(byte ^ parity) * np.uint32(14))
     return nibbles, np.float32(-3.75) - parity.astype(jnp.int32).astype(jnp.float32) * np.float32(0.5)
@@ -120,7 +120,7 @@ def decoder(
             kept[q] = list(e8p_nibbles(parts[q // 2] >> np.uint32(16 * (q % 2)), lookup))
             if weight.bits == 3:
                 code = (parts[2] >> np.uint32(8 * q)) & np.uint32(255)
-                kept[q].append(lookup(_ENTRIES, _ENTRIES, code))
+                kept[q].append(lookup(ENTRIES, ENTRIES, code))
             if weight.bits == 4:
                 kept[q] += e8p_nibbles(parts[2 + q // 2] >> np.uint32(16 * (q % 2)), lookup)
         nibbles, constant, *residual = kept[q]
@@ -177,7 +177,7 @@ def repack_lattice(
     if words.shape[0] != needed:
         raise KernelError(f"dequant_matmul: {words.shape[0]} words for {out}×{inner} at {bits} bits; expected {needed}")
     tables = [table] if second is None else [table, second]
-    if any(t.shape != (_ENTRIES,) for t in tables) or (second is None) == (bits == 3):
+    if any(t.shape != (ENTRIES,) for t in tables) or (second is None) == (bits == 3):
         raise KernelError(
             f"dequant_matmul: tables of {[t.shape[0] for t in tables]} entries at {bits} bits; expected 256 of E8P, "
             "and at 3 bits as many of the second stage"

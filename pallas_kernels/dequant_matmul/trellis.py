@@ -23,11 +23,12 @@ from pallas_kernels.dequant_matmul.layout import BLOCK, LANES, ROWS, SLABS, Pack
 from pallas_kernels.dequant_matmul.tables import TRELLISES, table_lines, window
 from pallas_kernels.dispatch import KernelError
 
-__all__ = ["CODES", "half_values", "repack_trellis", "slab_values", "state_values", "unit"]
+__all__ = ["CODES", "MUL1", "half_values", "repack_trellis", "slab_values", "state_values", "unit"]
 
 CODES = ("1mad", "3inst", "mul1")
 _BYTE_SCALE = np.float32(1 / 147.800537109375)
-_MUL1_SCALE, _MUL1_SHIFT = (float(x) for x in np.array([0x1EEE, 0xC931], np.uint16).view(np.float16))
+MUL1 = _MUL1_SCALE, _MUL1_SHIFT = tuple(float(x) for x in np.array([0x1EEE, 0xC931], np.uint16).view(np.float16))
+"""A value of mul1 is `scale (1024 + the sum of bytes) + shift`, rounded to float16."""
 
 
 def _byte_sum(x: Array) -> Array:

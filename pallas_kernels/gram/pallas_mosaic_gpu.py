@@ -66,8 +66,10 @@ def gram(x: Float[Array, "rows n"], interpret: Any = None) -> Float[Array, "n n"
     x = jnp.pad(x, ((0, -rows % DEPTH[terms]), (0, -n % TILE)))
     parts, rest = [], x.astype(jnp.float32)
     for _ in range(terms):
-        parts.append(rest.astype(jnp.bfloat16))
-        rest = rest - parts[-1].astype(jnp.float32)
+        # not a conversion there and back, which XLA takes out where it may be more precise than asked for
+        rounded = jax.lax.reduce_precision(rest, 8, 7)
+        parts.append(rounded.astype(jnp.bfloat16))
+        rest = rest - rounded
     right = jnp.stack(parts)
     tiles = x.shape[1] // TILE
     y = plgpu.kernel(

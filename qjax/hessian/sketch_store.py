@@ -194,6 +194,8 @@ def _load(path: pathlib.Path) -> Sums:
         trees[what].setdefault(linear, {})[factor] = unpack_triangle(values)
     carry = trees["carry"] or jax.tree.map(np.zeros_like, trees["total"])
     bad = json.loads(metadata["bad"])
+    if not all(isinstance(bad.get(linear), int) and 0 <= bad[linear] <= NONE for linear in LINEARS):
+        raise ArtifactError(f"{path}: sequences that are not finite are {bad}; expected whole numbers up to {NONE}")
     return Sums(trees["total"], carry, {linear: np.uint32(bad[linear]) for linear in LINEARS})
 
 

@@ -1,13 +1,15 @@
 """Sketches against gradients of every sequence and token by automatic differentiation, summed in float64."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qjax import hessian, models
-from qjax.errors import InputError, NumericsError
-from qjax.hessian import HessianStore, Sketch, alignment, exact_fisher
+from qjax.errors import ArtifactError, InputError, NumericsError
+from qjax.hessian import HessianStore, Sketch, alignment, exact_fisher, sketch_store
 from qjax.hessian import sketch as sketch_module
 from qjax.hessian.labels import draw
 from qjax.hessian.provide import check_settings
@@ -15,6 +17,7 @@ from qjax.hessian.sketch import gram_is_cheaper, increments
 from qjax.hessian.sketch_collect import block_bytes, ranges
 from qjax.hessian.sketch_store import collect_into
 from qjax.models.transformer import LINEARS, forward
+from qjax.run.atomic import read_safetensors, write_safetensors
 
 NAMES = [f"layers.{index}.{linear}" for index in range(2) for linear in LINEARS]
 
@@ -315,6 +318,22 @@ def test_a_damaged_checkpoint_is_not_used(model, tokens, tmp_path):
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
+    collect(killed, model, tokens, Sketch())
+    assert files(killed) == files(whole)
+
+
+def test_a_checkpoint_of_an_older_version_is_not_used(model, tokens, tmp_path):
+    """One that said -1 where no sequence was bad ended the run with an OverflowError."""
+    whole, killed = HessianStore(tmp_path / "a"), HessianStore(tmp_path / "b")
+    collect(whole, model, tokens, Sketch())
+    with pytest.raises(Killed):
+        collect(killed, model, tokens, Sketch(), die_after=6)
+    (older,) = killed.path.glob("k/partial/*/block_0001.safetensors")
+    arrays, metadata = read_safetensors(older)
+    none = json.dumps(dict.fromkeys(json.loads(metadata.pop("bad")), -1))
+    write_safetensors(older, arrays, {"bad": none})
+    with pytest.raises(ArtifactError, match=r"block_0001.safetensors: .* -1.*expected whole numbers up to 4294967295"):
+        sketch_store._load(older)
     collect(killed, model, tokens, Sketch())
     assert files(killed) == files(whole)
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType
 
 __all__ = [
+    "compiled_for_gpu",
     "compiled_for_tpu",
     "exported",
     "gpu_interpreter",
@@ -108,6 +109,39 @@ def compiled_for_tpu(topology: str, function: Callable[..., Any], *arguments: An
     specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments)
     with _device("v6e" if topology.startswith("v6e") else "tpu"), _without_cache():
         return jax.jit(function).trace(*specs).lower().compile()
+
+
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 threads_per_warp: 32
+  threads_per_block_limit: 1024 threads_per_core_limit: 2048 registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 l2_cache_size: 52428800 memory_bandwidth: 3352320000000 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+}
+runtime_version { major: 13 }
+dnn_version_info { major: 9 minor: 7 }
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""What XLA's compiler asks of a GPU."""
+
+
+def compiled_for_gpu(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function` compiled for an H100 down to machine code, Triton's kernels and Mosaic's; no GPU is needed."""
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        topology_name="h100", platform="cuda", target_config=_H100, topology="1x1x1"
+    )
+    place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (TRITON_CALL, MOSAIC_CALL)]
+    specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
+    with _device("cuda"):
+        lowered = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=checks)(*specs)
+    specs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments)
+    with _without_cache():
+        return jax.jit(lowered.call).trace(*specs).lower(lowering_platforms=("cuda",)).compile()
 
 
 def hbm_bytes(function: Callable[..., Any], *arguments: Any) -> int:

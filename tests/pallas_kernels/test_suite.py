@@ -1,6 +1,7 @@
 """The suite for lent devices, on this machine: its checks can fail, its record is whole, it needs jax alone."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -102,6 +103,45 @@ def test_calls_of_a_timing_loop_are_counted_and_none_is_dropped():
     assert len(timing.ring(lambda key: key, 10, 35)) == 4
 
 
+@pytest.mark.parametrize(
+    ("spec", "integer", "other"),
+    [
+        (Spec(2, 1, 1024, 512), 1 + 1 / 16, 2),  # a masked `or`, a sixteenth of a shift; a difference, a product added
+        (Spec(4, 1, 1024, 512), 1 + 1 / 8, 2),
+        (Spec(2, 1, 1024, 512, None, "mul1"), 4.53, 3),  # shift, mask, product, bytes; float16, conversion, product
+    ],
+)
+def test_instructions_of_the_triton_kernel_are_counted(spec, integer, other):
+    x = suite.jax.ShapeDtypeStruct((spec.batch, spec.inner), jnp.bfloat16)
+    found = rooflines.kernel_ops(x, tuning.packed_shape(spec))
+    assert found["integer_ops_per_weight"] == pytest.approx(integer, abs=0.01)
+    assert found["other_ops_per_weight"] == other and found["gather_ops_per_weight"] == 0
+
+
+def test_a_profile_without_a_gpu_is_empty():
+    weights = [jnp.eye(4), jnp.eye(4)]
+    timed = timing.chained(jnp.matmul, jnp.ones((1, 4)), weights, expected=1.0, least_seconds=0.0, repeats=1)
+    assert timing.busy_seconds({"product": timed}) == {}
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_one_record(tmp_path):
+    record = run(Settings(seconds=0.0, quick=True, out=tmp_path / "kernels.json", processes=2))
+    every = [what for what, _ in suite.checks()]
+    assert set(every) <= set(record["left_out"])
+    assert not record["failed"] and not record["checks"]
+    assert json.loads((tmp_path / "kernels.json").read_text())["left_out"] == record["left_out"]
+
+
+def test_threads_keep_the_order_and_what_was_raised():
+    def quotient(n):
+        return 12 // n
+
+    for threads in (0, 1, 3):
+        first, second, third = timing.in_threads([functools.partial(quotient, n) for n in (4, 0, 3)], threads)
+        assert (first, third) == (3, 4) and isinstance(second, ZeroDivisionError)
+
+
 def test_tuned_sizes_are_stored_and_found(tmp_path, monkeypatch):
     path = tmp_path / "tuned.json"
     tuned.store("op", {"a": {"tile": 32}}, "Some GPU", path)
@@ -115,16 +155,18 @@ def test_tuned_sizes_are_stored_and_found(tmp_path, monkeypatch):
 
 
 def test_tuning_takes_the_fastest_and_survives_what_does_not_compile(capsys):
-    def seconds_of(blocks):
+    def prepare(blocks):
         if blocks["tile"] == 8:
             raise ValueError("too small")
-        return {16: 3e-6, 32: 1e-6, 64: 2e-6}[blocks["tile"]]
+        seconds = {16: 3e-6, 32: 1e-6, 64: 2e-6}
+        return lambda: seconds[blocks["tile"]]  # 128: a KeyError of what was prepared, when it runs
 
-    candidates = [{"tile": tile} for tile in (8, 16, 32, 64)]
+    candidates = [{"tile": tile} for tile in (8, 16, 32, 64, 128)]
     later = timing.time.monotonic() + 1e6
-    assert tuning.fastest(candidates, seconds_of, later, "op") == ({"tile": 32}, 1e-6)
-    assert "tune op {'tile': 8}: ValueError" in capsys.readouterr().out
-    assert tuning.fastest(candidates, seconds_of, 0.0, "op") == ({}, float("inf"))
+    assert tuning.fastest(candidates, prepare, later, "op") == ({"tile": 32}, 1e-6)
+    printed = capsys.readouterr().out
+    assert "tune op {'tile': 8}: ValueError" in printed and "tune op {'tile': 128}: KeyError" in printed
+    assert tuning.fastest(candidates, prepare, 0.0, "op") == ({}, float("inf"))
     seconds = {
         "a": {"mosaic_gpu": 1.0, "pallas_gpu": 2.0},
         "b": {"mosaic_gpu": 2.0, "pallas_gpu": 1.0},
