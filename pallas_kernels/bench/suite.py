@@ -6,6 +6,7 @@ time did not allow is listed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -355,17 +356,37 @@ def run(settings: Settings) -> dict[str, Any]:
             new.replace(settings.out)
 
     cases = list(checks()) if settings.part is None else list(checks())[settings.part[0] :: settings.part[1]]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _settings_kept(*_CACHE):
         if settings.processes > 1:
             _side_by_side(settings, pathlib.Path(folder), record)
             cases = []
         return _alone(settings, begun, record, cases, save)
 
 
+_CACHE = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+
+
+@contextlib.contextmanager
+def _settings_kept(*names: str) -> Iterator[None]:
+    """JAX's settings of these names are afterwards what they were."""
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        yield
+    finally:
+        if any(getattr(jax.config, name) != value for name, value in before.items()):
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()  # whether there is one, and where, was decided before
+
+
 def _side_by_side(settings: Settings, folder: pathlib.Path, record: dict[str, Any]) -> None:
     """Check everything, and compile benchmarks into a cache, in several processes; what they found goes to `record`."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    cache |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    values = dict(zip(_CACHE, (str(folder), 0.0, -1), strict=True))
+    cache = {name.upper(): str(value) for name, value in values.items()} | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     count = settings.processes
     command = [sys.executable, "-m", "pallas_kernels.bench", "--seconds", str(0.5 * settings.seconds)]
     command += ["--ring-mib", str(settings.ring_bytes >> 20), *(["--quick"] if settings.quick else [])]
@@ -386,9 +407,8 @@ def _side_by_side(settings: Settings, folder: pathlib.Path, record: dict[str, An
         own = json.loads(file.read_text())
         for name in ("checks", "failed", "left_out"):
             record[name] += own[name]
-    for name, value in cache.items():
-        if name.startswith("JAX"):
-            jax.config.update(name.lower(), json.loads(value) if value.lstrip("-").isdigit() else value)
+    for name, value in values.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()  # whether there is one was decided before
 
 

@@ -126,7 +126,9 @@ def test_a_profile_without_a_gpu_is_empty():
 
 @pytest.mark.slow
 def test_processes_share_the_work_and_one_record(tmp_path):
+    before = {name: getattr(suite.jax.config, name) for name in suite._CACHE}
     record = run(Settings(seconds=0.0, quick=True, out=tmp_path / "kernels.json", processes=2))
+    assert before == {name: getattr(suite.jax.config, name) for name in suite._CACHE}
     every = [what for what, _ in suite.checks()]
     assert set(every) <= set(record["left_out"])
     assert not record["failed"] and not record["checks"]
