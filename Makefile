@@ -72,7 +72,7 @@ test-tpu-aot: $(STAMP) ## compile the TPU kernels for v5e and v6e with libtpu, w
 	TPU_SKIP_MDS_QUERY=1 $(PYTEST) -n 0 -m tpu_aot tests/pallas_kernels $(ARGS)
 
 test-gpu-aot: $(STAMP) ## compile the GPU kernels to machine code for an H100, without a GPU
-	@$(BIN)/python -c 'import jax_plugins.xla_cuda13' 2>/dev/null || { echo 'make: needs the CUDA plugin (about 3 GB):' \
+	@$(BIN)/python -c 'import jax_plugins.xla_cuda13' 2>/dev/null || { echo 'make: needs the CUDA plugin (about 5 GB):' \
 	  "$(BIN)/python -m pip install -e '.[cuda]' -c $(CONSTRAINTS)" >&2; exit 1; }
 	JAX_PLATFORMS=cpu $(PYTEST) -n 0 -m gpu_aot tests/pallas_kernels $(ARGS)
 

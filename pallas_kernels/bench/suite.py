@@ -31,7 +31,7 @@ from pallas_kernels import dequant_matmul, gram, hadamard, tuned, viterbi
 from pallas_kernels.bench.cases import LAYER, RATE, describe, packed
 from pallas_kernels.bench.checks import checks, gram_kernels, search_operands
 from pallas_kernels.bench.rooflines import Rooflines, decode_ops, kernel_ops, measure, row_ops
-from pallas_kernels.bench.timing import HOW, Measured, busy_seconds, in_threads, prepared, ring
+from pallas_kernels.bench.timing import HOW, Measured, attempt, busy_seconds, in_threads, prepared, ring
 from pallas_kernels.bench.tuning import tune
 from pallas_kernels.dequant_matmul import reference
 from pallas_kernels.dequant_matmul import specs as products
@@ -444,7 +444,7 @@ def _alone(settings: Settings, begun: float, record: dict[str, Any], cases: list
         for what, bench in benches:
             if time.monotonic() > until:
                 break  # the process that measures compiles it
-            begun_or_error = in_threads([functools.partial(_begun, bench)])[0]
+            begun_or_error = attempt(functools.partial(_begun, bench))
             if isinstance(begun_or_error, Exception):
                 print(f"{what} does not compile: {type(begun_or_error).__name__}", flush=True)
         return record
@@ -465,7 +465,7 @@ def _alone(settings: Settings, begun: float, record: dict[str, Any], cases: list
         ready = in_threads([functools.partial(_begun, bench) for _, bench in some])
         for i, (what, _) in enumerate(some):
             case, ready[i] = ready[i], None  # its weights are not held any longer
-            result = case if isinstance(case, Exception) else in_threads([functools.partial(_result, case)])[0]
+            result = case if isinstance(case, Exception) else attempt(functools.partial(_result, case))
             if isinstance(result, Exception):
                 failed(what, result)
                 continue

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["HOW", "Measured", "busy_seconds", "chained", "in_threads", "prepared", "ring"]
+__all__ = ["HOW", "Measured", "attempt", "busy_seconds", "chained", "in_threads", "prepared", "ring"]
 
 HOW = (
     "median over repeats of one compiled loop of dependent calls, divided by the calls; weights cycle through a ring "
@@ -145,17 +145,18 @@ def chained(step: Callable[[Any, Any], Any], x: Any, weights: Sequence[Any], **o
     return prepared(step, x, weights, **options)()
 
 
+def attempt(function: Callable[[], Any]) -> Any:
+    """What the function returns, or the exception that it raised."""
+    try:
+        return function()
+    except Exception as error:
+        return error
+
+
 def in_threads(functions: Sequence[Callable[[], Any]], threads: int = 0) -> list[Any]:
-    """What the functions return, or the exception that one raised, in their order; 0 is a thread per two processors."""
-
-    def guarded(function: Callable[[], Any]) -> Any:
-        try:
-            return function()
-        except Exception as error:
-            return error
-
+    """`attempt` of every function, in their order; 0 is a thread per two processors."""
     threads = threads or max(1, (os.cpu_count() or 1) // 2)
     if threads == 1 or len(functions) < 2:
-        return [guarded(function) for function in functions]
+        return [attempt(function) for function in functions]
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(guarded, functions))
+        return list(pool.map(attempt, functions))

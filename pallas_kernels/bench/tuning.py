@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dequant_matmul, hadamard
 from pallas_kernels.bench.cases import RATE, packed
-from pallas_kernels.bench.timing import chained, in_threads, prepared, ring
+from pallas_kernels.bench.timing import attempt, chained, in_threads, prepared, ring
 from pallas_kernels.dequant_matmul import pallas_gpu, pallas_mosaic_gpu, pallas_tpu
 from pallas_kernels.dequant_matmul.specs import Spec
 from pallas_kernels.dispatch import backend
@@ -94,7 +94,7 @@ def fastest(
             break
         some = candidates[start : start + _TOGETHER]
         for blocks, ready in zip(some, in_threads([functools.partial(prepare, b) for b in some]), strict=True):
-            seconds = ready if isinstance(ready, Exception) else in_threads([ready])[0]
+            seconds = ready if isinstance(ready, Exception) else attempt(ready)
             if isinstance(seconds, Exception):
                 print(f"tune {what} {dict(blocks)}: {type(seconds).__name__}", flush=True)
             elif seconds < least:

@@ -28,7 +28,7 @@ def grid(x_ref: Any, own: Program) -> Array:
     widths, grouped, rows = planes(weight.bits), weight.group is not None, x_ref.shape[0]
 
     def step(block: Array, carry: Any) -> Any:
-        totals, inputs = list(carry[0]), carry[1]
+        total, inputs = carry
         pieces, kept = own.pieces(block, 0), [{} for _ in range(weight.bits)]
         for j in range(SLABS):
             x = x_ref[:, pl.ds(block * BLOCK + ROWS * j, ROWS)]
@@ -44,15 +44,15 @@ def grid(x_ref: Any, own: Program) -> Array:
                 code = own.ops.multiply_add(code, scale, offset)
             else:  # the sums of x, in all columns
                 inputs = inputs + _dot(x, jnp.ones((ROWS, 16), dtype))
-            totals[0] = totals[0] + _dot(x, code.astype(dtype))
-        return tuple(totals), inputs
+            total = total + _dot(x, code.astype(dtype))
+        return total, inputs
 
-    zeros = (jnp.zeros((rows, own.tile), jnp.float32),)
-    totals, inputs = jax.lax.fori_loop(own.first, own.end, step, (zeros, jnp.zeros((rows, 16), jnp.float32)))
+    start = (jnp.zeros((rows, own.tile), jnp.float32), jnp.zeros((rows, 16), jnp.float32))
+    total, inputs = jax.lax.fori_loop(own.first, own.end, step, start)
     if grouped:
-        return totals[0]
+        return total
     whole = jnp.max(inputs, axis=1, keepdims=True)
-    return totals[0] * own.scale(0, jnp.int32(0), 0, 1) + whole * own.scale(1, jnp.int32(0), 0, 1)
+    return total * own.scale(0, jnp.int32(0), 0, 1) + whole * own.scale(1, jnp.int32(0), 0, 1)
 
 
 def code(x_ref: Any, own: Program) -> Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.dequant_matmul import tables
+from pallas_kernels.dequant_matmul import tables, trellis
 from pallas_kernels.dequant_matmul.layout import ROWS, PackedMatrix
 from pallas_kernels.triton import Instructions
 
@@ -78,24 +78,18 @@ class Decoder:
         kept: dict[int, Array] = {}
         return [self.code_at(nibbles, 4 * nibble, 4, kept) for nibble in tables.NIBBLES], constant
 
-    def _centred(self, hashed: Array) -> Array:
-        """The sum of the bytes less CENTRE, float32."""
-        total = self.ops.byte_sum(hashed, _EXPONENT)
-        return jax.lax.bitcast_convert_type(total, jnp.float32) - np.float32(2.0**_FRACTION + CENTRE)
-
     def trellis_value(self, code: str, state: Array, centred: bool = False) -> Array:
         """The value of states over `trellis.unit(code)`, float32, exactly `trellis.half_values`.
 
         With `centred`, of mul1 alone, the sum of bytes less CENTRE, of which its value is a linear function.
         """
-        if code == "1mad":
-            return self._centred(state * np.uint32(34038481) + np.uint32(76625530))
-        if centred:
-            return self._centred(state * np.uint32(0x83DCD12D))
+        word = trellis.hashed(code, state)
+        if code == "1mad" or centred:
+            total = self.ops.byte_sum(word, _EXPONENT)
+            return jax.lax.bitcast_convert_type(total, jnp.float32) - np.float32(2.0**_FRACTION + CENTRE)
         if code == "mul1":  # 0x6400 + n is float16's 1024 + n
-            return self.ops.half_multiply_add(self.ops.byte_sum(state * np.uint32(0x83DCD12D), 0x6400), 0x1EEE, 0xC931)
-        x = state * np.uint32(89226354) + np.uint32(64248484)
-        return self.ops.half_sum(x, 0x8FFF8FFF, 0x3B603B60)
+            return self.ops.half_multiply_add(self.ops.byte_sum(word, 0x6400), *trellis.MUL1_BITS)
+        return self.ops.half_sum(word, trellis.KEPT_3INST, trellis.FLIPPED_3INST)
 
     def slabs(self, words: Sequence[Array], weight: PackedMatrix, centred: bool = False) -> Callable[[int], Array]:
         """The function from a slab of a code that is no scalar grid to its values, to be called with 0, 1, … 31.

@@ -23,11 +23,26 @@ from pallas_kernels.dequant_matmul.layout import BLOCK, LANES, ROWS, SLABS, Pack
 from pallas_kernels.dequant_matmul.tables import TRELLISES, table_lines, window
 from pallas_kernels.dispatch import KernelError
 
-__all__ = ["CODES", "MUL1", "half_values", "repack_trellis", "slab_values", "state_values", "unit"]
+__all__ = [
+    "CODES",
+    "FLIPPED_3INST",
+    "KEPT_3INST",
+    "MUL1",
+    "MUL1_BITS",
+    "half_values",
+    "hashed",
+    "repack_trellis",
+    "slab_values",
+    "state_values",
+    "unit",
+]
 
 CODES = ("1mad", "3inst", "mul1")
+KEPT_3INST, FLIPPED_3INST = 0x8FFF8FFF, 0x3B603B60
+"""The bits of a hash that two float16 are made of, and those that are flipped."""
+MUL1_BITS = 0x1EEE, 0xC931
 _BYTE_SCALE = np.float32(1 / 147.800537109375)
-MUL1 = _MUL1_SCALE, _MUL1_SHIFT = tuple(float(x) for x in np.array([0x1EEE, 0xC931], np.uint16).view(np.float16))
+MUL1 = _MUL1_SCALE, _MUL1_SHIFT = tuple(float(x) for x in np.array(MUL1_BITS, np.uint16).view(np.float16))
 """A value of mul1 is `scale (1024 + the sum of bytes) + shift`, rounded to float16."""
 
 
@@ -51,15 +66,23 @@ def _widened(half: Array) -> Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def hashed(code: str, states: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The word that the value of a state is made of: a linear congruence modulo 2³²."""
+    if code == "1mad":
+        return states * np.uint32(34038481) + np.uint32(76625530)
+    if code == "mul1":
+        return states * np.uint32(0x83DCD12D)
+    return states * np.uint32(89226354) + np.uint32(64248484)
+
+
 def state_values(code: str, states: UInt32[Array, "..."]) -> Float[Array, "..."]:
     """The value of every state, float32. Source: QTIP (2406.11235), section 3.1; EXL3's format for mul1."""
     if code == "1mad":
-        return (_byte_sum(states * np.uint32(34038481) + np.uint32(76625530)) - np.float32(510)) * _BYTE_SCALE
+        return (_byte_sum(hashed(code, states)) - np.float32(510)) * _BYTE_SCALE
     if code == "mul1":
-        total = _byte_sum(states * np.uint32(0x83DCD12D)) + np.float32(1024)
+        total = _byte_sum(hashed(code, states)) + np.float32(1024)
         return _to_half(total * np.float32(_MUL1_SCALE) + np.float32(_MUL1_SHIFT))
-    x = states * np.uint32(89226354) + np.uint32(64248484)
-    x = (x & np.uint32(0x8FFF8FFF)) ^ np.uint32(0x3B603B60)
+    x = (hashed(code, states) & np.uint32(KEPT_3INST)) ^ np.uint32(FLIPPED_3INST)
     return _to_half(_widened(x >> np.uint32(16)) + _widened(x & np.uint32(0xFFFF)))
 
 
@@ -70,12 +93,11 @@ def half_values(code: str, states: UInt32[Array, "..."]) -> Float[Array, "..."]:
     conversion; 1MAD's values are whole numbers up to 510 before they are scaled.
     """
     if code == "1mad":
-        return (_byte_sum(states * np.uint32(34038481) + np.uint32(76625530)) - np.float32(510)).astype(jnp.float16)
+        return (_byte_sum(hashed(code, states)) - np.float32(510)).astype(jnp.float16)
     if code == "mul1":
-        total = _byte_sum(states * np.uint32(0x83DCD12D)) + np.float32(1024)
+        total = _byte_sum(hashed(code, states)) + np.float32(1024)
         return (total * np.float32(_MUL1_SCALE) + np.float32(_MUL1_SHIFT)).astype(jnp.float16)
-    x = states * np.uint32(89226354) + np.uint32(64248484)
-    x = (x & np.uint32(0x8FFF8FFF)) ^ np.uint32(0x3B603B60)
+    x = (hashed(code, states) & np.uint32(KEPT_3INST)) ^ np.uint32(FLIPPED_3INST)
     low, high = (jax.lax.bitcast_convert_type(h.astype(jnp.uint16), jnp.float16) for h in (x, x >> np.uint32(16)))
     return high + low
 

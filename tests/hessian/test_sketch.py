@@ -309,11 +309,18 @@ def test_a_small_budget_repeats_the_pass_for_fewer_blocks(model, tokens, tmp_pat
     assert files(small) == files(large)
 
 
-def test_a_damaged_checkpoint_is_not_used(model, tokens, tmp_path):
+@pytest.fixture
+def stores(model, tokens, tmp_path):
+    """(a store with the whole sketch, one whose collection was killed)."""
     whole, killed = HessianStore(tmp_path / "a"), HessianStore(tmp_path / "b")
     collect(whole, model, tokens, Sketch())
     with pytest.raises(Killed):
         collect(killed, model, tokens, Sketch(), die_after=6)
+    return whole, killed
+
+
+def test_a_damaged_checkpoint_is_not_used(model, tokens, stores):
+    whole, killed = stores
     (damaged,) = killed.path.glob("k/partial/*/block_0001.safetensors")
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
@@ -322,12 +329,9 @@ def test_a_damaged_checkpoint_is_not_used(model, tokens, tmp_path):
     assert files(killed) == files(whole)
 
 
-def test_a_checkpoint_of_an_older_version_is_not_used(model, tokens, tmp_path):
+def test_a_checkpoint_of_an_older_version_is_not_used(model, tokens, stores):
     """One that said -1 where no sequence was bad ended the run with an OverflowError."""
-    whole, killed = HessianStore(tmp_path / "a"), HessianStore(tmp_path / "b")
-    collect(whole, model, tokens, Sketch())
-    with pytest.raises(Killed):
-        collect(killed, model, tokens, Sketch(), die_after=6)
+    whole, killed = stores
     (older,) = killed.path.glob("k/partial/*/block_0001.safetensors")
     arrays, metadata = read_safetensors(older)
     none = json.dumps(dict.fromkeys(json.loads(metadata.pop("bad")), -1))
