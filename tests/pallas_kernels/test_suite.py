@@ -27,8 +27,8 @@ def few(monkeypatch):
         chosen.setdefault(what.split()[0], (what, check))
     monkeypatch.setattr(suite, "checks", lambda: iter(chosen.values()))
     kinds = ("viterbi", "gram", "hadamard", "scalar")
-    some = lambda s, limits, own=suite._benches: [b for b in own(s, limits) if b[0].startswith(kinds)][:4]  # noqa: E731
-    monkeypatch.setattr(suite, "_benches", some)
+    some = lambda s, limits, own=suite.benches: [b for b in own(s, limits) if b[0].startswith(kinds)][:4]  # noqa: E731
+    monkeypatch.setattr(suite, "benches", some)
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_a_wrong_kernel_and_one_that_raises_are_named(monkeypatch, capsys):
         raise ValueError("does not lower")
 
     monkeypatch.setattr(suite, "checks", lambda: iter([("bad", lambda: ("xla", 0.5, 1e-5)), ("worse", broken)]))
-    monkeypatch.setattr(suite, "_benches", lambda *_: iter([("none", broken)]))
+    monkeypatch.setattr(suite, "benches", lambda *_: iter([("none", broken)]))
     record = run(Settings(quick=True))
     assert [f["what"] for f in record["failed"]] == ["bad", "worse", "none"]
     assert record["failed"][1]["reason"] == "ValueError: does not lower"
