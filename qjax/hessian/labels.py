@@ -10,11 +10,13 @@ from jaxtyping import Array, Float, Int, UInt
 
 from qjax.models.config import ModelConfig
 from qjax.models.linear import HostOrDevice
-from qjax.models.transformer import logits
+from qjax.models.transformer import rms_norm
 
 __all__ = ["draw", "label_gradient"]
 
 _GROUP = 128
+_POSITIONS = 512  # whose logits are held at once ...
+_PIECES = 8  # ... or more, for a program of at most so many pieces: a loop's products are slower on a CPU
 
 
 def draw(key: Array, probability: Float[Array, "positions vocab"]) -> Int[Array, " positions"]:
@@ -54,16 +56,29 @@ def label_gradient(
     """`∂ℓ/∂x` of the cross-entropy, summed over positions, in the last block's output x.
 
     Labels are sampled from the softmax of the float32 logits at every position (of the sequence with number s among all
-    with the key of the data `key` folded with s), or are the next tokens (then the last position has none).
+    with the key of the data `key` folded with s), or are the next tokens (then the last position has none). With x in
+    bfloat16 both products take their operands in it and add up in float32; the logits are not rounded. A few sequences
+    at a time, so that few logits are held.
     """
-    z, pull = jax.vjp(lambda x: logits(parameters, x, config), jnp.asarray(x))
-    gradient = jax.nn.softmax(z, axis=-1)
-    if labels == "sampled":
-        root = jax.random.wrap_key_data(jnp.asarray(key))
-        chosen = jax.vmap(lambda s, p: draw(jax.random.fold_in(root, s), p))(jnp.asarray(numbers), gradient)
-        weight = jnp.ones(z.shape[1], z.dtype)
-    else:
-        chosen = jnp.roll(jnp.asarray(tokens), -1, axis=1)
-        weight = (jnp.arange(z.shape[1]) < z.shape[1] - 1).astype(z.dtype)
-    hot = jnp.arange(z.shape[2]).reshape(1, 1, -1) == chosen[:, :, None]
-    return pull((gradient - hot.astype(z.dtype)) * weight.reshape(1, -1, 1))[0]
+    x, weight = jnp.asarray(x), jnp.asarray(parameters["head"]).astype(x.dtype)
+    hidden, pull = jax.vjp(lambda x: rms_norm(x, parameters["norm"], config.rms_norm_eps), x)
+    root, length = jax.random.wrap_key_data(jnp.asarray(key)), x.shape[1]
+
+    def sequences(hidden: Array, tokens: Array, numbers: Array) -> Array:
+        z = jnp.einsum("btn,vn->btv", hidden, weight, preferred_element_type=jnp.float32)
+        gradient = jax.nn.softmax(z, axis=-1)
+        if labels == "sampled":
+            chosen = jax.vmap(lambda s, p: draw(jax.random.fold_in(root, s), p))(numbers, gradient)
+            counted = jnp.ones(length, z.dtype)
+        else:
+            chosen = jnp.roll(tokens, -1, axis=1)
+            counted = (jnp.arange(length) < length - 1).astype(z.dtype)
+        hot = jnp.arange(z.shape[2]).reshape(1, 1, -1) == chosen[:, :, None]
+        gradient = ((gradient - hot.astype(z.dtype)) * counted.reshape(1, -1, 1)).astype(x.dtype)
+        return jnp.einsum("btv,vn->btn", gradient, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    batch = x.shape[0]
+    at_once = max(1, _POSITIONS // length, -(-batch // _PIECES))
+    arrays = hidden, jnp.asarray(tokens), jnp.asarray(numbers)
+    pieces = [sequences(*(a[i : i + at_once] for a in arrays)) for i in range(0, batch, at_once)]
+    return pull(jnp.concatenate(pieces))[0]

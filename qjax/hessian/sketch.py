@@ -12,14 +12,16 @@ formula with everything but the diagonal of two T × T matrices dropped.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from qjax.errors import InputError
 
-__all__ = ["Sketch", "gram_is_cheaper", "increments"]
+__all__ = ["Sketch", "assembled", "divided", "gram_is_cheaper", "increments", "row_blocks"]
 
 _PIECE = 192  # columns of a block of a symmetric product; narrower ones save less than they cost
 _precise = jax.lax.Precision.HIGHEST
@@ -68,7 +70,7 @@ class Sketch:
     def text(self) -> str:
         """All that identifies the sketch, for the store's key."""
         text = f"{self.estimator}:rounds={self.rounds}:labels={self.labels}:seed={self.seed}:draw=2"
-        return text if self.compute == "float32" else f"{text}:compute={self.compute}"
+        return text if self.compute == "float32" else f"{text}:compute={self.compute}:logits=float32"
 
 
 def gram_is_cheaper(length: int, m: int, n: int) -> bool:
@@ -84,13 +86,26 @@ def increments(
     *,
     per_token: bool,
     update: str = "both",
-) -> dict[str, Array]:
+) -> dict[str, tuple[Array, ...]]:
     """Sums over sequences of `Gᵀ H_out G` ("input") and `G H_in Gᵀ` ("output"), None meaning the identity.
 
     Every sequence contributes its own product (gradients are never added up before). The products are computed from
     T × T Gram matrices or from G, whichever is cheaper for the shapes. Products take their operands in the dtype of x
-    and g and add up in float32.
+    and g and add up in float32. Both are symmetric, and given by their `row_blocks`.
     """
+    operands = _operands(x, g, h_in, h_out, per_token, update)
+    return {factor: tuple(_product(a, b)) for factor, (a, b) in operands.items()}
+
+
+def _operands(
+    x: Float[Array, "batch length n"],
+    g: Float[Array, "batch length m"],
+    h_in: Float[Array, "n n"] | None,
+    h_out: Float[Array, "m m"] | None,
+    per_token: bool,
+    update: str,
+) -> dict[str, tuple[Array, Array]]:
+    """(a, b) by factor whose product `aᵀ b` is the increment."""
     _, length, n = x.shape
     m = g.shape[2]
     h_in, h_out = (None if h is None else h.astype(x.dtype) for h in (h_in, h_out))
@@ -100,12 +115,11 @@ def increments(
         gradient = _einsum("btm,btn->bmn", g, x)
         if want_in:
             left = gradient if h_out is None else _einsum("ij,bjn->bin", h_out, gradient)
-            result["input"] = _product(left.reshape(-1, n), gradient.reshape(-1, n))
+            result["input"] = left.reshape(-1, n), gradient.reshape(-1, n)
         if want_out:
             right = gradient if h_in is None else _einsum("bmi,in->bmn", gradient, h_in)
-            result["output"] = _product(
-                jnp.swapaxes(right, 1, 2).reshape(-1, m), jnp.swapaxes(gradient, 1, 2).reshape(-1, m)
-            )
+            right, gradient = jnp.swapaxes(right, 1, 2), jnp.swapaxes(gradient, 1, 2)
+            result["output"] = right.reshape(-1, m), gradient.reshape(-1, m)
         return result
     if want_in:
         weighted = g if h_out is None else _einsum("bti,im->btm", g, h_out)
@@ -116,14 +130,14 @@ def increments(
     return result
 
 
-def _mixed(a: Array, b: Array, x: Array, per_token: bool) -> Array:
-    """`Σ xᵀ K x` over the batch, `K = a bᵀ` of each sequence or its diagonal."""
+def _mixed(a: Array, b: Array, x: Array, per_token: bool) -> tuple[Array, Array]:
+    """Operands of `Σ xᵀ K x` over the batch, `K = a bᵀ` of each sequence or its diagonal."""
     width = x.shape[2]
     if per_token:
         left = jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32), axis=2, keepdims=True).astype(x.dtype) * x
     else:
         left = _einsum("bts,bsn->btn", _einsum("btm,bsm->bts", a, b), x)
-    return _product(left.reshape(-1, width), x.reshape(-1, width))
+    return left.reshape(-1, width), x.reshape(-1, width)
 
 
 def _einsum(subscripts: str, a: Array, b: Array) -> Array:
@@ -131,18 +145,31 @@ def _einsum(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b, precision=_precise, preferred_element_type=jnp.float32).astype(a.dtype)
 
 
-def _product(a: Float[Array, "rows n"], b: Float[Array, "rows n"]) -> Float[Array, "n n"]:
-    """`aᵀ b`, known to be symmetric: only blocks on and below the diagonal are computed, 0 elsewhere."""
-    n = a.shape[1]
-    pieces = next((k for k in (6, 4, 3, 2) if n % k == 0 and n // k >= _PIECE), 1)
-    if pieces == 1:
-        return jnp.matmul(a.T, b, precision=_precise, preferred_element_type=jnp.float32)
-    size = n // pieces
-    rows, transposed = [], jax.lax.optimization_barrier(a.T)  # in memory: XLA's CPU products of aᵀ views are slower
-    for i in range(pieces):
-        end = (i + 1) * size
-        part = jnp.matmul(
-            transposed[i * size : end], b[:, :end], precision=_precise, preferred_element_type=jnp.float32
-        )
-        rows.append(jnp.pad(part, ((0, 0), (0, n - end))))
-    return jnp.concatenate(rows)
+def row_blocks(size: int) -> list[tuple[int, int]]:
+    """(rows, columns) of the blocks of rows that a symmetric matrix is computed and summed in, first rows first.
+
+    A block ends with its diagonal: less to multiply, to keep and to add.
+    """
+    count = next((k for k in (6, 4, 3, 2) if size % k == 0 and size // k >= _PIECE), 1)
+    return [(size // count, (i + 1) * size // count) for i in range(count)]
+
+
+def _product(a: Float[Array, "rows n"], b: Float[Array, "rows n"]) -> Iterator[Float[Array, "piece end"]]:
+    """A symmetric `aᵀ b` by `row_blocks`."""
+    blocks = row_blocks(a.shape[1])
+    # In memory where it is used by parts: XLA's CPU products of transposed views are slower.
+    transposed = a.T if len(blocks) == 1 else jax.lax.optimization_barrier(a.T)
+    for rows, end in blocks:
+        left, right = transposed[end - rows : end], b[:, :end]
+        yield jnp.matmul(left, right, precision=_precise, preferred_element_type=jnp.float32)
+
+
+def assembled(blocks: Sequence[np.ndarray]) -> Float[np.ndarray, "n n"]:
+    """One matrix of its `row_blocks`, zeros above them."""
+    size = blocks[-1].shape[1]
+    return np.concatenate([np.pad(block, ((0, 0), (0, size - block.shape[1]))) for block in blocks])
+
+
+def divided(matrix: Float[np.ndarray, "n n"]) -> tuple[np.ndarray, ...]:
+    """The `row_blocks` of a matrix."""
+    return tuple(matrix[end - rows : end, :end] for rows, end in row_blocks(matrix.shape[0]))

@@ -17,7 +17,7 @@ from qjax.errors import InputError, NumericsError
 from qjax.hessian.accumulate import NONE
 from qjax.hessian.collect import block_hessians_and_outputs, embedded
 from qjax.hessian.labels import label_gradient
-from qjax.hessian.sketch import Sketch, increments
+from qjax.hessian.sketch import Sketch, assembled, increments, row_blocks
 from qjax.hessian.spread import Spread
 from qjax.hessian.statistics import Hessian
 from qjax.linalg.rotations import Leaf
@@ -42,12 +42,12 @@ __all__ = [
 class Sums:
     """Running sums of one block by linear and factor ("input", "output"), float32 in two parts, one on every device.
 
-    As in `Moments` all arrays have a leading axis of devices, and `bad` is the first sequence whose gradient was not
-    finite, by linear, or `NONE`. Only the lower triangles mean anything.
+    A factor is a tuple of its `row_blocks`. As in `Moments` all arrays have a leading axis of devices, and `bad` is
+    the first sequence whose gradient was not finite, by linear, or `NONE`. Only the lower triangles mean anything.
     """
 
-    total: dict[str, dict[str, Leaf]]
-    carry: dict[str, dict[str, Leaf]]
+    total: dict[str, dict[str, tuple[Leaf, ...]]]
+    carry: dict[str, dict[str, tuple[Leaf, ...]]]
     bad: dict[str, Leaf]
 
 
@@ -64,11 +64,15 @@ def empty_sums(parameters: Any, update: str, spread: Spread) -> Sums:
     """Zero sums of a block, of the factors that a pass renews."""
     zeros = lambda shape: np.zeros(shape, np.float32)  # noqa: E731
 
-    def factors() -> dict[str, dict[str, HostOrDevice]]:
-        result: dict[str, dict[str, HostOrDevice]] = {}
+    def factors() -> dict[str, dict[str, tuple[HostOrDevice, ...]]]:
+        result: dict[str, dict[str, tuple[HostOrDevice, ...]]] = {}
         for name, (m, n) in shapes(parameters).items():
             sizes = {"input": n, "output": m}
-            result[name] = {f: spread.sums(zeros, (s, s)) for f, s in sizes.items() if update in ("both", f)}
+            result[name] = {
+                factor: tuple(spread.sums(zeros, block) for block in row_blocks(size))
+                for factor, size in sizes.items()
+                if update in ("both", factor)
+            }
         return result
 
     none = {name: spread.sums(lambda shape: np.full(shape, NONE), ()) for name in LINEARS}
@@ -77,7 +81,8 @@ def empty_sums(parameters: Any, update: str, spread: Spread) -> Sums:
 
 def block_bytes(parameters: Any) -> int:
     """Memory of one block's sums of both factors."""
-    return sum(8 * (m**2 + n**2) for m, n in shapes(parameters).values())
+    entries = lambda size: sum(rows * end for rows, end in row_blocks(size))  # noqa: E731
+    return sum(8 * (entries(m) + entries(n)) for m, n in shapes(parameters).values())
 
 
 def ranges(blocks: list[Any], budget: float) -> list[range]:
@@ -103,7 +108,7 @@ def backward(pull: Any, gradient: HostOrDevice) -> Array:
     return pull(gradient)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("per_token", "update", "mesh"), donate_argnames="sums")
+@functools.partial(jax.jit, static_argnames=("per_token", "update", "mesh"))
 def accumulate_sketch(
     sums: Sums,
     pull: Any,
@@ -135,10 +140,10 @@ def accumulate_sketch(
             first = jax.lax.dynamic_index_in_dim(numbers, jnp.argmax(broken), keepdims=False)
             bad[name] = jnp.minimum(sums.bad[name], jnp.where(jnp.any(broken), first, NONE))
             total[name], carry[name] = {}, {}
-            for factor, product in added.items():
-                addend = product - sums.carry[name][factor]
-                total[name][factor] = sums.total[name][factor] + addend
-                carry[name][factor] = (total[name][factor] - sums.total[name][factor]) - addend
+            for factor, parts in added.items():
+                before = zip(sums.total[name][factor], sums.carry[name][factor], strict=True)
+                pairs = [_kahan(*pair, part) for pair, part in zip(before, parts, strict=True)]
+                total[name][factor], carry[name][factor] = (tuple(column) for column in zip(*pairs, strict=True))
         return jax.tree.map(lambda a: a[None], Sums(total, carry, bad))
 
     back, gradients = pull(gradient)
@@ -147,9 +152,16 @@ def accumulate_sketch(
     return on_each(sums, inputs, gradients, mask, numbers, factors), back
 
 
+def _kahan(total: Array, carry: Array, addend: Array) -> tuple[Array, Array]:
+    """`total - carry + addend` in two parts again."""
+    addend = addend - carry
+    after = total + addend
+    return after, (after - total) - addend
+
+
 @functools.partial(jax.jit, static_argnames="mesh")
-def reduce_sums(sums: Sums, *, mesh: Mesh) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
-    """(sums over all devices by linear and factor, least `bad`), on every device: one all-reduce per factor."""
+def reduce_sums(sums: Sums, *, mesh: Mesh) -> tuple[dict[str, dict[str, tuple[Array, ...]]], dict[str, Array]]:
+    """(sums over all devices by linear and factor, least `bad`), on every device: an all-reduce per block of rows."""
 
     def own(sums: Sums) -> Any:
         added = jax.tree.map(lambda total, carry: jax.lax.psum(total[0] - carry[0], AXES), sums.total, sums.carry)
@@ -188,13 +200,13 @@ def sketch_pass(
     Every block is evaluated once when all that its pullback needs fits into `budget` bytes beside the sums, else a
     second time on the way back, to the same bits. `tokens` are those of all sequences.
 
-    `sums` holds the blocks to accumulate, a contiguous range, and is brought up to date in place (an entry taken out
-    of it is invalid after the next step: its memory is used again). `factors(block)` are those of the pass before, or
-    None for identities. Raises NumericsError naming the linear and the sequence whose gradient is not finite.
+    `sums` holds the blocks to accumulate, a contiguous range, and is brought up to date in place. `factors(block)` are
+    those of the pass before, or None for identities. Raises NumericsError naming the linear and the sequence whose
+    gradient is not finite.
     """
     update = sketch.passes[number]
-    blocks = [spread.whole(parameters) for parameters in params["blocks"]]
-    table, top = spread.whole((params["embed"], head(params)))
+    blocks = [spread.whole(_weights_as(sketch.compute, parameters)) for parameters in params["blocks"]]
+    table, top = spread.whole((params["embed"], _weights_as(sketch.compute, head(params))))
     lowest, batch = min(sums), spread.batch
     known = {i: {} if factors is None else {k: dict(v) for k, v in factors(i).items()} for i in sums}
     known = spread.whole(known)
@@ -236,6 +248,11 @@ def sketch_pass(
         yield step.done
 
 
+def _weights_as(dtype: str, parameters: Any) -> Any:
+    """Matrices in the dtype that products take them in, which would convert them in every step; the rest as it is."""
+    return jax.tree.map(lambda a: jnp.asarray(a, dtype) if a.ndim == 2 and a.dtype != dtype else a, parameters)
+
+
 def _check(index: int, bad: Mapping[str, Any]) -> None:
     for name, sequence in bad.items():
         if sequence != NONE:
@@ -265,7 +282,7 @@ def finish_sums(
     _check(index, bad)
     count, result = spread.sequences if done is None else done, {}
     for name in LINEARS:
-        made = {factor: _normal(total) for factor, total in totals[name].items()}
+        made = {factor: _normal(assembled(total)) for factor, total in totals[name].items()}
         known = {} if before is None else before.get(name, {})
         both = {factor: made[factor] if factor in made else known.get(factor) for factor in ("input", "output")}
         if both["input"] is None:

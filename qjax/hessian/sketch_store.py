@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from qjax.errors import ArtifactError, InputError
 from qjax.hessian.accumulate import NONE
-from qjax.hessian.sketch import Sketch
+from qjax.hessian.sketch import Sketch, assembled, divided
 from qjax.hessian.sketch_collect import Sums, empty_sums, finish_sums, known_factors, ranges, reduce_sums, sketch_pass
 from qjax.hessian.spread import Spread
 from qjax.hessian.statistics import Hessian
@@ -150,10 +150,10 @@ def _save(folder: pathlib.Path, name: str, done: int, sums: dict[int, Sums], spr
             total, bad = jax.device_get(reduce_sums(block, mesh=spread.mesh))
             arrays = {"total": total}
         triangles = {
-            f"{linear}:{factor}:{what}": pack_triangle(np.asarray(matrix))
+            f"{linear}:{factor}:{what}": pack_triangle(assembled([np.asarray(part) for part in parts]))
             for what, tree in arrays.items()
             for linear, factors in tree.items()
-            for factor, matrix in factors.items()
+            for factor, parts in factors.items()
         }
         first = {"bad": json.dumps({linear: int(np.min(value)) for linear, value in bad.items()})}
         file = target / f"block_{index:04d}.safetensors"
@@ -188,10 +188,10 @@ def _newest(folder: pathlib.Path, name: str, part: range) -> int | None:
 
 def _load(path: pathlib.Path) -> Sums:
     arrays, metadata = read_safetensors(path)
-    trees: dict[str, dict[str, dict[str, np.ndarray]]] = {"total": {}, "carry": {}}
+    trees: dict[str, dict[str, dict[str, tuple[np.ndarray, ...]]]] = {"total": {}, "carry": {}}
     for name, values in arrays.items():
         linear, factor, what = name.split(":")
-        trees[what].setdefault(linear, {})[factor] = unpack_triangle(values)
+        trees[what].setdefault(linear, {})[factor] = divided(np.tril(unpack_triangle(values)))
     carry = trees["carry"] or jax.tree.map(np.zeros_like, trees["total"])
     bad = json.loads(metadata["bad"])
     if not all(isinstance(bad.get(linear), int) and 0 <= bad[linear] <= NONE for linear in LINEARS):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qjax.models.attention import attend
 from qjax.models.config import ModelConfig, RopeScaling
 from qjax.models.linear import HostOrDevice, linear
 from qjax.models.spread import HIDDEN, placed, spread
@@ -130,15 +131,11 @@ def _attention(parameters: Params, x: Hidden, config: ModelConfig) -> Float[Arra
     q = q.reshape(batch, length, config.num_kv_heads, groups, config.head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch * config.num_kv_heads, groups * length, config.head_dim)
     k, v = (x.transpose(0, 2, 1, 3).reshape(batch * config.num_kv_heads, length, config.head_dim) for x in (k, v))
-    scores = jnp.einsum("bqd,bkd->bqk", q, k, preferred_element_type=jnp.float32) * config.head_dim**-0.5
     ahead = np.arange(length)[:, None] - np.arange(length)[None, :]  # query position minus key position
     visible = ahead >= 0
     if config.sliding_window is not None:
         visible &= ahead < config.sliding_window
-    visible = np.tile(visible, (groups, 1))
-    scores = jnp.where(visible[None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bqk,bkd->bqd", weights, v)
+    mixed = attend(q, k, v, np.tile(visible, (groups, 1)))
     mixed = mixed.reshape(batch, config.num_kv_heads, groups, length, config.head_dim).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, config.num_heads * config.head_dim)
 

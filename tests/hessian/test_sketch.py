@@ -10,10 +10,11 @@ import pytest
 from qjax import hessian, models
 from qjax.errors import ArtifactError, InputError, NumericsError
 from qjax.hessian import HessianStore, Sketch, alignment, exact_fisher, sketch_store
+from qjax.hessian import labels as labels_module
 from qjax.hessian import sketch as sketch_module
 from qjax.hessian.labels import draw
 from qjax.hessian.provide import check_settings
-from qjax.hessian.sketch import gram_is_cheaper, increments
+from qjax.hessian.sketch import assembled, divided, gram_is_cheaper, increments, row_blocks
 from qjax.hessian.sketch_collect import block_bytes, ranges
 from qjax.hessian.sketch_store import collect_into
 from qjax.models.transformer import LINEARS, forward
@@ -149,19 +150,28 @@ def test_gram_matrices_and_gradients_give_the_same(monkeypatch, with_factors):
     results = []
     for gram in (True, False):
         monkeypatch.setattr(sketch_module, "gram_is_cheaper", lambda *_, gram=gram: gram)
-        results.append(increments(x, g, *factors, per_token=False))
+        results.append(whole(increments(x, g, *factors, per_token=False)))
     for name in ("input", "output"):
         np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-4, atol=1e-2)
+
+
+def whole(increment):
+    """The matrices of an increment, zeros above their blocks of rows."""
+    return {name: assembled([np.asarray(block) for block in blocks]) for name, blocks in increment.items()}
 
 
 def test_only_the_lower_blocks_of_wide_factors_are_computed():
     rng = np.random.default_rng(0)
     x, g = (jnp.asarray(rng.standard_normal((2, 4, n)).astype(np.float32)) for n in (768, 8))
-    found = np.asarray(increments(x, g, per_token=False)["input"], np.float64)
+    blocks = increments(x, g, per_token=False)["input"]
+    assert [block.shape for block in blocks] == row_blocks(768) == [(192, 192), (192, 384), (192, 576), (192, 768)]
+    found = assembled([np.asarray(block, np.float64) for block in blocks])
     stack = np.einsum("btm,btn->bmn", np.asarray(g, np.float64), np.asarray(x, np.float64))
     expected = np.einsum("bmi,bmj->ij", stack, stack)
     np.testing.assert_allclose(np.tril(found), np.tril(expected), rtol=1e-4, atol=1e-3)
     assert np.all(found[:192, 192:] == 0)
+    for block, again in zip(blocks, divided(found), strict=True):
+        np.testing.assert_array_equal(block, again)
 
 
 def test_the_cheaper_form_is_chosen():
@@ -180,15 +190,15 @@ def test_power_iteration_raises_the_alignment_with_the_exact_fisher():
     factors, cosines = {"input": None, "output": None}, []
     for _ in range(4):
         found = increments(jnp.asarray(x), jnp.asarray(g), factors["input"], factors["output"], per_token=False)
-        factors = {name: value / jnp.trace(value) for name, value in found.items()}
+        factors = {name: jnp.asarray(value / np.trace(value)) for name, value in whole(found).items()}
         cosines.append(alignment(fisher, np.asarray(factors["output"]), np.asarray(factors["input"])))
     rearranged = fisher.reshape(m, n, m, n).transpose(0, 2, 1, 3).reshape(m * m, n * n)
     best = np.linalg.svd(rearranged, compute_uv=False)[0] / np.linalg.norm(fisher)
     identity = alignment(fisher, np.eye(m), np.eye(n))
     assert identity < cosines[0] < cosines[1] < cosines[2] <= best + 1e-6
     assert cosines[-1] == pytest.approx(best, abs=2e-3)
-    per_token = increments(jnp.asarray(x), jnp.asarray(g), per_token=True)
-    assert 0 < alignment(fisher, np.asarray(per_token["output"]), np.asarray(per_token["input"])) < 1
+    per_token = whole(increments(jnp.asarray(x), jnp.asarray(g), per_token=True))
+    assert 0 < alignment(fisher, per_token["output"], per_token["input"]) < 1
 
 
 def test_exact_fisher_is_the_quadratic_form():
@@ -364,10 +374,14 @@ def test_labels_follow_the_distribution(vocab):
     assert np.all(np.abs(counts - draws * p) < 5 * np.sqrt(draws * p * (1 - p)) + 2)
 
 
-def test_labels_do_not_depend_on_the_batch(model, tokens):
+def test_labels_do_not_depend_on_the_batch(model, tokens, monkeypatch):
     one, many = (hessian.collect(model, tokens, "sketch_b", batch=batch) for batch in (1, 5))
+    monkeypatch.setattr(labels_module, "_POSITIONS", 1)
+    monkeypatch.setattr(labels_module, "_PIECES", 2)
+    in_two_pieces = hessian.collect(model, tokens, "sketch_b", batch=3)
     for name in NAMES:
         np.testing.assert_allclose(one[name].output, many[name].output, atol=1e-5)
+        np.testing.assert_allclose(one[name].output, in_two_pieces[name].output, atol=1e-5)
     other = hessian.collect(model, tokens, "sketch_b", batch=5, seed=1)
     assert not np.allclose(one[NAMES[0]].output, other[NAMES[0]].output, atol=1e-3)
 
