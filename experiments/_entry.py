@@ -25,6 +25,7 @@ from experiments._refusals import explain
 from experiments._sweep import Sweep
 from qjax.errors import QjaxError
 from qjax.mesh import MeshSettings
+from qjax.run.allocator import keep_freed_memory
 from qjax.run.distributed import DistributedSettings, initialise, leads, lost
 
 __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "join", "mesh_of", "mesh_or_none", "plain"]
@@ -78,6 +79,7 @@ def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[Dict
 
         @functools.wraps(function)
         def started() -> None:
+            keep_freed_memory()
             with Sweep() if sweeps else contextlib.nullcontext():
                 _plainly(program, config_name)
 

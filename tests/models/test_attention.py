@@ -30,7 +30,7 @@ def expected(q, k, v, gradient, visible):
     return p @ v, (toward @ k, toward.transpose(0, 2, 1) @ q, p.transpose(0, 2, 1) @ gradient)
 
 
-@pytest.mark.parametrize("dtype, error", [("float32", 1e-6), ("bfloat16", 1.5e-2)])
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-6), ("bfloat16", 1.5e-2)])
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_and_its_derivative(mask, dtype, error):
     visible = MASKS[mask]
