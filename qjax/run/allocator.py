@@ -17,7 +17,7 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
     """Let this process use freed memory again without asking the kernel; returns whether that was arranged.
 
     On a CPU every step of a program allocates and frees its arrays. glibc maps each large one anew, and the kernel
-    clears it page by page: an eighth of a sketch's time. Kept memory is the process's peak, which it needs
+    clears it page by page: a ninth of a sketch's time. Kept memory is the process's peak, which it needs
     again in the next step. Before the first large array. Only with glibc, and not where the environment tunes its
     allocator (GLIBC_TUNABLES or MALLOC_*).
     """
