@@ -178,10 +178,15 @@ def _added(moments: Moments, products: dict[str, Array], bad: dict[str, Array]) 
     total, carry, first = {}, {}, {}
     for name, product in products.items():
         first[name] = jnp.minimum(moments.bad[name], bad[name])
-        addend = product - moments.carry[name]
-        total[name] = moments.total[name] + addend
-        carry[name] = (total[name] - moments.total[name]) - addend
+        total[name], carry[name] = kahan(moments.total[name], moments.carry[name], product)
     return Moments(total, carry, first)
+
+
+def kahan(total: Array, carry: Array, addend: Array) -> tuple[Array, Array]:
+    """`total - carry + addend` in two parts again: the sum, and what its rounding has added to it."""
+    addend = addend - carry
+    after = total + addend
+    return after, (after - total) - addend
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

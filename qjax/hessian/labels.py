@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from qjax.models.config import ModelConfig
-from qjax.models.linear import HostOrDevice
+from qjax.models.linear import HostOrDevice, summed
 from qjax.models.transformer import rms_norm
 
 __all__ = ["draw", "label_gradient"]
@@ -75,7 +75,7 @@ def label_gradient(
             counted = (jnp.arange(length) < length - 1).astype(z.dtype)
         hot = jnp.arange(z.shape[2]).reshape(1, 1, -1) == chosen[:, :, None]
         gradient = ((gradient - hot.astype(z.dtype)) * counted.reshape(1, -1, 1)).astype(x.dtype)
-        return jnp.einsum("btv,vn->btn", gradient, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+        return summed("btv,vn->btn", gradient, weight)
 
     batch = x.shape[0]
     at_once = max(1, _POSITIONS // length, -(-batch // _PIECES))

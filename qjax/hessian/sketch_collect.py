@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from qjax.errors import InputError, NumericsError
-from qjax.hessian.accumulate import NONE
+from qjax.hessian.accumulate import NONE, kahan
 from qjax.hessian.collect import block_hessians_and_outputs, embedded
 from qjax.hessian.labels import label_gradient
 from qjax.hessian.sketch import Sketch, assembled, increments, row_blocks
@@ -142,7 +142,7 @@ def accumulate_sketch(
             total[name], carry[name] = {}, {}
             for factor, parts in added.items():
                 before = zip(sums.total[name][factor], sums.carry[name][factor], strict=True)
-                pairs = [_kahan(*pair, part) for pair, part in zip(before, parts, strict=True)]
+                pairs = [kahan(*pair, part) for pair, part in zip(before, parts, strict=True)]
                 total[name][factor], carry[name][factor] = (tuple(column) for column in zip(*pairs, strict=True))
         return jax.tree.map(lambda a: a[None], Sums(total, carry, bad))
 
@@ -150,13 +150,6 @@ def accumulate_sketch(
     specs = (EACH, EACH, EACH, EACH, EACH, WHOLE)
     on_each = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=EACH, check_vma=False)
     return on_each(sums, inputs, gradients, mask, numbers, factors), back
-
-
-def _kahan(total: Array, carry: Array, addend: Array) -> tuple[Array, Array]:
-    """`total - carry + addend` in two parts again."""
-    addend = addend - carry
-    after = total + addend
-    return after, (after - total) - addend
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from qjax.models.linear import HostOrDevice
+from qjax.models.linear import HostOrDevice, summed
 
 __all__ = ["attend"]
 
@@ -25,7 +25,7 @@ def attend(
     The derivative that JAX makes of it keeps four arrays of the size of P and, in bfloat16, multiplies float32 by
     bfloat16, which costs a CPU as much as all other products of a block's backward pass. This one keeps P alone.
     """
-    return _sum("bqk,bkd->bqd", _weights(q, k, visible), v)
+    return summed("bqk,bkd->bqd", _weights(q, k, visible), v)
 
 
 def _weights(q: Array, k: Array, visible: HostOrDevice) -> Float[Array, "rows queries keys"]:
@@ -33,14 +33,9 @@ def _weights(q: Array, k: Array, visible: HostOrDevice) -> Float[Array, "rows qu
     return jax.nn.softmax(jnp.where(visible[None], scores, _LOWEST), axis=-1).astype(q.dtype)
 
 
-def _sum(subscripts: str, a: Array, b: Array) -> Array:
-    """A product that adds up in float32, rounded once."""
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
-
-
 def _forward(q: Array, k: Array, v: Array, visible: HostOrDevice) -> tuple[Array, tuple[Array, ...]]:
     weights = _weights(q, k, visible)
-    return _sum("bqk,bkd->bqd", weights, v), (q, k, v, weights)
+    return summed("bqk,bkd->bqd", weights, v), (q, k, v, weights)
 
 
 def _backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array, None]:
@@ -49,12 +44,12 @@ def _backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, A
     exact = weights.astype(jnp.float32)
     scores = exact * (toward - jnp.sum(toward * exact, axis=-1, keepdims=True)) * q.shape[2] ** -0.5
     scores = scores.astype(q.dtype)
-    return _sum("bqk,bkd->bqd", scores, k), _over_queries(scores, q), _over_queries(weights, gradient), None
+    return summed("bqk,bkd->bqd", scores, k), _over_queries(scores, q), _over_queries(weights, gradient), None
 
 
 def _over_queries(a: Float[Array, "rows queries keys"], b: Float[Array, "rows queries dim"]) -> Array:
     """`aᵀ b`; aᵀ in memory, because XLA's CPU products of transposed views are slower."""
-    return _sum("bkq,bqd->bkd", jax.lax.optimization_barrier(jnp.swapaxes(a, 1, 2)), b)
+    return summed("bkq,bqd->bkd", jax.lax.optimization_barrier(jnp.swapaxes(a, 1, 2)), b)
 
 
 attend.defvjp(_forward, _backward)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-__all__ = ["HostOrDevice", "Operator", "linear"]
+__all__ = ["HostOrDevice", "Operator", "linear", "summed"]
 
 HostOrDevice: TypeAlias = Array | np.ndarray
 """Host arrays go into compiled programs as they are: converting them first would compile a program of its own."""
@@ -41,10 +41,11 @@ def _bfloat16(x: Array, weight: Array) -> Array:
 
     The derivative that JAX makes of such a product multiplies float32 by bfloat16, which a CPU does at half the speed.
     """
-    return _sum("...i,oi->...o", x, weight)
+    return summed("...i,oi->...o", x, weight)
 
 
-def _sum(subscripts: str, a: Array, b: Array) -> Array:
+def summed(subscripts: str, a: Array, b: Array) -> Array:
+    """A product that adds up in float32, rounded once to the dtype of a."""
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
 
 
@@ -54,7 +55,7 @@ def _forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, weight = kept
-    return _sum("...o,oi->...i", gradient, weight), _sum("...o,...i->oi", gradient, x)
+    return summed("...o,oi->...i", gradient, weight), summed("...o,...i->oi", gradient, x)
 
 
 _bfloat16.defvjp(_forward, _backward)
