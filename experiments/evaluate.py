@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from omegaconf import DictConfig
 
 from experiments._entry import cache_folder, compilation_cache, entry, join, mesh_or_none, plain
-from qjax import artifact, data, job, models
+from qjax import artifact, comparison, data, models
 from qjax.errors import InputError
 from qjax.evaluate.harness import evaluate_tasks
 from qjax.finetune import lora
@@ -120,8 +120,8 @@ def _evaluate(settings: dict[str, Any], mesh: Mesh | None, cache: pathlib.Path) 
     size = whole_model_bytes(params)
     model, tested = spread(model, mesh), spread(dataclasses.replace(quantized, params=params), mesh)
     del quantized, params
-    teacher = job.reference_states(model, tokens.evaluation, settings["batch"], cache, mesh)
-    report = job.compare(model, tested.params, teacher, tokens.evaluation, settings["batch"], tokens.rows, mesh)
+    teacher = comparison.reference_states(model, tokens.evaluation, settings["batch"], cache, mesh)
+    report = comparison.compare(model, tested.params, teacher, tokens.evaluation, settings["batch"], tokens.rows, mesh)
     report["whole_model_bytes"] = size
     finish(report, settings["out"])
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from experiments._entry import cache_folder, compilation_cache, entry, join, mesh_or_none, plain
 from experiments.evaluate import run_settings
 from experiments.quantize import tuning_line
-from qjax import artifact, data, job, models
+from qjax import artifact, comparison, data, models
 from qjax.errors import InputError, RunError
 from qjax.finetune import lora
 from qjax.finetune.sharding import check_mesh
@@ -68,8 +68,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         def evaluated(params: Any) -> dict[str, Any]:
             nonlocal teacher
             if teacher is None:
-                teacher = job.reference_states(model, tokens, settings["batch"], cache)
-            return job.compare(model, params, teacher, tokens, settings["batch"])
+                teacher = comparison.reference_states(model, tokens, settings["batch"], cache)
+            return comparison.compare(model, params, teacher, tokens, settings["batch"])
 
         before = together(lambda: evaluated(quantized.params))
         kind = "jsonl" if leads() else "none"

@@ -13,20 +13,20 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from qjax import artifact, data, evaluate, models
+from qjax import artifact, data, models
 from qjax.activations import Place, placed
 from qjax.blockwise import quantize_and_tune
 from qjax.checks import check_reference, codebook_doubts, doubts
+from qjax.comparison import compare, reference_states
 from qjax.directory import RunDirectory
 from qjax.errors import InputError
-from qjax.evaluate import TeacherCache, hidden_states
 from qjax.finetune import BlockReport, BlockSettings, lora
 from qjax.finetune.sharding import check_mesh
 from qjax.finished import HELD_BYTES
 from qjax.hessian.collect import layer_names
 from qjax.hessian.fit import Fit
 from qjax.hessian.provide import check_settings, fits, provide
-from qjax.hessian.store import HessianStore, identity
+from qjax.hessian.store import HessianStore
 from qjax.inputs import Inputs
 from qjax.mesh import MeshSettings
 from qjax.needs import estimated, place
@@ -47,7 +47,7 @@ from qjax.run.tracker import Tracker
 from qjax.run.tracker import make as make_tracker
 from qjax.tuning import FINETUNE, finetune_model, recovered, save_adapters, settings_of
 
-__all__ = ["IRRELEVANT", "Job", "compare", "reference_states", "run"]
+__all__ = ["IRRELEVANT", "Job", "run"]
 
 _log = logging.getLogger("qjax")
 
@@ -344,26 +344,6 @@ def _tuning_mesh(job: Job, mesh: Mesh) -> Mesh | None:
     return mesh
 
 
-def reference_states(
-    model: models.Model, tokens: data.TokenStream, batch: int, cache: pathlib.Path, mesh: Mesh | None = None
-) -> Any:
-    """Final hidden states of the original model on the evaluation windows, cached between runs.
-
-    `mesh` is the one that `model.params` lie on: another mesh sums in another order.
-    """
-
-    def compute() -> Any:
-        with Progress("reference", model.config.num_layers) as progress:
-            return hidden_states(
-                model.params, tokens.tokens, model.config, batch, lambda done, total: progress.update(done)
-            )
-
-    key = f"{identity(model.fingerprint['sha256'])}-{batch}"
-    if mesh is not None:
-        key += f"-{mesh.shape['data']}x{mesh.shape['model']}"
-    return TeacherCache(cache / "teachers").get(key, tokens.sha256, compute, jointly=mesh is not None)
-
-
 def _quantize(started: _Started) -> _Rounded:
     """Collect and round; in one process with fewer sequences per step where memory runs out."""
     place = ["the Hessians"]
@@ -456,31 +436,3 @@ def _remark(report: MatrixReport, damping: float) -> None:
         _log.warning("%s: the damping was raised to %.3g of the mean diagonal", report.name, report.damping)
     if report.fallback is not None:
         _log.warning("%s: the rounding lost more than plain rounding, which was kept", report.name)
-
-
-def compare(
-    model: models.Model,
-    params: Any,
-    teacher: Any,
-    tokens: data.TokenStream,
-    batch: int,
-    domains: Mapping[str, Any] | None = None,
-    mesh: Mesh | None = None,
-) -> dict[str, Any]:
-    """The evaluation of quantised parameters against the reference model and its states.
-
-    `domains`: rows of each.  `mesh`: where both models lie, None is one device.
-    """
-    with Progress("evaluate", model.config.num_layers) as progress:
-        report = evaluate.evaluate(
-            teacher,
-            models.head(model.params),
-            params,
-            tokens,
-            model.config,
-            batch=batch,
-            progress=lambda done, total: progress.update(done),
-            domains=domains,
-            mesh=mesh,
-        )
-    return report.to_dict()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import experiments.quantize as entry_point
-from qjax import artifact, job, models
+from qjax import artifact, comparison, job, models
 from qjax.errors import ArtifactError, InputError, RunError
 from qjax.finished import FinishedBlocks
 from qjax.quantized import QuantizedMatrix
@@ -97,8 +97,8 @@ def test_the_artifact_gives_the_same_numbers(finished, cache):
     from qjax import data
 
     tokens = data.load(tokenizer=reference.tokenizer, vocab_size=2048, seed=0, **task.data)
-    teacher = job.reference_states(reference, tokens.evaluation, 8, cache)
-    again = job.compare(reference, stored.params, teacher, tokens.evaluation, 8)
+    teacher = comparison.reference_states(reference, tokens.evaluation, 8, cache)
+    again = comparison.compare(reference, stored.params, teacher, tokens.evaluation, 8)
     assert {key: results[key] for key in again} == again
     assert artifact.model_bytes(stored.params) == results["whole_model_bytes"]
     assert stored.tokenizer.encode("The function").tolist() == reference.tokenizer.encode("The function").tolist()

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import experiments.quantize as entry_point
-from qjax import artifact, finetune, job, models
+from qjax import artifact, comparison, finetune, job, models
 from qjax.errors import InputError, RunError
 from qjax.finetune import loop
 
@@ -69,8 +69,8 @@ def test_the_artifact_holds_the_tuned_model(finished, cache):
     from qjax import data
 
     tokens = data.load(tokenizer=reference.tokenizer, vocab_size=2048, seed=0, **task.data)
-    teacher = job.reference_states(reference, tokens.evaluation, 8, cache)
-    again = job.compare(reference, stored.params, teacher, tokens.evaluation, 8)
+    teacher = comparison.reference_states(reference, tokens.evaluation, 8, cache)
+    again = comparison.compare(reference, stored.params, teacher, tokens.evaluation, 8)
     assert {key: results[key] for key in again} == again
     assert artifact.model_bytes(stored.params) == results["whole_model_bytes"]
 
