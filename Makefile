@@ -32,7 +32,7 @@ WORKERS := 2
 SPREAD := -n $(WORKERS) --dist worksteal
 # The mathematics, with the emitters that users have, and what changes most between versions of JAX: .ci/run's second column.
 SHORT := linalg evaluate rounding codebooks hessian/test_collect.py models/test_cached.py models/test_linear.py \
-  pallas_kernels/test_mosaic_gpu.py pallas_kernels/test_gram.py test_incoherence.py
+  pallas_kernels/test_mosaic_gpu.py pallas_kernels/test_gram.py incoherence
 
 .PHONY: help demo test test-short test-gpu-aot test-tpu-aot lint typecheck format bench clean venv
 

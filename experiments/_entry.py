@@ -24,9 +24,9 @@ from experiments._kinds import check
 from experiments._refusals import explain
 from experiments._sweep import Sweep
 from qjax.errors import QjaxError
-from qjax.mesh import MeshSettings
-from qjax.run.allocator import keep_freed_memory
-from qjax.run.distributed import DistributedSettings, initialise, leads, lost
+from qjax.runtime.distributed import DistributedSettings, initialise, leads, lost
+from qjax.runtime.memory import keep_freed_memory
+from qjax.runtime.mesh import MeshSettings
 
 __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "join", "mesh_of", "mesh_or_none", "plain"]
 

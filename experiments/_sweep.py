@@ -20,9 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments._kinds import Mistyped
 from qjax.errors import InputError, QjaxError
-from qjax.job import IRRELEVANT
-from qjax.run.atomic import write_json
-from qjax.run.fingerprint import digest
+from qjax.job.settings import IRRELEVANT
+from qjax.runtime.atomic import write_json
+from qjax.runtime.fingerprint import digest
 
 __all__ = ["FAILURE", "Listener", "Sweep", "attempt", "directory"]
 

@@ -15,7 +15,7 @@ from qjax.bench import codebook, decode, finetune, matrix, two_sided
 from qjax.bench.timing import load_average, surroundings
 from qjax.errors import InputError
 from qjax.report import Table, aligned
-from qjax.run.atomic import write_json
+from qjax.runtime.atomic import write_json
 
 __all__ = ["main", "overrides"]
 

@@ -18,15 +18,17 @@ from jax.sharding import Mesh
 from omegaconf import DictConfig
 
 from experiments._entry import cache_folder, compilation_cache, entry, join, mesh_or_none, plain
-from qjax import artifact, comparison, data, models
+from qjax import data, models
 from qjax.errors import InputError
+from qjax.evaluate.compare import compare, reference_states
 from qjax.evaluate.harness import evaluate_tasks
 from qjax.finetune import lora
-from qjax.run.atomic import write_json
-from qjax.run.distributed import leads
-from qjax.run.group import speaking
+from qjax.interchange import artifact
+from qjax.job.tuning import whole_model_bytes
+from qjax.runtime.atomic import write_json
+from qjax.runtime.distributed import leads
+from qjax.runtime.group import speaking
 from qjax.tensor_parallel import distribute, summary
-from qjax.tuning import whole_model_bytes
 
 
 def run_settings(folder: pathlib.Path) -> dict[str, Any]:
@@ -120,8 +122,8 @@ def _evaluate(settings: dict[str, Any], mesh: Mesh | None, cache: pathlib.Path) 
     size = whole_model_bytes(params)
     model, tested = spread(model, mesh), spread(dataclasses.replace(quantized, params=params), mesh)
     del quantized, params
-    teacher = comparison.reference_states(model, tokens.evaluation, settings["batch"], cache, mesh)
-    report = comparison.compare(model, tested.params, teacher, tokens.evaluation, settings["batch"], tokens.rows, mesh)
+    teacher = reference_states(model, tokens.evaluation, settings["batch"], cache, mesh)
+    report = compare(model, tested.params, teacher, tokens.evaluation, settings["batch"], tokens.rows, mesh)
     report["whole_model_bytes"] = size
     finish(report, settings["out"])
 

@@ -12,17 +12,19 @@ from omegaconf import DictConfig
 from experiments._entry import cache_folder, compilation_cache, entry, join, mesh_or_none, plain
 from experiments.evaluate import run_settings
 from experiments.quantize import tuning_line
-from qjax import artifact, comparison, data, models
+from qjax import data, models
 from qjax.errors import InputError, RunError
+from qjax.evaluate.compare import compare, reference_states
 from qjax.finetune import lora
 from qjax.finetune.sharding import check_mesh
-from qjax.run.atomic import read_json, write_json
-from qjax.run.distributed import leads, together
-from qjax.run.fingerprint import device, versions
-from qjax.run.group import leading
-from qjax.run.monitor import peak_memory_bytes
-from qjax.run.tracker import make
-from qjax.tuning import finetune_model, recovered, save_adapters, stored_bits, whole_model_bytes
+from qjax.interchange import artifact
+from qjax.job.tuning import finetune_model, recovered, save_adapters, stored_bits, whole_model_bytes
+from qjax.runtime.atomic import read_json, write_json
+from qjax.runtime.distributed import leads, together
+from qjax.runtime.fingerprint import device, versions
+from qjax.runtime.group import leading
+from qjax.runtime.monitor import peak_memory_bytes
+from qjax.runtime.tracker import make
 
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -68,8 +70,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         def evaluated(params: Any) -> dict[str, Any]:
             nonlocal teacher
             if teacher is None:
-                teacher = comparison.reference_states(model, tokens, settings["batch"], cache)
-            return comparison.compare(model, params, teacher, tokens, settings["batch"])
+                teacher = reference_states(model, tokens, settings["batch"], cache)
+            return compare(model, params, teacher, tokens, settings["batch"])
 
         before = together(lambda: evaluated(quantized.params))
         kind = "jsonl" if leads() else "none"

@@ -9,13 +9,14 @@ from omegaconf import DictConfig
 
 from experiments._entry import cache_folder, compilation_cache, entry, mesh_or_none, plain
 from experiments.evaluate import opened
-from qjax import artifact, models
+from qjax import models
 from qjax.errors import InputError
 from qjax.finetune import lora
-from qjax.models.chat import chat_prompt, stop_ids
-from qjax.models.next_token import Sampling
-from qjax.models.text_stream import TextStream
-from qjax.packed import pack_model
+from qjax.interchange import artifact
+from qjax.matrix.kernel_layout import pack_model
+from qjax.models.sampling import Sampling
+from qjax.models.tokenizers.chat import chat_prompt, stop_ids
+from qjax.models.tokenizers.text_stream import TextStream
 from qjax.tensor_parallel import distribute, summary
 
 

@@ -9,11 +9,11 @@ from omegaconf import DictConfig
 from experiments._entry import cache_folder, compilation_cache, entry, join, mesh_of, plain
 from qjax import data, models
 from qjax.errors import InputError
-from qjax.hessian.provide import check_settings, fits, provide
 from qjax.hessian.store import HessianStore
+from qjax.job.hessians import check_settings, fits, provide
 from qjax.models.transformer import LINEARS
-from qjax.run.distributed import leads
-from qjax.run.monitor import peak_memory_bytes
+from qjax.runtime.distributed import leads
+from qjax.runtime.monitor import peak_memory_bytes
 
 
 @entry("hessians")

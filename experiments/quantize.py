@@ -16,13 +16,15 @@ from experiments import _sweep
 from experiments._devices import claim
 from experiments._entry import CONFIGS, cache_folder, compilation_cache, entry, join, mesh_of, plain
 from experiments._kinds import check
-from qjax import incoherence, job, rounding
+from qjax import incoherence, rounding
 from qjax.codebooks.scaling import ScaleRule
 from qjax.errors import InputError
-from qjax.inputs import Inputs
-from qjax.recipe import LayerRule, Recipe
-from qjax.run import tracker
-from qjax.run.distributed import leads
+from qjax.job.inputs import Inputs
+from qjax.job.run import run
+from qjax.job.settings import Job
+from qjax.pipeline.recipe import LayerRule, Recipe
+from qjax.runtime import tracker
+from qjax.runtime.distributed import leads
 
 __all__ = ["CONFIGS", "job_of"]
 
@@ -96,7 +98,7 @@ def tracker_options(settings: Mapping[str, Any], *, swept: bool) -> dict[str, An
     return options
 
 
-def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs | None = None) -> job.Job:
+def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs | None = None) -> Job:
     """A run's settings, checked, as the job they describe; `out` and `inputs` are given by a sweep."""
     settings = plain(config)
     check(settings, "quantize")
@@ -110,7 +112,7 @@ def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs |
         config=settings,
         **tracker_options(settings, swept=inputs is not None),
     )
-    return job.Job(
+    return Job(
         model=settings["model"],
         data={key: value for key, value in settings["data"].items() if value is not None},
         recipe=recipe_of(settings),
@@ -170,10 +172,10 @@ def summary(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def carry_out(task: job.Job) -> float | None:
+def carry_out(task: Job) -> float | None:
     """Run a job and print its numbers; returns its mean KL, the objective of a sweeper that searches."""
     compilation_cache(task.cache)
-    results = job.run(task)
+    results = run(task)
     if results is None:
         return None
     if leads():

@@ -17,7 +17,7 @@ from qjax.report.page import page
 from qjax.report.parquet import parquet_bytes
 from qjax.report.table import ordered
 from qjax.report.text import left_out
-from qjax.run.atomic import write_bytes, write_text
+from qjax.runtime.atomic import write_bytes, write_text
 
 __all__ = ["main"]
 

@@ -15,12 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 import qjax
 from experiments._entry import entry
 from qjax.errors import RunError
+from qjax.models.checkpoints.export import rounded, write_directory
 from qjax.models.config import ModelConfig
-from qjax.models.export import rounded, write_directory
-from qjax.models.sampling import complete
-from qjax.models.training import Schedule
-from qjax.models.training_loop import Progress, Task, held_out_loss, train
-from qjax.models.training_text import (
+from qjax.training.completion import complete
+from qjax.training.loop import Progress, Task, held_out_loss, train
+from qjax.training.step import Schedule
+from qjax.training.text import (
     END_OF_TEXT,
     END_OF_TEXT_ID,
     TrainingText,

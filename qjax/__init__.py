@@ -2,8 +2,8 @@
 
 from qjax import codebooks, data, evaluate, hessian, incoherence, models, rounding
 from qjax.hessian import Hessian
-from qjax.quantize import MatrixReport, quantize_matrix
-from qjax.quantized import QuantizedMatrix
+from qjax.matrix.quantize import MatrixReport, quantize_matrix
+from qjax.matrix.quantized import QuantizedMatrix
 
 __version__ = "0.1.0"
 

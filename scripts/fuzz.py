@@ -213,9 +213,10 @@ def _artifact(folder: pathlib.Path) -> None:
     import numpy as np
     import tokenizers
 
-    from qjax import artifact, codebooks, incoherence, models, rounding
-    from qjax.hessian.statistics import Hessian
-    from qjax.quantize import quantize_matrix
+    from qjax import codebooks, incoherence, models, rounding
+    from qjax.interchange import artifact
+    from qjax.linalg.kronecker import Hessian
+    from qjax.matrix.quantize import quantize_matrix
 
     model = models.load(REPOSITORY / "tests" / "fixtures" / "models" / "llama3")
     model.params["blocks"] = [dict(block) for block in model.params["blocks"]]
@@ -236,10 +237,10 @@ def _artifact(folder: pathlib.Path) -> None:
 
 def readers(folder: pathlib.Path, only: str | None = None) -> list[Reader]:
     """The four readers on small valid files below `folder`."""
-    from qjax import artifact
+    from qjax.interchange import artifact
     from qjax.models import open_model
-    from qjax.models.tokenizer import read_tokenizer_json
-    from qjax.models.vocabularies import read_piece_list
+    from qjax.models.tokenizers.tokenizer import read_tokenizer_json
+    from qjax.models.tokenizers.vocabularies import read_piece_list
 
     def everything(path: pathlib.Path) -> None:
         weights = open_model(path).weights

@@ -219,15 +219,15 @@ class Scenario:
 
     def run(self, root: pathlib.Path) -> None:
         """Run, or continue, all jobs."""
-        from qjax import job
+        from qjax.job.run import run
 
         for number, task in enumerate(self.jobs):
             with contextlib.redirect_stdout(io.StringIO()):
-                job.run(dataclasses.replace(task, out=root / f"run-{number}", cache=root / "cache"))
+                run(dataclasses.replace(task, out=root / f"run-{number}", cache=root / "cache"))
 
     def outcome(self, root: pathlib.Path) -> list[Any]:
         """All that must be the same: results, manifests and layer records; stored arrays are checked against both."""
-        from qjax import artifact
+        from qjax.interchange import artifact
 
         found = []
         for number in range(len(self.jobs)):

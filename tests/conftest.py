@@ -89,7 +89,7 @@ def _optimised(request):
 def _bounded_programs():
     """Forget compiled programs before the regions that Linux lets one process map are used up."""
     yield
-    from qjax.run.memory import forget_programs  # after the import hook
+    from qjax.runtime.memory import forget_programs  # after the import hook
 
     forget_programs(share=0.25)
 

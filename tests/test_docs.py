@@ -62,14 +62,14 @@ RUN = {
 }
 # Why the others are composed only.
 COMPOSED = {
-    r"^quantize .*experiment=": "minutes to hours on SmolLM2-135M; tests/test_configs.py builds the job of each",
+    r"^quantize .*experiment=": "minutes to hours on SmolLM2-135M; tests/experiments/test_configs.py builds the job of each",
     r"^quantize -m sweep=mine rounding=": "the same without debug=fast",
     r"^report runs=runs/all_methods": "after that sweep",
     r"^bench": "minutes; tests/bench",
     r"^quantize .*hydra/": "needs the extra `sweep`; tests/experiments/test_launchers.py",
     r"^finetune": "minutes; tests/finetune",
     r"tasks=": "needs the extra `eval`",
-    r"mesh(=all|\.(data|model)=)": "needs several devices or processes; tests/scale, tests/parallel",
+    r"mesh(=all|\.(data|model)=)": "needs several devices or processes; tests/devices",
     r"chat=true": "tiny has no chat template; tests/models",
     r"--help": "Hydra's own",
     r"^hessians|^train_tiny": "minutes",

@@ -1,6 +1,6 @@
 """Streaming dequantise-and-multiply on a GPU: every program owns a tile of outputs and reads its packed words once.
 
-One or two rows are multiplied by multiply-adds (`gpu_few_rows`), 3 to 16 by the tensor cores (`gpu_rows`).
+One or two rows are multiplied by multiply-adds (`triton.few_rows`), 3 to 16 by the tensor cores (`triton.rows`).
 
 Where tiles are too few to fill the device the inputs are split too; the partial sums, a tenth of the weights' bytes at
 most, are added by XLA. Scales of whole rows are applied to the sums, not to weights.
@@ -18,10 +18,11 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import tuned
-from pallas_kernels.dequant_matmul import gpu_few_rows, gpu_rows
 from pallas_kernels.dequant_matmul.decode import by_slabs, static
-from pallas_kernels.dequant_matmul.gpu_program import Program
 from pallas_kernels.dequant_matmul.layout import BLOCK, PackedMatrix
+from pallas_kernels.dequant_matmul.triton import few_rows
+from pallas_kernels.dequant_matmul.triton import rows as several_rows
+from pallas_kernels.dequant_matmul.triton.program import Program
 from pallas_kernels.triton import Instructions, parameters, unavailable
 
 __all__ = ["DEFAULT", "MULTIPLIED", "candidates", "key", "matmul", "obstacle", "rows_of"]
@@ -84,9 +85,9 @@ def _kernel(*refs: Any, weight: PackedMatrix, ops: Instructions, strips: int, bl
     scales, entries = (scale_ref, offset_ref), table[0] if table else None
     own = Program(words_ref, scales, entries, weight, ops, strips, blocks)
     if y_ref.shape[0] > MULTIPLIED:
-        y_ref[...] = (gpu_rows.grid if weight.code is None else gpu_rows.code)(x_ref, own).astype(y_ref.dtype)
+        y_ref[...] = (several_rows.grid if weight.code is None else several_rows.code)(x_ref, own).astype(y_ref.dtype)
         return
-    found = (gpu_few_rows.grid if weight.code is None else gpu_few_rows.code)(x_ref, own)
+    found = (few_rows.grid if weight.code is None else few_rows.code)(x_ref, own)
     for strip, some in enumerate(found):
         for row, y in enumerate(some):
             y_ref[row : row + 1, strip * own.lanes : (strip + 1) * own.lanes] = y.astype(y_ref.dtype)

@@ -13,10 +13,10 @@ from qjax import codebooks
 from qjax.bench.timing import compiled, interleaved
 from qjax.codebooks.base import CODEBOOKS, Codebook
 from qjax.codebooks.scaling import fit
+from qjax.codebooks.tail_biting import forward
 from qjax.codebooks.trellis import WEIGHTS, Trellis
-from qjax.codebooks.viterbi import forward
 from qjax.errors import InputError
-from qjax.quantize import default_scale_rule
+from qjax.matrix.quantize import default_scale_rule
 
 __all__ = ["available", "measure", "shannon"]
 

@@ -12,13 +12,14 @@ import numpy as np
 from pallas_kernels.bench.cases import packed as random_matrix
 from pallas_kernels.dequant_matmul import matmul
 from pallas_kernels.dequant_matmul.specs import Spec
-from qjax import artifact, models
+from qjax import models
 from qjax.bench.timing import compiled, interleaved
 from qjax.errors import InputError
-from qjax.models.cached import empty_cache, step
-from qjax.models.next_token import Sampling, next_token
+from qjax.interchange import artifact
+from qjax.matrix.kernel_layout import PackedLinear, pack_model
+from qjax.models.kv_cache import empty_cache, step
+from qjax.models.sampling import Sampling, next_token
 from qjax.models.transformer import LINEARS, embed, head
-from qjax.packed import PackedLinear, pack_model
 
 __all__ = ["lines", "matvec", "model", "verdict"]
 

@@ -24,10 +24,10 @@ from qjax.bench.timing import compiled, interleaved
 from qjax.codebooks.base import Codebook
 from qjax.finetune import lora
 from qjax.finetune.loop import train_step
-from qjax.hessian.statistics import Hessian
-from qjax.models.linears import replace_linears
+from qjax.linalg.kronecker import Hessian
+from qjax.matrix.quantize import quantize_matrix
+from qjax.models.linear import replace_linears
 from qjax.models.transformer import LINEARS
-from qjax.quantize import quantize_matrix
 
 __all__ = ["lines", "measure"]
 

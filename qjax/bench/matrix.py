@@ -75,7 +75,7 @@ def flops(case: Case) -> dict[str, float]:
 def gram_update(
     total: Float[Array, "n n"], carry: Float[Array, "n n"], x: Float[Array, "tokens n"]
 ) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
-    """`total + xᵀ x` and what the float32 addition dropped (Kahan), as `qjax.hessian.accumulate` does for a site."""
+    """`total + xᵀ x` and what the float32 addition dropped (Kahan), as `qjax.hessian.moments` does for a site."""
     addend = jnp.matmul(x.T, x, precision=_PRECISE) - carry
     new = total + addend
     return new, (new - total) - addend

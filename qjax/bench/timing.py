@@ -14,7 +14,7 @@ import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from qjax.errors import InputError
-from qjax.run.fingerprint import device, versions
+from qjax.runtime.fingerprint import device, versions
 
 __all__ = ["Program", "Timing", "compiled", "interleaved", "surroundings"]
 

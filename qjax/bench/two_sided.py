@@ -17,8 +17,8 @@ from qjax.bench.timing import Program, compiled, interleaved
 from qjax.codebooks.base import Codebook
 from qjax.errors import InputError
 from qjax.hessian import Hessian
-from qjax.incoherence import make as make_incoherence
-from qjax.quantize import quantize_matrix
+from qjax.incoherence.families import make as make_incoherence
+from qjax.matrix.quantize import quantize_matrix
 from qjax.rounding.losses import proxy_loss
 
 __all__ = ["lines", "loss_ratios", "measure", "power_law"]

@@ -2,7 +2,7 @@
 
 from qjax.codebooks import d4, e8p, e81b, quip_sharp, residual, trellis
 from qjax.codebooks.base import CODEBOOKS, Codebook
-from qjax.codebooks.packing import pack_bits, unpack_bits
+from qjax.codebooks.bitstream import pack_bits, unpack_bits
 from qjax.codebooks.scalar import grid, half_integer, lloyd_max, quip_grid
 from qjax.codebooks.scaling import ScaleRule, Scaling
 

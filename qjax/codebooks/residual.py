@@ -16,9 +16,9 @@ from jax import Array, lax
 from jaxtyping import Float, UInt32
 
 from qjax.codebooks.base import CODEBOOKS
+from qjax.codebooks.bitstream import pack_bits, unpack_bits
 from qjax.codebooks.e8p import E8P, MAX_CANDIDATES, e8p
 from qjax.codebooks.e81b import E81B, e81b
-from qjax.codebooks.packing import pack_bits, unpack_bits
 from qjax.codebooks.vector import VectorCodebook, check_bits, check_rms
 from qjax.errors import InputError, listed
 

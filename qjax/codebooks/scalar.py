@@ -19,10 +19,10 @@ from flax import struct
 from jaxtyping import Array, Float, UInt8, UInt32
 
 from qjax.codebooks.base import CODEBOOKS
+from qjax.codebooks.bitstream import pack_bits, unpack_bits
 from qjax.codebooks.gaussian import lloyd_max_levels, optimal_rms
-from qjax.codebooks.packing import pack_bits, unpack_bits
 from qjax.errors import InputError
-from qjax.linalg.rotations import Leaf
+from qjax.typing import Leaf
 
 __all__ = ["LevelCodebook", "ScalarCodebook", "UniformCodebook", "grid", "half_integer", "lloyd_max", "quip_grid"]
 

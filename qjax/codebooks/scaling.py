@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax.codebooks.base import Codebook
 from qjax.errors import InputError
-from qjax.linalg.rotations import Leaf
+from qjax.typing import Leaf
 
 __all__ = ["ScaleRule", "Scaling", "fit", "identity"]
 

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Integer, UInt32
 
 from pallas_kernels.viterbi import chosen
 from qjax.codebooks.base import CODEBOOKS
+from qjax.codebooks.tail_biting import one_pass_tail_biting, tail_biting
 from qjax.codebooks.trellis_codes import COMPUTED, RMS, TABLES, gaussian_table, hybrid_table, state_values
 from qjax.codebooks.vector import check_bits, check_rms
-from qjax.codebooks.viterbi import one_pass_tail_biting, tail_biting
 from qjax.errors import InputError, listed
-from qjax.linalg.rotations import Leaf
+from qjax.typing import Leaf
 
 __all__ = ["Trellis", "trellis"]
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from qjax.linalg.rotations import Leaf
+from qjax.typing import Leaf
 
 __all__ = [
     "COMPUTED",

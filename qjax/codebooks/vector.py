@@ -10,7 +10,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Float, Integer, UInt, UInt32
 
-from qjax.codebooks.packing import pack_bits, unpack_bits
+from qjax.codebooks.bitstream import pack_bits, unpack_bits
 from qjax.errors import InputError, listed
 
 __all__ = ["VectorCodebook", "check_bits", "check_rms", "nibble_table", "nibble_values"]

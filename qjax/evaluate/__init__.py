@@ -2,8 +2,8 @@
 
 from qjax.evaluate.evaluation import evaluate, hidden_states, perplexity
 from qjax.evaluate.metrics import divergence, token_metrics, token_nll
-from qjax.evaluate.report import EvaluationReport, check_finite, summarise
-from qjax.evaluate.teacher import TeacherCache
+from qjax.evaluate.reference_cache import TeacherCache
+from qjax.evaluate.summary import EvaluationReport, check_finite, summarise
 
 __all__ = [
     "EvaluationReport",

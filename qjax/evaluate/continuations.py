@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qjax.errors import InputError
 from qjax.evaluate.evaluation import hidden_states
 from qjax.evaluate.metrics import chunked, predicting
-from qjax.evaluate.report import check_finite
+from qjax.evaluate.summary import check_finite
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
 

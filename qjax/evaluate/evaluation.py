@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from qjax.data.stream import TokenStream, check_vocabulary
 from qjax.errors import InputError
 from qjax.evaluate.metrics import token_metrics, token_nll
-from qjax.evaluate.report import EvaluationReport, check_finite, summarise
-from qjax.mesh import fetched
+from qjax.evaluate.summary import EvaluationReport, check_finite, summarise
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
+from qjax.runtime.mesh import fetched
 
 __all__ = ["evaluate", "hidden_states", "perplexity", "reference_perplexity"]
 

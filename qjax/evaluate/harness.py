@@ -9,9 +9,9 @@ from typing import Any
 from qjax.errors import InputError
 from qjax.evaluate.continuations import continuations
 from qjax.models import Model
-from qjax.models.chat import chat_prompt, stop_ids
 from qjax.models.generate import generate_batch
-from qjax.models.next_token import Sampling
+from qjax.models.sampling import Sampling
+from qjax.models.tokenizers.chat import chat_prompt, stop_ids
 
 _TemplateLM: Any
 try:

@@ -1,6 +1,6 @@
 """Tuning of a quantised model: everything that is not a code, adapters over codes, and codes themselves."""
 
-from qjax.finetune.blockwise import BlockReport, BlockSettings, tune_block
+from qjax.finetune.block import BlockReport, BlockSettings, tune_block
 from qjax.finetune.checkpoint import Checkpoints
 from qjax.finetune.e2e import Settings, Tuned, end_to_end
 from qjax.finetune.loop import Options, Result, Step, Task, tune

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from qjax.errors import ArtifactError, RunError
-from qjax.mesh import fetched
-from qjax.run.atomic import read_json, write_json
-from qjax.run.distributed import together
+from qjax.runtime.atomic import read_json, write_json
+from qjax.runtime.distributed import together
+from qjax.runtime.mesh import fetched
 
 __all__ = ["Checkpoints"]
 

@@ -25,11 +25,11 @@ from qjax.finetune.optimizer import Optimizer
 from qjax.finetune.parameters import Trainable, merged, tunable, view
 from qjax.finetune.rules import RateRule, assign
 from qjax.finetune.sharding import Parts, check_mesh, placing
-from qjax.finetune.teacher import targets
-from qjax.mesh import fetched
+from qjax.finetune.targets import targets
 from qjax.models import Model
 from qjax.models.transformer import head
-from qjax.run.monitor import peak_memory_bytes
+from qjax.runtime.mesh import fetched
+from qjax.runtime.monitor import peak_memory_bytes
 
 __all__ = ["Settings", "Tuned", "end_to_end", "movement"]
 

@@ -19,8 +19,8 @@ from qjax.errors import InputError
 from qjax.finetune.discrete import nearest, straight_through
 from qjax.finetune.lora import mapped
 from qjax.finetune.parameters import Layout, layer_value
-from qjax.linalg.rotations import Leaf
-from qjax.quantized import QuantizedMatrix
+from qjax.matrix.quantized import QuantizedMatrix
+from qjax.typing import Leaf
 
 __all__ = ["Latent", "closed", "opened", "rounding_latents"]
 

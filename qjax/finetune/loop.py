@@ -20,8 +20,8 @@ from qjax.finetune.optimizer import Optimizer
 from qjax.finetune.parameters import Trainable
 from qjax.finetune.sharding import Parts, check_mesh
 from qjax.finetune.step import Options, train_step, validation_step
-from qjax.mesh import fetched
 from qjax.models.config import ModelConfig
+from qjax.runtime.mesh import fetched
 
 __all__ = ["Options", "Result", "Step", "Task", "tune", "windows_at"]
 

@@ -24,12 +24,12 @@ from jaxtyping import Array, Float
 
 from qjax.errors import ArtifactError, InputError
 from qjax.finetune.parameters import Layout, layer_value
-from qjax.linalg.rotations import Leaf
-from qjax.models.linears import linear_weight
+from qjax.linalg.prng import named_key
+from qjax.matrix.quantized import QuantizedMatrix
+from qjax.models.linear import linear_weight
 from qjax.models.transformer import LINEARS
-from qjax.prng import named_key
-from qjax.quantized import QuantizedMatrix
-from qjax.run.atomic import read_safetensors, write_safetensors
+from qjax.runtime.atomic import read_safetensors, write_safetensors
+from qjax.typing import Leaf
 
 __all__ = [
     "Decoded",

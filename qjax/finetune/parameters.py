@@ -23,10 +23,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from qjax.linalg.rotations import Leaf
+from qjax.matrix.quantized import QuantizedMatrix
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
-from qjax.quantized import QuantizedMatrix
+from qjax.typing import Leaf
 
 __all__ = [
     "Gained",

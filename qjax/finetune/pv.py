@@ -25,7 +25,7 @@ from qjax.finetune.loop import Step, windows_at
 from qjax.finetune.lora import mapped
 from qjax.finetune.parameters import Trainable, layer_value, tunable, view
 from qjax.finetune.step import batch_loss
-from qjax.finetune.teacher import targets
+from qjax.finetune.targets import targets
 from qjax.models import Model
 from qjax.models.transformer import head
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from qjax.errors import InputError
-from qjax.mesh import place
+from qjax.runtime.mesh import place
 
 __all__ = ["AXIS", "Parts", "check_mesh", "placing"]
 

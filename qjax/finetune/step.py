@@ -20,7 +20,7 @@ from qjax.finetune.parameters import Layout, hidden
 from qjax.finetune.sharding import AXIS, Parts
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
-from qjax.models.linear import HostOrDevice
+from qjax.typing import HostOrDevice
 
 __all__ = ["Options", "batch_loss", "train_step", "validation_step"]
 

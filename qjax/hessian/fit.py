@@ -19,13 +19,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qjax.errors import InputError
-from qjax.hessian.collect import batches
 from qjax.hessian.labels import label_gradient
 from qjax.hessian.sketch_collect import forward, shapes
-from qjax.hessian.statistics import Hessian
+from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
-from qjax.models.linear import HostOrDevice
 from qjax.models.transformer import LINEARS, embed, head
+from qjax.streams.forward import batches
+from qjax.typing import HostOrDevice
 
 __all__ = ["Fit", "error_bound", "measure_fit", "predicted_cost"]
 

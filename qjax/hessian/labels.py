@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from qjax.models.config import ModelConfig
-from qjax.models.linear import HostOrDevice, summed
+from qjax.models.linear import summed
 from qjax.models.transformer import rms_norm
+from qjax.typing import HostOrDevice
 
 __all__ = ["draw", "label_gradient"]
 

@@ -14,17 +14,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from qjax.errors import InputError, NumericsError
-from qjax.hessian.accumulate import NONE, kahan
-from qjax.hessian.collect import block_hessians_and_outputs, embedded
 from qjax.hessian.labels import label_gradient
+from qjax.hessian.moments import NONE, block_hessians_and_outputs, kahan
 from qjax.hessian.sketch import Sketch, assembled, increments, row_blocks
-from qjax.hessian.spread import Spread
-from qjax.hessian.statistics import Hessian
-from qjax.linalg.rotations import Leaf
-from qjax.mesh import AXES, EACH, WHOLE, single
+from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
-from qjax.models.linear import HostOrDevice
 from qjax.models.transformer import LINEARS, embed, head, probed
+from qjax.runtime.mesh import AXES, EACH, WHOLE, single
+from qjax.streams.batches import Spread
+from qjax.streams.forward import embedded
+from qjax.typing import HostOrDevice, Leaf
 
 __all__ = [
     "Sums",

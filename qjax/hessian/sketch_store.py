@@ -15,18 +15,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qjax.errors import ArtifactError, InputError
-from qjax.hessian.accumulate import NONE
+from qjax.hessian.moments import NONE
 from qjax.hessian.sketch import Sketch, assembled, divided
 from qjax.hessian.sketch_collect import Sums, empty_sums, finish_sums, known_factors, ranges, reduce_sums, sketch_pass
-from qjax.hessian.spread import Spread
-from qjax.hessian.statistics import Hessian
 from qjax.hessian.store import HessianStore, pack_triangle, unpack_triangle
-from qjax.mesh import single
+from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
-from qjax.models.linear import HostOrDevice
 from qjax.models.transformer import LINEARS
-from qjax.run.atomic import read_json, read_safetensors, write_json, write_safetensors
-from qjax.run.distributed import together
+from qjax.runtime.atomic import read_json, read_safetensors, write_json, write_safetensors
+from qjax.runtime.distributed import together
+from qjax.runtime.mesh import single
+from qjax.streams.batches import Spread
+from qjax.typing import HostOrDevice
 
 __all__ = ["collect_into"]
 

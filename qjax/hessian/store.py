@@ -7,26 +7,22 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
 
-from qjax import activations
-from qjax.activations import Activations
 from qjax.errors import ArtifactError
-from qjax.hessian.collect import batches, block_hessians_and_outputs, embedded
-from qjax.hessian.spread import Spread
-from qjax.hessian.statistics import Hessian
-from qjax.mesh import EACH, WHOLE, single
+from qjax.hessian.moments import block_hessians_and_outputs
+from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
-from qjax.models.linear import HostOrDevice
-from qjax.models.transformer import LINEARS, SITES, block
-from qjax.run.atomic import read_safetensors, verified_metadata, write_safetensors
-from qjax.run.distributed import together
-from qjax.run.fingerprint import digest
+from qjax.models.transformer import LINEARS, SITES
+from qjax.runtime.atomic import read_safetensors, verified_metadata, write_safetensors
+from qjax.runtime.distributed import together
+from qjax.runtime.fingerprint import digest
+from qjax.runtime.mesh import single
+from qjax.streams.batches import Spread
+from qjax.streams.forward import embedded, forward_block
 
-__all__ = ["HessianStore", "identity", "pack_triangle", "unpack_triangle"]
+__all__ = ["HessianStore", "pack_triangle", "unpack_triangle"]
 
 _VERSION = 1
 
@@ -46,11 +42,6 @@ def unpack_triangle(values: np.ndarray) -> np.ndarray:
     matrix = np.zeros((n, n), values.dtype)
     matrix[np.tril_indices(n)] = values
     return matrix + np.tril(matrix, -1).T
-
-
-def identity(model_sha256: str) -> str:
-    """What a stored result of running a model depends on besides its inputs: the model, JAX and the kind of device."""
-    return f"{model_sha256}-{jax.__version__}-{jax.default_backend()}"
 
 
 class HessianStore:
@@ -165,33 +156,3 @@ class HessianStore:
             return hessians
 
         return load
-
-
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _blocks(parameters: Any, x: HostOrDevice, config: ModelConfig, *, mesh: Mesh) -> Array:
-    """`block` on every device for its part of x."""
-    own = functools.partial(block, config=config)
-    return jax.shard_map(own, mesh=mesh, in_specs=(WHOLE, EACH), out_specs=EACH, check_vma=False)(parameters, x)
-
-
-def forward_block(
-    parameters: Any,
-    x: Activations,
-    config: ModelConfig,
-    batch: int,
-    out: Activations | None = None,
-    spread: Spread | None = None,
-) -> Activations:
-    """The outputs of one block for all sequences (with `spread`: those that this process holds), where x is.
-
-    They come in `out` when given, which may be x itself. Nothing is communicated.
-    """
-    out = activations.like(x) if out is None else out
-    if spread is not None and spread.mesh.size > 1:
-        parameters = spread.whole(parameters)
-        for step in spread.feed(x):
-            spread.put(out, step, _blocks(parameters, *step.parts, config, mesh=spread.mesh))
-        return out
-    for start, (part, mask) in zip(range(0, len(x), batch), batches(x, batch), strict=True):
-        activations.put(out, start, int(mask.sum()), block(parameters, part, config))
-    return out

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from qjax.models.linear import HostOrDevice, summed
+from qjax.models.linear import summed
+from qjax.typing import HostOrDevice
 
 __all__ = ["attend"]
 

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Int32
 
 from qjax.errors import InputError
-from qjax.models.cached import empty_cache, step
 from qjax.models.config import ModelConfig
-from qjax.models.next_token import Sampling, next_token
-from qjax.models.spread import OverMesh, placed
+from qjax.models.kv_cache import empty_cache, step
+from qjax.models.on_mesh import OverMesh, placed
+from qjax.models.sampling import Sampling, next_token
 from qjax.models.transformer import embed, head
 
 __all__ = ["Generated", "generate", "generate_batch"]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-__all__ = ["HostOrDevice", "Operator", "linear", "summed"]
+from qjax.typing import HostOrDevice
 
-HostOrDevice: TypeAlias = Array | np.ndarray
-"""Host arrays go into compiled programs as they are: converting them first would compile a program of its own."""
+__all__ = ["Operator", "linear", "linear_weight", "replace_linears", "summed"]
 
 
 @runtime_checkable
@@ -59,3 +58,18 @@ def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]
 
 
 _bfloat16.defvjp(_forward, _backward)
+
+
+def linear_weight(parameters: Any, linear: str) -> Any:
+    """The weight of one linear of a block."""
+    group, leaf = linear.split(".")
+    return parameters[group][leaf]["weight"]
+
+
+def replace_linears(parameters: Any, matrices: Mapping[str, Any]) -> Any:
+    """A block's parameters with the weights of some linears replaced."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in parameters.items()}
+    for linear, matrix in matrices.items():
+        group, leaf = linear.split(".")
+        result[group][leaf] = {**result[group][leaf], "weight": matrix}
+    return result

@@ -12,17 +12,17 @@ from typing import Any
 import jax
 
 from qjax.errors import ModelFileError
-from qjax.models.chat_template import folder_template, gguf_template
+from qjax.models.checkpoints.distributions import OFFLINE_COMMAND, fetch_from_distribution
+from qjax.models.checkpoints.files import PICKLE_SUFFIXES, check_weight_file, read_json, sha256_file, sha256_text
+from qjax.models.checkpoints.gguf_format import read_gguf_header
+from qjax.models.checkpoints.gguf_source import GgufSource, gguf_config
+from qjax.models.checkpoints.hf_config import parse_config
+from qjax.models.checkpoints.safetensors_source import SafetensorsSource
+from qjax.models.checkpoints.weights import WeightSource, check_source, read_block, read_edges, resolve_dtype
 from qjax.models.config import ModelConfig
-from qjax.models.distributions import OFFLINE_COMMAND, fetch_from_distribution
-from qjax.models.files import PICKLE_SUFFIXES, check_weight_file, read_json, sha256_file, sha256_text
-from qjax.models.gguf_format import read_gguf_header
-from qjax.models.gguf_source import GgufSource, gguf_config
-from qjax.models.hf_config import parse_config
-from qjax.models.safetensors_source import SafetensorsSource
-from qjax.models.tokenizer import Tokenizer, read_tokenizer_json
-from qjax.models.vocabularies import gguf_tokenizer, read_piece_list
-from qjax.models.weights import WeightSource, check_source, read_block, read_edges, resolve_dtype
+from qjax.models.tokenizers.chat_template import folder_template, gguf_template
+from qjax.models.tokenizers.tokenizer import Tokenizer, read_tokenizer_json
+from qjax.models.tokenizers.vocabularies import gguf_tokenizer, read_piece_list
 
 __all__ = ["Model", "ModelFiles", "load", "open_model"]
 

@@ -8,9 +8,9 @@ from typing import Any, overload
 
 import jax
 
+from qjax.models.checkpoints.weights import WeightSource, read_block, read_edges, resolve_dtype
 from qjax.models.config import ModelConfig
 from qjax.models.loading import Model, open_model
-from qjax.models.weights import WeightSource, read_block, read_edges, resolve_dtype
 
 __all__ = ["StreamedBlocks", "stream"]
 

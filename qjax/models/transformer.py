@@ -23,8 +23,9 @@ from jaxtyping import Array, Float, Int
 
 from qjax.models.attention import attend
 from qjax.models.config import ModelConfig, RopeScaling
-from qjax.models.linear import HostOrDevice, linear
-from qjax.models.spread import HIDDEN, placed, spread
+from qjax.models.linear import linear
+from qjax.models.on_mesh import HIDDEN, placed, spread
+from qjax.typing import HostOrDevice
 
 __all__ = [
     "LINEARS",
@@ -35,6 +36,7 @@ __all__ = [
     "embed",
     "forward",
     "head",
+    "layer_names",
     "logits",
     "probed",
     "rms_norm",
@@ -217,3 +219,8 @@ def forward(params: Params, tokens: Int[HostOrDevice, "batch length"], config: M
         x = placed(x, parameters)
         x = block(parameters, x, config)
     return logits(head(params), x, config)
+
+
+def layer_names(config: ModelConfig) -> list[str]:
+    """The names of all linears, in the order of the forward pass: `layers.<i>.<self_attn|mlp>.<name>_proj`."""
+    return [f"layers.{i}.{linear}" for i in range(config.num_layers) for linear in LINEARS]

@@ -13,7 +13,7 @@ from qjax.errors import InputError
 from qjax.report.runs import Run
 from qjax.report.series import PANELS, Point, Series, label_positions, limits, series, ticks, varied_bits
 from qjax.report.table import number, references
-from qjax.run.atomic import write_bytes
+from qjax.runtime.atomic import write_bytes
 
 __all__ = ["draw"]
 

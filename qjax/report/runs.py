@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qjax.errors import ArtifactError, InputError
-from qjax.run.atomic import read_json
-from qjax.run.sealed import read_sealed
+from qjax.runtime.atomic import read_json
+from qjax.runtime.sealed import read_sealed
 
 __all__ = ["METRICS", "Run", "Skipped", "collect", "find", "read"]
 

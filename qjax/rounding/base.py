@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, Shaped
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
-from qjax.hessian.statistics import Hessian
+from qjax.linalg.kronecker import Hessian
 from qjax.registry import Registry
 
 __all__ = ["ROUNDINGS", "Rounded", "Rounding", "column_block", "decode", "encode_columns", "finish"]
@@ -167,6 +166,3 @@ def reorder(
 ) -> tuple[Float[Array, "m n"], Float[Array, "n n"]]:
     """(W, H) with the columns of W, and the rows and columns of H, in `order`."""
     return jnp.take(weight, order, axis=1), jnp.take(jnp.take(hessian, order, axis=0), order, axis=1)
-
-
-precise = jax.lax.Precision.HIGHEST

@@ -12,20 +12,11 @@ from jaxtyping import Array, Float, Int, Shaped
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
-from qjax.hessian.statistics import Hessian
 from qjax.linalg.damping import damped_factor, normalise
+from qjax.linalg.kronecker import Hessian
 from qjax.linalg.ldl import factor_blocks, invert_blocks, times_blocks
-from qjax.rounding.base import (
-    ROUNDINGS,
-    Rounded,
-    check_shapes,
-    column_block,
-    encode_columns,
-    finish,
-    precise,
-    reorder,
-    spec_of,
-)
+from qjax.linalg.precision import precise
+from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, column_block, encode_columns, finish, reorder, spec_of
 from qjax.rounding.sweep import Sweep, merge_codes, resweep, widths
 
 __all__ = ["Greedy", "check_passes", "coupling", "damped", "descend", "split_codes"]

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import ScaleRule, Scaling, fit, identity
 from qjax.errors import InputError
-from qjax.hessian.statistics import Hessian
 from qjax.linalg.cholesky import invert_lower
 from qjax.linalg.damping import damped_factor
+from qjax.linalg.kronecker import Hessian
 from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, encode_columns, finish, reorder, spec_of
 from qjax.rounding.ldlq import place
 from qjax.rounding.sweep import Sweep, merge_codes, sweep, widths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,15 +13,14 @@ from jaxtyping import Array, Float
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
-from qjax.hessian.statistics import Hessian
 from qjax.linalg.damping import damped_factor
-from qjax.rounding.admm import bounded_noise
+from qjax.linalg.kronecker import Hessian
 from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, finish, require_key, spec_of
 from qjax.rounding.descent import damped
 from qjax.rounding.ldlq import feedback_codes
 from qjax.rounding.sweep import merge_codes
 
-__all__ = ["GuardedLDLQ"]
+__all__ = ["GuardedLDLQ", "bounded_noise"]
 
 
 @ROUNDINGS.register("ldlq_guarded")
@@ -90,3 +90,39 @@ class GuardedLDLQ:
     def spec(self) -> dict[str, Any]:
         """Arguments of `make`."""
         return spec_of("ldlq_guarded", self)
+
+
+@functools.partial(jax.jit, static_argnames=("iterations",))
+def bounded_noise(
+    hessian: Float[Array, "n n"],
+    bound: Float[Array, ""] | float = 1.0,
+    rho: Float[Array, ""] | float = 0.1,
+    iterations: int = 100,
+) -> Float[Array, "n n"]:
+    """Z strictly lower triangular: `min tr((I+Z) H (I+Z)ᵀ)` subject to `Σ_i Z_ij² ≤ bound²` for every column j.
+
+    Residuals η of rounding with the feedback `L = (I+Z)⁻¹` give the error `E = η (I+Z)`: the objective is its mean loss
+    for residuals of unit variance, and a column's norm is how much of the noise lands on one weight. Without the bound
+    the solution is `L⁻¹` of `H = L D Lᵀ`, with objective tr D. The result is feasible after any number of iterations.
+
+    Row i of the first step solves `(2H + ρI) x = −2H e_i + ρ(z_i − u_i)` on its first i entries; the leading corner of
+    a Cholesky factor is the factor of the leading corner, so two masked triangular solves do all rows at once.
+    H must be positive definite (otherwise NaN); `rho` suits a mean diagonal near 1. `n³` multiplications per iteration.
+    Source: QuIP (2307.13304), algorithm 5 and appendix C.
+    """
+    n = hessian.shape[0]
+    eye = jnp.eye(n, dtype=hessian.dtype)
+    root = jnp.linalg.cholesky(2 * hessian + rho * eye)
+
+    def step(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        z, u = state
+        right = rho * (z - u) - 2 * hessian
+        half = jax.lax.linalg.triangular_solve(root, right, left_side=False, lower=True, transpose_a=True)
+        x = jax.lax.linalg.triangular_solve(root, jnp.tril(half, -1), left_side=False, lower=True)
+        moved = x + u
+        norm = jnp.linalg.norm(moved, axis=0, keepdims=True)
+        z = moved * jnp.minimum(1, bound / jnp.where(norm > 0, norm, 1))
+        return z, moved - z
+
+    zero = jnp.zeros_like(hessian)
+    return jax.lax.fori_loop(0, iterations, step, (zero, zero))[0]

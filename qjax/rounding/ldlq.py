@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
-from qjax.hessian.statistics import Hessian
 from qjax.linalg.damping import damped_factor
+from qjax.linalg.kronecker import Hessian
 from qjax.rounding.base import (
     ROUNDINGS,
     Rounded,

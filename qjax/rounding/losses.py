@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from qjax.hessian.statistics import Hessian
-from qjax.rounding.base import precise
-from qjax.rounding.rows import gathered, over_rows
+from qjax.linalg.kronecker import Hessian
+from qjax.linalg.precision import precise
+from qjax.rounding.on_mesh import gathered, over_rows
 
 __all__ = ["factor_norms", "proxy_loss", "quadratic", "weight_mse"]
 

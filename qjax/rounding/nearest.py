@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
-from qjax.hessian.statistics import Hessian
+from qjax.linalg.kronecker import Hessian
 from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, finish, require_key, spec_of
 
 __all__ = ["Nearest", "Stochastic"]

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qjax.rounding.base import precise
+from qjax.linalg.precision import precise
 
 __all__ = ["Sweep", "resweep", "sweep", "widths"]
 

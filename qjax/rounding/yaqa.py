@@ -11,11 +11,11 @@ from jaxtyping import Array, Float
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
-from qjax.hessian.statistics import Hessian
 from qjax.linalg.damping import damped_factor
+from qjax.linalg.kronecker import Hessian
 from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, column_block, finish, spec_of
 from qjax.rounding.ldlq import LDLQ
-from qjax.rounding.wavefront import two_sided_codes
+from qjax.rounding.two_sided import two_sided_codes
 
 __all__ = ["YAQA"]
 

@@ -19,11 +19,11 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from qjax.linalg.rotations import Leaf
-from qjax.packed import pack
-from qjax.quantized import QuantizedMatrix
+from qjax.incoherence.transform import Transform
+from qjax.matrix.kernel_layout import pack
+from qjax.matrix.quantized import QuantizedMatrix
 from qjax.tensor_parallel.split import half_transforms, part_size, parts
-from qjax.transform import Transform
+from qjax.typing import Leaf
 
 __all__ = ["AXIS", "ColumnParallel", "RowParallel", "RowParallelDense", "column_parallel", "row_parallel"]
 

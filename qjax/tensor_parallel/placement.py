@@ -16,12 +16,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qjax.errors import InputError
-from qjax.linalg.rotations import Leaf
-from qjax.mesh import place
+from qjax.matrix.quantized import QuantizedMatrix
 from qjax.models.config import ModelConfig
-from qjax.models.spread import Axes
+from qjax.models.on_mesh import Axes
 from qjax.models.transformer import LINEARS
-from qjax.quantized import QuantizedMatrix
+from qjax.runtime.mesh import place
 from qjax.tensor_parallel.matrices import (
     AXIS,
     ColumnParallel,
@@ -31,6 +30,7 @@ from qjax.tensor_parallel.matrices import (
     column_parallel,
     row_parallel,
 )
+from qjax.typing import Leaf
 
 __all__ = ["MeshBlock", "check", "collectives", "device_bytes", "distribute", "summary"]
 
@@ -48,7 +48,7 @@ def _array_spec(axes: Axes) -> P:
 
 @struct.dataclass
 class MeshBlock:
-    """The parameters of a block on a mesh, `qjax.models.spread.OverMesh`."""
+    """The parameters of a block on a mesh, `qjax.models.on_mesh.OverMesh`."""
 
     parameters: Leaf
     mesh: Mesh = struct.field(pytree_node=False)

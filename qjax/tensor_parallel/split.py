@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array
 
 from qjax.codebooks.scaling import Scaling
-from qjax.linalg.rotations import SignedHadamard
-from qjax.quantized import QuantizedMatrix
-from qjax.transform import Transform
+from qjax.incoherence.rotations import SignedHadamard
+from qjax.incoherence.transform import Transform
+from qjax.matrix.quantized import QuantizedMatrix
 
 __all__ = ["half_transforms", "part_size", "parts", "unit"]
 

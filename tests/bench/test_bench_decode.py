@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from qjax import artifact, codebooks, incoherence, models, rounding
+from qjax import codebooks, incoherence, models, rounding
 from qjax.bench import decode
 from qjax.errors import InputError
 from qjax.hessian import collect
-from qjax.models.linears import replace_linears
+from qjax.interchange import artifact
+from qjax.matrix.quantize import quantize_matrix
+from qjax.models.linear import replace_linears
 from qjax.models.transformer import LINEARS
-from qjax.quantize import quantize_matrix
 
 
 @pytest.mark.parametrize(("bits", "code"), [(4, None), (2, "mul1"), (2, "e8p")])

@@ -8,7 +8,7 @@ import pytest
 
 from qjax.bench.timing import Timing, compiled, interleaved, surroundings
 from qjax.errors import InputError
-from qjax.run.monitor import CompileCounter
+from qjax.runtime.monitor import CompileCounter
 
 
 def test_rounds_run_every_call_after_one_that_is_not_counted():

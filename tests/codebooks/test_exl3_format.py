@@ -6,8 +6,8 @@ import pytest
 import scipy.linalg
 
 from qjax import codebooks
-from qjax.codebooks.exl3_format import MARKERS, pack_states, read_layer, unpack_states
 from qjax.errors import InputError, ModelFileError
+from qjax.interchange.exl3 import MARKERS, pack_states, read_layer, unpack_states
 
 
 def half(bits: int) -> np.float16:

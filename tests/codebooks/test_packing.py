@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qjax.codebooks.packing import pack_bits, packed_words, unpack_bits
+from qjax.codebooks.bitstream import pack_bits, packed_words, unpack_bits
 from qjax.errors import InputError
 
 

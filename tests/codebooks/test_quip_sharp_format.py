@@ -6,8 +6,8 @@ import pytest
 import scipy.linalg
 
 from qjax.codebooks import make
-from qjax.codebooks.quip_sharp_format import decode_words, read_layer
 from qjax.errors import InputError, ModelFileError
+from qjax.interchange.quip_sharp import decode_words, read_layer
 from qjax.linalg.hadamard import base_matrix
 
 PARAMETERS = {

@@ -9,7 +9,7 @@ import pytest
 
 from qjax import codebooks
 from qjax.codebooks import trellis_codes
-from qjax.codebooks.viterbi import exact_tail_biting, forward, one_pass_tail_biting, tail_biting, trace_back
+from qjax.codebooks.tail_biting import exact_tail_biting, forward, one_pass_tail_biting, tail_biting, trace_back
 from qjax.errors import InputError
 
 ALL = np.arange(2**16, dtype=np.uint64)

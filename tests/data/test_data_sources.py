@@ -13,7 +13,7 @@ from qjax.data import SOURCES
 from qjax.data import text as text_module
 from qjax.data.hub import PROTOCOLS
 from qjax.errors import DataError, InputError
-from qjax.models import distributions
+from qjax.models.checkpoints import distributions
 
 
 def test_pydoc_halves_are_the_sorted_topics_cut_at_85_percent():

@@ -74,7 +74,7 @@ def test_full_disk_is_an_error_that_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qjax.evaluate.teacher.np.save", full)
+    monkeypatch.setattr("qjax.evaluate.reference_cache.np.save", full)
     with pytest.raises(RunError, match=r"cannot be stored \(No space left on device\); free space"):
         TeacherCache(tmp_path).get("m", "t", Compute())
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]

@@ -9,12 +9,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import experiments.quantize as entry_point
-from qjax import artifact, job, models
+from qjax import models
 from qjax.errors import InputError
 from qjax.finetune import BlockSettings, RateRule, tune_block
-from qjax.hessian.collect import embedded
-from qjax.hessian.store import forward_block
-from qjax.records import Records
+from qjax.interchange import artifact
+from qjax.job.run import run
+from qjax.pipeline.records import Records
+from qjax.streams.forward import embedded, forward_block
 
 SMALL = [
     "model=tiny",
@@ -44,14 +45,14 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache):
     out = tmp_path_factory.mktemp("runs") / "tuned"
-    return out, job.run(entry_point.job_of(settings(out, cache)))
+    return out, run(entry_point.job_of(settings(out, cache)))
 
 
 def test_it_lowers_the_divergence_and_reports_every_block(finished, tmp_path, cache):
     _, results = finished
-    plain = job.run(entry_point.job_of(settings(tmp_path / "plain", cache, finetune="none")))
+    plain = run(entry_point.job_of(settings(tmp_path / "plain", cache, finetune="none")))
     assert plain is not None and results["kl_mean"] < 0.92 * plain["kl_mean"]
-    own = job.run(entry_point.job_of(settings(tmp_path / "own", cache, "finetune.stream=quantized")))
+    own = run(entry_point.job_of(settings(tmp_path / "own", cache, "finetune.stream=quantized")))
     assert own is not None and own["kl_mean"] < 0.92 * plain["kl_mean"] and own["kl_mean"] != results["kl_mean"]
     reports = results["finetune"]["blocks"]
     assert [entry["block"] for entry in reports] == [i for i in range(4) for _ in range(4)]
@@ -70,9 +71,9 @@ def test_a_killed_run_continues_to_the_same_bytes(finished, tmp_path, cache, mon
 
     monkeypatch.setattr(Records, "save", failing)
     with pytest.raises(KeyboardInterrupt):
-        job.run(entry_point.job_of(settings(tmp_path / "cut", cache)))
+        run(entry_point.job_of(settings(tmp_path / "cut", cache)))
     monkeypatch.setattr(Records, "save", save)
-    job.run(entry_point.job_of(settings(tmp_path / "cut", cache)))
+    run(entry_point.job_of(settings(tmp_path / "cut", cache)))
     digests = [json.loads((o / "artifact" / "model.json").read_text())["sha256"] for o in (out, tmp_path / "cut")]
     assert digests[0] == digests[1]
     norms = artifact.load(out / "artifact").params["blocks"][0]["input_layernorm"]
@@ -108,4 +109,4 @@ def test_a_block_without_errors_has_nothing_to_gain():
 )
 def test_bad_settings_are_refused(tmp_path, cache, override, message):
     with pytest.raises(InputError, match=message):
-        job.run(entry_point.job_of(settings(tmp_path / "bad", cache, override)))
+        run(entry_point.job_of(settings(tmp_path / "bad", cache, override)))

@@ -10,11 +10,12 @@ from hydra.core.global_hydra import GlobalHydra
 
 import experiments.finetune as entry
 import experiments.quantize as quantize
-from qjax import artifact, job
 from qjax.errors import InputError
 from qjax.finetune import pv
-from qjax.quantized import QuantizedMatrix
-from qjax.tuning import settings_of
+from qjax.interchange import artifact
+from qjax.job.run import run
+from qjax.job.tuning import settings_of
+from qjax.matrix.quantized import QuantizedMatrix
 
 SMALL = ["data.calibration_sequences=8", "data.evaluation_sequences=4", "data.length=64"]
 
@@ -30,7 +31,7 @@ def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("codes")
     for codebook in ("half_integer", "e8p"):
         options = ["model=tiny", *SMALL, f"codebook={codebook}", "rounding=nearest", "evaluate=none", "tracker=none"]
-        job.run(quantize.job_of(composed("quantize", folder / "cache", *options, f"out={folder}/{codebook}")))
+        run(quantize.job_of(composed("quantize", folder / "cache", *options, f"out={folder}/{codebook}")))
     return folder
 
 

@@ -10,9 +10,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import experiments.quantize as entry_point
-from qjax import artifact, comparison, finetune, job, models
+from qjax import finetune, models
 from qjax.errors import InputError, RunError
+from qjax.evaluate.compare import compare, reference_states
 from qjax.finetune import loop
+from qjax.interchange import artifact
+from qjax.job.run import run
 
 SMALL = [
     "model=tiny",
@@ -45,7 +48,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache):
     out = tmp_path_factory.mktemp("runs") / "tuned"
-    return out, job.run(entry_point.job_of(settings(out, cache)))
+    return out, run(entry_point.job_of(settings(out, cache)))
 
 
 def test_it_lowers_the_divergence_and_says_how(finished):
@@ -69,8 +72,8 @@ def test_the_artifact_holds_the_tuned_model(finished, cache):
     from qjax import data
 
     tokens = data.load(tokenizer=reference.tokenizer, vocab_size=2048, seed=0, **task.data)
-    teacher = comparison.reference_states(reference, tokens.evaluation, 8, cache)
-    again = comparison.compare(reference, stored.params, teacher, tokens.evaluation, 8)
+    teacher = reference_states(reference, tokens.evaluation, 8, cache)
+    again = compare(reference, stored.params, teacher, tokens.evaluation, 8)
     assert {key: results[key] for key in again} == again
     assert artifact.model_bytes(stored.params) == results["whole_model_bytes"]
 
@@ -89,10 +92,10 @@ def test_a_killed_run_continues_to_the_same_bits(finished, tmp_path, cache, kill
     calls = []
     monkeypatch.setattr(loop, "train_step", failing)
     with pytest.raises(KeyboardInterrupt):
-        job.run(entry_point.job_of(settings(tmp_path / "cut", cache)))
+        run(entry_point.job_of(settings(tmp_path / "cut", cache)))
     assert not (tmp_path / "cut" / "results.json").exists()
     monkeypatch.setattr(loop, "train_step", step)
-    job.run(entry_point.job_of(settings(tmp_path / "cut", cache)))
+    run(entry_point.job_of(settings(tmp_path / "cut", cache)))
     digests = [json.loads((o / "artifact" / "model.json").read_text())["sha256"] for o in (out, tmp_path / "cut")]
     assert digests[0] == digests[1]
 
@@ -107,7 +110,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(tmp_path, cache, mon
 
     calls = []
     monkeypatch.setattr(loop, "train_step", failing)
-    results = job.run(entry_point.job_of(settings(tmp_path / "nan", cache)))
+    results = run(entry_point.job_of(settings(tmp_path / "nan", cache)))
     assert results is not None
     report = results["finetune"]
     assert "step 6" in report["stopped"] and report["best_step"] == 4
@@ -116,7 +119,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(tmp_path, cache, mon
 
 def test_top_k_targets_and_accumulation_tune_too(tmp_path, cache):
     overrides = ["finetune.topk=16", "finetune.batch=2", "finetune.accumulate=2"]
-    results = job.run(entry_point.job_of(settings(tmp_path / "topk", cache, *overrides)))
+    results = run(entry_point.job_of(settings(tmp_path / "topk", cache, *overrides)))
     assert results is not None and results["kl_mean"] < 0.95 * results["finetune"]["before"]["kl_mean"]
 
 
@@ -161,7 +164,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 )
 def test_bad_settings_are_refused(tmp_path, cache, override, message):
     with pytest.raises(InputError, match=message):
-        job.run(entry_point.job_of(settings(tmp_path / "bad", cache, override)))
+        run(entry_point.job_of(settings(tmp_path / "bad", cache, override)))
 
 
 def test_checkpoints_of_another_task_are_refused(tmp_path):

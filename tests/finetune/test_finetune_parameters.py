@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax import Hessian, artifact, codebooks, incoherence, models, quantize_matrix, rounding
+from qjax import Hessian, codebooks, incoherence, models, quantize_matrix, rounding
 from qjax.errors import ArtifactError, InputError
 from qjax.finetune import Optimizer, Options, RateRule, assign, gained, merged, tunable, view
 from qjax.finetune.loop import train_step
 from qjax.finetune.parameters import Gained, hidden
-from qjax.models.linears import replace_linears
+from qjax.interchange import artifact
+from qjax.interchange.serialize import from_arrays, to_arrays
+from qjax.models.linear import replace_linears
 from qjax.models.transformer import block, embed
-from qjax.serialize import from_arrays, to_arrays
 
 HYB = {"L": 8, "code": "hyb", "Q": 6}
 RULES = (RateRule("_gain$", 1e-3), RateRule("norm$", 1e-3), RateRule(".", None))

@@ -11,7 +11,7 @@ from qjax import Hessian, codebooks, incoherence, models, quantize_matrix, round
 from qjax.codebooks.base import CODEBOOKS
 from qjax.errors import ArtifactError, InputError
 from qjax.finetune import lora
-from qjax.run.atomic import write_safetensors
+from qjax.runtime.atomic import write_safetensors
 
 BITS = {"e81b": 1, "e8p_rvq": 4}
 OPTIONS = {"trellis": {"L": 8}}
@@ -188,7 +188,8 @@ def test_entry_tunes_an_artifact_with_adapters_and_with_gains(tmp_path, capsys):
     import experiments.finetune as entry
     import experiments.quantize as quantize
     from experiments import evaluate
-    from qjax import artifact, job
+    from qjax.interchange import artifact
+    from qjax.job.run import run
 
     def composed(name, *overrides):
         GlobalHydra.instance().clear()
@@ -198,7 +199,7 @@ def test_entry_tunes_an_artifact_with_adapters_and_with_gains(tmp_path, capsys):
     small = ["data.calibration_sequences=8", "data.evaluation_sequences=4", "data.length=64"]
     base = tmp_path / "base"
     options = ["model=tiny", *small, "codebook=e8p", "rounding=nearest", "evaluate=none", "tracker=none", f"out={base}"]
-    job.run(quantize.job_of(composed("quantize", *options)))
+    run(quantize.job_of(composed("quantize", *options)))
     budget = ["finetune.sequences=24", "finetune.validation=4", "finetune.tokens=2560", f"artifact={base}/artifact"]
     results = {}
     for kind in ("e2e", "lora"):

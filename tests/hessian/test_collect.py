@@ -8,12 +8,12 @@ import pytest
 from qjax import hessian, models
 from qjax.errors import ArtifactError, DataError, InputError, NumericsError
 from qjax.hessian import HessianStore
-from qjax.hessian.accumulate import _second_moment, accumulate, empty, finish
-from qjax.hessian.collect import batches
-from qjax.hessian.spread import Spread
+from qjax.hessian.moments import _second_moment, accumulate, empty, finish
 from qjax.hessian.store import pack_triangle, unpack_triangle
 from qjax.models.transformer import LINEARS, SITES, block_inputs, embed
-from qjax.run.fingerprint import digest
+from qjax.runtime.fingerprint import digest
+from qjax.streams.batches import Spread
+from qjax.streams.forward import batches
 
 
 def exact(model, tokens):

@@ -13,12 +13,12 @@ from qjax.hessian import HessianStore, Sketch, alignment, exact_fisher, sketch_s
 from qjax.hessian import labels as labels_module
 from qjax.hessian import sketch as sketch_module
 from qjax.hessian.labels import draw
-from qjax.hessian.provide import check_settings
 from qjax.hessian.sketch import assembled, divided, gram_is_cheaper, increments, row_blocks
 from qjax.hessian.sketch_collect import block_bytes, ranges
 from qjax.hessian.sketch_store import collect_into
+from qjax.job.hessians import check_settings
 from qjax.models.transformer import LINEARS, forward
-from qjax.run.atomic import read_safetensors, write_safetensors
+from qjax.runtime.atomic import read_safetensors, write_safetensors
 
 NAMES = [f"layers.{index}.{linear}" for index in range(2) for linear in LINEARS]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qjax.errors import InputError
+from qjax.incoherence.rotations import SignedHadamard, TwoStageOrthogonal
 from qjax.linalg.orthogonal import balanced_factors, haar_orthogonal, two_stage, two_stage_transform
-from qjax.linalg.rotations import SignedHadamard, TwoStageOrthogonal
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])

@@ -13,10 +13,10 @@ import tokenizers
 from experiments import generate as generate_entry
 from qjax.errors import InputError
 from qjax.models import Tokenizer, forward, generate_batch, load
-from qjax.models.cached import empty_cache, step
-from qjax.models.chat import chat_prompt, stop_ids
-from qjax.models.next_token import Sampling, choose
-from qjax.models.text_stream import TextStream
+from qjax.models.kv_cache import empty_cache, step
+from qjax.models.sampling import Sampling, choose
+from qjax.models.tokenizers.chat import chat_prompt, stop_ids
+from qjax.models.tokenizers.text_stream import TextStream
 from qjax.models.transformer import embed, head, logits
 
 FAMILIES = ["llama3", "mistral", "qwen2", "qwen3"]

@@ -12,8 +12,8 @@ import tokenizers
 
 from qjax.errors import InputError, ModelFileError
 from qjax.models import Tokenizer, open_model
-from qjax.models.chat import chat_prompt, stop_ids
-from qjax.models.chat_template import ChatTemplate, folder_template, gguf_template
+from qjax.models.tokenizers.chat import chat_prompt, stop_ids
+from qjax.models.tokenizers.chat_template import ChatTemplate, folder_template, gguf_template
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 HI = {"role": "user", "content": "Hi"}
@@ -209,7 +209,8 @@ def test_models_bring_their_template(folder: Path, write_gguf):
 def test_an_artifact_keeps_the_template(tmp_path: Path):
     import dataclasses
 
-    from qjax import artifact, models
+    from qjax import models
+    from qjax.interchange import artifact
 
     model = models.load("tiny")
     tokenizer = Tokenizer(model.tokenizer.backend, eos_id=model.tokenizer.eos_id)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from qjax.errors import ModelFileError
 from qjax.models import RopeScaling, forward, load, open_model
-from qjax.models.gguf_format import read_gguf_header
+from qjax.models.checkpoints.gguf_format import read_gguf_header
 
 Q = gguf.GGMLQuantizationType
 Write = Callable[..., Path]

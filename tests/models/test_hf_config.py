@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from qjax.errors import ModelFileError
+from qjax.models.checkpoints.hf_config import parse_config
 from qjax.models.config import RopeScaling
-from qjax.models.hf_config import parse_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

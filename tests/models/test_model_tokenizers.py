@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from qjax.errors import DataError, InputError, ModelFileError
 from qjax.models import Tokenizer, open_model
-from qjax.models.tokenizer import read_tokenizer_json
-from qjax.models.vocabularies import gguf_tokenizer, read_piece_list, sentencepiece_bpe
+from qjax.models.tokenizers.tokenizer import read_tokenizer_json
+from qjax.models.tokenizers.vocabularies import gguf_tokenizer, read_piece_list, sentencepiece_bpe
 
 
 def byte_symbols() -> dict[int, str]:

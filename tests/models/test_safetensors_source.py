@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from qjax.errors import ModelFileError
 from qjax.models import load, open_model
-from qjax.models.safetensors_source import read_header
+from qjax.models.checkpoints.safetensors_source import read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from qjax import models
-from qjax.hessian.store import forward_block
-from qjax.preflight import linear_shapes
+from qjax.job.preflight import linear_shapes
+from qjax.streams.forward import forward_block
 
 
 def test_streamed_blocks_are_those_of_the_loaded_model():

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 import qjax
 from qjax.data import SOURCES
 from qjax.models import generate, load
-from qjax.models.sampling import complete
-from qjax.models.training_loop import held_out_loss
-from qjax.models.training_text import windows
+from qjax.training.completion import complete
+from qjax.training.loop import held_out_loss
+from qjax.training.text import windows
 
 FOLDER = Path(qjax.__file__).parent / "models" / "tiny"
 

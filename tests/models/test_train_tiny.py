@@ -19,14 +19,14 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from qjax.errors import DataError, InputError, ModelFileError, NumericsError, RunError
-from qjax.models import sampling, training_loop
+from qjax.models.checkpoints.export import hugging_face_config, hugging_face_tensors, rounded, write_directory
 from qjax.models.config import ModelConfig
-from qjax.models.export import hugging_face_config, hugging_face_tensors, rounded, write_directory
-from qjax.models.sampling import complete
-from qjax.models.training import Schedule, batch_at, initial_state, sum_loss, train_step
-from qjax.models.training_loop import Task, held_out_loss, train
-from qjax.models.training_text import END_OF_TEXT, TrainingText, docstrings, documentation, train_tokenizer, windows
 from qjax.models.transformer import forward
+from qjax.training import completion, loop
+from qjax.training.completion import complete
+from qjax.training.loop import Task, held_out_loss, train
+from qjax.training.step import Schedule, batch_at, initial_state, sum_loss, train_step
+from qjax.training.text import END_OF_TEXT, TrainingText, docstrings, documentation, train_tokenizer, windows
 
 CONFIG = ModelConfig("LlamaForCausalLM", 48, 32, 48, 1, 2, 1, 16, max_positions=16, tie_embeddings=True)
 SCHEDULE = Schedule(steps=12, learning_rate=0.05, warmup=3)
@@ -176,17 +176,17 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_best(tmp_path, monkeypatch):
-    real, calls = training_loop.train_step, []
+    real, calls = loop.train_step, []
 
     def poisoned(state, tokens, config, schedule):
         state, loss, norm = real(state, tokens, config, schedule)
         calls.append(loss)
         return state, (np.float32("nan") if len(calls) == 7 else loss), norm
 
-    monkeypatch.setattr(training_loop, "train_step", poisoned)
+    monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(NumericsError, match=r"step 7: .*nan.* of step 4,"):
         train(make_task(), tmp_path, 100)
-    monkeypatch.setattr(training_loop, "train_step", real)
+    monkeypatch.setattr(loop, "train_step", real)
     resumed = []
     train(make_task(), tmp_path, 100, lambda progress: resumed.append(progress.step))
     assert resumed[0] == 5
@@ -324,7 +324,7 @@ def test_a_failed_write_leaves_the_old_directory(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qjax.models.export.save_file", full)
+    monkeypatch.setattr("qjax.models.checkpoints.export.save_file", full)
     with pytest.raises(RunError, match="No space left"):
         write_directory(folder, params, CONFIG, "{}", {"seed": 2}, 0, replace=True)
     assert json.loads((folder / "training.json").read_text()) == {"seed": 1}
@@ -353,7 +353,7 @@ def test_completion_is_greedy_at_temperature_zero_and_seeded_above(small_tokeniz
 def test_sampling_follows_the_softmax_at_its_temperature(monkeypatch, small_tokenizer):
     config = dataclasses.replace(CONFIG, vocab_size=4, max_positions=8)
     scores = np.log(np.array([0.1, 0.2, 0.3, 0.4]))
-    monkeypatch.setattr(sampling, "_all_logits", lambda *_: np.broadcast_to(scores, (1, 8, 4)))
+    monkeypatch.setattr(completion, "_all_logits", lambda *_: np.broadcast_to(scores, (1, 8, 4)))
     first = [complete(None, config, small_tokenizer, "a", 1, 0.5, seed) for seed in range(2000)]
     letters = ["a" + small_tokenizer.decode([token]) for token in range(1, 4)]
     counts = np.array([first.count("a"), *(first.count(letter) for letter in letters)])  # token 0 ends the text

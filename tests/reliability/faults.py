@@ -11,9 +11,9 @@ import pytest
 import qjax
 from qjax import data
 from qjax.errors import ModelFileError
-from qjax.hessian.statistics import Hessian
+from qjax.linalg.kronecker import Hessian
 from qjax.models import open_model
-from qjax.pipeline import root_key
+from qjax.pipeline.layer import root_key
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 FIXTURE = REPOSITORY / "tests" / "fixtures" / "models" / "llama3"

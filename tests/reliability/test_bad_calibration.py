@@ -7,10 +7,11 @@ import pytest
 from faults import FIXTURE, dense, problem, quantize, tokens_of
 
 import qjax
-from qjax import checks, hessian, models
+from qjax import hessian, models
 from qjax.errors import ArtifactError, DataError, InputError, ModelFileError, NumericsError
-from qjax.hessian.collect import block_hessians
+from qjax.hessian.moments import block_hessians
 from qjax.hessian.store import HessianStore
+from qjax.job import warnings
 from qjax.models import open_model
 
 
@@ -25,19 +26,19 @@ def test_case_19_no_text_and_too_little(tmp_path):
 
 def test_a_trellis_of_few_states_whose_values_have_a_mean_is_warned_about():
     books = [qjax.codebooks.make("trellis", 2, L=6, code=code) for code in ("1mad", "3inst", "mul1", "lut")]
-    first, second = checks.codebook_doubts([*books, books[0], qjax.codebooks.make("half_integer", 2)])
+    first, second = warnings.codebook_doubts([*books, books[0], qjax.codebooks.make("half_integer", 2)])
     assert "code=1mad with codebook.L=6: its 64 values have a mean of -0.45 of their RMS" in first and "3inst" in second
-    assert checks.codebook_doubts([qjax.codebooks.make("trellis", 2, L=8, code="1mad")]) == []
+    assert warnings.codebook_doubts([qjax.codebooks.make("trellis", 2, L=8, code="1mad")]) == []
 
 
 def test_case_20_fewer_tokens_than_inputs_are_warned_about_and_damped(tmp_path):
     config = open_model(FIXTURE).config
     few = tokens_of(tmp_path, np.arange(40) % 64).calibration
-    assert checks.doubts(config, few, None, "none")[-1].startswith(
+    assert warnings.doubts(config, few, None, "none")[-1].startswith(
         "the calibration text has 16 tokens, fewer than the 44 inputs of the widest matrix: its Hessian has at most"
     )
     enough = tokens_of(tmp_path, np.arange(400) % 61, calibration_sequences=6).calibration
-    assert not [line for line in checks.doubts(config, enough, None, "none") if "calibration" in line]
+    assert not [line for line in warnings.doubts(config, enough, None, "none") if "calibration" in line]
     weight, _ = problem()
     x = np.random.default_rng(1).standard_normal((4, 32)).astype(np.float32)
     matrix, report = quantize(weight, x.T @ x / 4, damping=0.0)
@@ -62,13 +63,13 @@ def test_case_23_wrong_or_absent_tokenizer_and_missing_bos(folder, tmp_path):
     model = models.load(folder)
     tokens = tokens_of(tmp_path, np.arange(60) % 64).evaluation
     states = np.zeros((*tokens.tokens.shape, 32), np.float32)  # says every token is as likely: perplexity 64
-    checks.check_reference(model, states, tokens, 1, 64.01)
-    checks.check_reference(model, states, tokens, 1, None)
+    warnings.check_reference(model, states, tokens, 1, 64.01)
+    warnings.check_reference(model, states, tokens, 1, None)
     with pytest.raises(DataError, match=r"perplexity 64 on .* above evaluate.sanity_perplexity=63.*BOS"):
-        checks.check_reference(model, states, tokens, 1, 63)
+        warnings.check_reference(model, states, tokens, 1, 63)
     expects = models.Tokenizer(None, bos_id=1, adds_bos=True)
-    assert "data.bos=sequence" in checks.doubts(model.config, tokens, expects, "none")[-1]
-    assert "data.bos" not in " ".join(checks.doubts(model.config, tokens, expects, "sequence"))
+    assert "data.bos=sequence" in warnings.doubts(model.config, tokens, expects, "none")[-1]
+    assert "data.bos" not in " ".join(warnings.doubts(model.config, tokens, expects, "sequence"))
 
 
 def test_case_24_padding_does_not_enter_the_hessian(small):

@@ -19,13 +19,13 @@ from faults import (
 )
 
 import qjax
-from qjax import checks
 from qjax.codebooks.scaling import ScaleRule
 from qjax.errors import ArtifactError, InputError, RunError
-from qjax.hessian.statistics import Hessian
-from qjax.pipeline import quantize_layer, root_key, suspicious
-from qjax.recipe import Recipe
-from qjax.run.memory import shrinking
+from qjax.job import warnings
+from qjax.linalg.kronecker import Hessian
+from qjax.pipeline.layer import quantize_layer, root_key, suspicious
+from qjax.pipeline.recipe import Recipe
+from qjax.runtime.memory import shrinking
 
 # Numerics ------------------------------------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def test_case_29_plain_rounding_is_kept_where_feedback_loses(monkeypatch):
     parameters = {"mlp": {"up_proj": {"weight": weight}}}
     _, good = quantize_layer(parameters, Hessian(h, None), plan, "mlp.up_proj", "l7", root_key(0), 0.0)
     assert good.fallback is None and good.alignment < 1 and not suspicious(good)
-    from qjax import pipeline
+    from qjax.pipeline import layer
 
     def harmful(weight, hessian, *, rounding, **options):
         matrix, report = qjax.quantize_matrix(weight, hessian, rounding=rounding, **options)
@@ -54,7 +54,7 @@ def test_case_29_plain_rounding_is_kept_where_feedback_loses(monkeypatch):
             return matrix, report
         return matrix, dataclasses.replace(report, proxy_loss=0.9, alignment=3.0)
 
-    monkeypatch.setattr(pipeline, "quantize_matrix", harmful)
+    monkeypatch.setattr(layer, "quantize_matrix", harmful)
     matrix, report = quantize_layer(parameters, Hessian(h, None), plan, "mlp.up_proj", "l7", root_key(0), 0.0)
     assert report.fallback == "nearest"
     assert np.array_equal(dense(matrix), dense(quantize(weight, h, rounding="nearest")[0]))
@@ -109,13 +109,13 @@ def task(out, cache, *overrides):
 def test_case_32_signals_leave_nothing_that_looks_finished(tmp_path, signal, code):
     """SIGKILL at every operation: test_kill_points.py. Here: what a process says when it is asked to stop."""
     program = (
-        "import os, signal, sys, qjax.records\n"
+        "import os, signal, sys, qjax.pipeline.records\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells have their background jobs ignore it
-        "save = qjax.records.Records.save\n"
+        "save = qjax.pipeline.records.Records.save\n"
         "def stop(self, matrix, report, incoherence):\n"
         "    save(self, matrix, report, incoherence)\n"
         f"    os.kill(os.getpid(), signal.{signal})\n"
-        "qjax.records.Records.save = stop\n"
+        "qjax.pipeline.records.Records.save = stop\n"
         "import experiments.quantize\n"
         "experiments.quantize.main()\n"
     )
@@ -141,7 +141,7 @@ def test_case_32_signals_leave_nothing_that_looks_finished(tmp_path, signal, cod
 def test_case_33_a_disk_that_is_full_failing_or_read_only(tmp_path, monkeypatch, code):
     import errno
 
-    from qjax import job
+    from qjax.job.run import run
 
     replace, calls = os.replace, []
 
@@ -155,24 +155,24 @@ def test_case_33_a_disk_that_is_full_failing_or_read_only(tmp_path, monkeypatch,
     remedy = {"ENOSPC": "the disk is full", "EIO": "input/output error", "EROFS": "read-only"}[code]
     out = tmp_path / "run"
     with pytest.raises(RunError, match=f"could not write .*{remedy}"):
-        job.run(task(out, tmp_path / "cache"))
+        run(task(out, tmp_path / "cache"))
     assert not (out / "results.json").exists() and not (out / "artifact").exists()
     assert len(list((out / "layers").iterdir())) == 2  # whole records, no leftovers
     monkeypatch.setattr(os, "replace", replace)
-    assert job.run(task(out, tmp_path / "cache"))["matrices"] == 28
+    assert run(task(out, tmp_path / "cache"))["matrices"] == 28
 
 
 def test_case_34_two_jobs_in_one_directory(tmp_path):
-    from qjax import job
-    from qjax.run.lock import RunLock
+    from qjax.job.run import run
+    from qjax.runtime.lock import RunLock
 
     with RunLock(tmp_path / "run"), pytest.raises(RunError, match=f"in use by process {os.getpid()} on"):
-        job.run(task(tmp_path / "run", tmp_path / "cache"))
+        run(task(tmp_path / "run", tmp_path / "cache"))
     assert not (tmp_path / "run" / "fingerprint.json").exists()
 
 
 def test_case_35_another_configuration_in_the_same_directory(tmp_path):
-    from qjax.directory import RunDirectory
+    from qjax.job.directory import RunDirectory
 
     directory = RunDirectory(tmp_path)
     directory.claim({"model": "a", "versions": {"jax": "1"}, "calibration": "x"}, "", resume=True)
@@ -185,11 +185,12 @@ def test_case_35_another_configuration_in_the_same_directory(tmp_path):
 def test_case_36_damaged_checkpoints_clocks_and_commit_markers(tmp_path, monkeypatch):
     import time
 
-    from qjax import artifact, job
+    from qjax.interchange import artifact
+    from qjax.job.run import run
 
     backwards = itertools.count(10**9, -3600)
     monkeypatch.setattr(time, "time", lambda: float(next(backwards)))
-    job.run(task(tmp_path / "whole", tmp_path / "cache"))
+    run(task(tmp_path / "whole", tmp_path / "cache"))
     monkeypatch.undo()
     out = tmp_path / "cut"
     shutil.copytree(tmp_path / "whole", out)
@@ -201,11 +202,11 @@ def test_case_36_damaged_checkpoints_clocks_and_commit_markers(tmp_path, monkeyp
         content = bytearray(file.read_bytes())
         content[-1 - number * 5] ^= 4
         file.write_bytes(content[: len(content) - number])
-    job.run(task(out, tmp_path / "cache"))
+    run(task(out, tmp_path / "cache"))
     sums = [json.loads((o / "artifact" / "model.json").read_text())["sha256"] for o in (tmp_path / "whole", out)]
     assert sums[0] == sums[1]
 
 
 def test_an_untested_version_of_jax_is_named():
-    assert checks.version_doubt(jax.__version__) is None
-    assert "jax 0.4.30 is outside the tested versions" in checks.version_doubt("0.4.30")
+    assert warnings.version_doubt(jax.__version__) is None
+    assert "jax 0.4.30 is outside the tested versions" in warnings.version_doubt("0.4.30")

@@ -12,10 +12,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import experiments.quantize as entry
-from qjax import artifact, job
 from qjax.errors import ArtifactError, QjaxError, RunError
 from qjax.finetune.checkpoint import Checkpoints
-from qjax.run.sealed import read_sealed, write_sealed
+from qjax.interchange import artifact
+from qjax.job.run import run
+from qjax.runtime.sealed import read_sealed, write_sealed
 
 SMALL = ["model=tiny", "data.calibration_sequences=2", "data.evaluation_sequences=1", "data.length=16", "tracker=none"]
 SMALL += ["rounding=nearest", "incoherence=none", "hessian=original", "evaluate.sanity_perplexity=null"]
@@ -38,7 +39,7 @@ def damaged(path, how, seed=0):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
-    job.run(task(root))
+    run(task(root))
     return root
 
 
@@ -63,7 +64,7 @@ def test_caches_records_and_results_are_made_again(whole, tmp_path, kind, how):
         results.unlink()
     if kind.startswith("cache/hessians"):
         shutil.rmtree(root / "run" / "layers")  # or nobody would read them
-    job.run(task(root))
+    run(task(root))
     assert sums(root) == sums(whole)
     if kind.startswith("cache"):
         assert file.read_bytes() == before
@@ -77,7 +78,7 @@ def test_a_damaged_fingerprint_is_refused_while_there_are_records(whole, tmp_pat
     damaged(root / "run" / "fingerprint.json", how)
     (root / "run" / "results.json").unlink()
     with pytest.raises(RunError, match="holds layer records without a readable fingerprint.json"):
-        job.run(task(root))
+        run(task(root))
 
 
 def test_every_file_of_an_artifact_is_checked(whole, tmp_path):

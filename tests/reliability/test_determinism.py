@@ -4,10 +4,11 @@ import numpy as np
 
 import qjax
 from qjax import hessian, models
-from qjax.hessian.collect import layer_names
-from qjax.pipeline import quantize_layer, quantize_model, root_key
-from qjax.recipe import Recipe
-from qjax.serialize import to_arrays
+from qjax.interchange.serialize import to_arrays
+from qjax.models.transformer import layer_names
+from qjax.pipeline.layer import quantize_layer, root_key
+from qjax.pipeline.quantize_model import quantize_model
+from qjax.pipeline.recipe import Recipe
 
 NAME = "tests/fixtures/models/llama3"
 

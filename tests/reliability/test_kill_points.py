@@ -34,8 +34,8 @@ def test_processes_killed_by_the_kernel_end_in_the_same_bytes(tmp_path):
 
 
 def test_a_recorded_state_is_what_is_on_the_disk_in_the_middle_of_a_write(tmp_path):
-    from qjax.run.atomic import read_json, write_json
-    from qjax.run.durable import remove_leftovers
+    from qjax.runtime.atomic import read_json, write_json
+    from qjax.runtime.durable import remove_leftovers
 
     root = tmp_path / "root"
     write_json(root / "value.json", "old")

@@ -9,8 +9,8 @@ import time
 
 import numpy as np
 
-from qjax.run.monitor import CompileCounter, Stopwatch
-from qjax.run.progress import Progress
+from qjax.runtime.monitor import CompileCounter, Stopwatch
+from qjax.runtime.progress import Progress
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -61,7 +61,7 @@ def test_stages_hold_their_programs_and_the_memory_up_to_their_end():
 def test_the_log_keeps_what_a_crash_of_native_code_leaves(tmp_path):
     program = (
         "import ctypes, logging, pathlib, sys\n"
-        "from qjax.run import log\n"
+        "from qjax.runtime import log\n"
         "path = pathlib.Path(sys.argv[1])\n"
         "log.log_to(path)\n"
         "log.crashes_to(path)\n"

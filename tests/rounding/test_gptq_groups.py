@@ -11,7 +11,7 @@ from qjax import codebooks, incoherence, rounding
 from qjax.codebooks.scaling import ScaleRule, fit
 from qjax.errors import InputError
 from qjax.hessian import Hessian
-from qjax.quantized import QuantizedMatrix
+from qjax.matrix.quantized import QuantizedMatrix
 
 M, N, GROUP = 16, 64, 16
 

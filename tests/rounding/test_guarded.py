@@ -10,7 +10,7 @@ import pytest
 from qjax import codebooks, rounding
 from qjax.errors import InputError
 from qjax.hessian import Hessian
-from qjax.rounding.admm import bounded_noise
+from qjax.rounding.guarded import bounded_noise
 
 
 @pytest.fixture

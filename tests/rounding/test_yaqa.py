@@ -11,12 +11,12 @@ from qjax import codebooks, rounding
 from qjax.codebooks.scaling import ScaleRule, fit, identity
 from qjax.errors import InputError, NumericsError
 from qjax.hessian import Hessian
-from qjax.incoherence import make as incoherence
+from qjax.incoherence.families import make as incoherence
 from qjax.linalg.damping import damped_factor, normalise
-from qjax.quantize import quantize_matrix
-from qjax.rounding import wavefront
+from qjax.matrix.quantize import quantize_matrix
+from qjax.rounding import two_sided
 from qjax.rounding.losses import proxy_loss
-from qjax.rounding.wavefront import two_sided_codes
+from qjax.rounding.two_sided import two_sided_codes
 
 BOOKS = {"half_integer": {}, "e8p": {}, "trellis": {"L": 6, "code": "3inst"}}
 SHAPES = {"wide": (48, 96), "tall": (96, 48)}
@@ -105,8 +105,8 @@ def test_chunks_change_nothing(name, chunk):
 def test_fields_and_tiles_change_nothing(name, tile, field, monkeypatch):
     """Several fields with products between them, and up to six row blocks that follow each other through a tile."""
     w, _, book, right, left = problem(name, "tall")
-    monkeypatch.setattr(wavefront, "_FIELD", field)
-    monkeypatch.setattr(wavefront, "tile_shape", lambda *_: tile)
+    monkeypatch.setattr(two_sided, "_FIELD", field)
+    monkeypatch.setattr(two_sided, "tile_shape", lambda *_: tile)
     codes = two_sided_codes(w, right.lower, left.lower, book, identity(), rows=ROWS, block=book.tile[1], chunk=2)
     np.testing.assert_array_equal(codes, naive(w, right, left, book))
 

@@ -1,0 +1,310 @@
+"""Second moments of a block's inputs, accumulated on every device without losing small terms, and reduced once."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from pallas_kernels.gram import gram
+from qjax.errors import NumericsError
+from qjax.linalg.kronecker import Hessian
+from qjax.models.config import ModelConfig
+from qjax.models.transformer import LINEARS, SITES, block_inputs
+from qjax.runtime.mesh import AXES, EACH, WHOLE
+from qjax.streams import activations
+from qjax.streams.activations import Activations
+from qjax.streams.batches import Spread
+from qjax.typing import HostOrDevice, Leaf
+
+__all__ = [
+    "NONE",
+    "Moments",
+    "accumulate",
+    "accumulate_pair",
+    "block_hessians",
+    "block_hessians_and_outputs",
+    "block_hessians_of_two_streams",
+    "empty",
+    "finish",
+    "reduced",
+    "site_widths",
+]
+
+
+@struct.dataclass
+class Moments:
+    """Running sums for one block, one on every device: `Σ x xᵀ` per site in two float32 parts (sum, compensation).
+
+    With two streams, x original and z quantised, the site's own name holds `Σ z zᵀ` and its name in `CROSS` `Σ x zᵀ`.
+    All arrays have a leading axis of devices. `bad`: the least number of a sequence whose inputs or their squares are
+    not finite, by name, or `NONE`.
+
+    The compensation carries what a float32 addition drops (Kahan), so thousands of batches lose nothing.
+    """
+
+    total: dict[str, Leaf]
+    carry: dict[str, Leaf]
+    bad: dict[str, Leaf]
+
+
+def site_widths(config: ModelConfig) -> dict[str, int]:
+    """The input width of the linears at every site."""
+    heads = config.num_heads * config.head_dim
+    return dict(zip(SITES, (config.hidden_size, heads, config.hidden_size, config.intermediate_size), strict=True))
+
+
+_ROWS = 256
+NONE = np.uint32(2**32 - 1)
+CROSS = {site: f"{site}:cross" for site in SITES}
+
+
+def empty(config: ModelConfig, spread: Spread, cross: bool = False) -> Moments:
+    """Zero sums (no program is compiled for them)."""
+    widths = site_widths(config)
+    if cross:
+        widths |= {CROSS[site]: n for site, n in widths.items()}
+
+    def zeros() -> dict[str, HostOrDevice]:
+        return {name: spread.sums(lambda shape: np.zeros(shape, np.float32), (n, n)) for name, n in widths.items()}
+
+    none = {name: spread.sums(lambda shape: np.full(shape, NONE), ()) for name in widths}
+    return Moments(zeros(), zeros(), none)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "propagate"), donate_argnames="moments")
+def accumulate(
+    moments: Moments,
+    parameters: Any,
+    x: HostOrDevice,
+    mask: HostOrDevice,
+    numbers: HostOrDevice,
+    config: ModelConfig,
+    *,
+    mesh: Mesh,
+    propagate: bool,
+) -> tuple[Moments, Array | None]:
+    """Add a step `[devices · batch, length, width]` of block inputs, each device's part to its own sums.
+
+    Sequences with mask 0 (what fills up the last step) do not count. Nothing is communicated.
+    Returns the new sums and, with `propagate`, the block's output, split as x is.
+    """
+
+    def own(moments: Moments, parameters: Any, x: Array, mask: Array, numbers: Array) -> tuple[Moments, Array | None]:
+        y, inputs = block_inputs(parameters, x, config)
+        products, bad = {}, {}
+        for site in SITES:
+            rows = _masked(inputs[site], mask)
+            products[site] = _second_moment(rows)
+            bad[site] = _first_bad(numbers, products[site], rows)
+        return _added(moments, products, bad), (y if propagate else None)
+
+    return _on(mesh, own)(moments, parameters, x, mask, numbers)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="moments")
+def accumulate_pair(
+    moments: Moments,
+    parameters: Any,
+    x: HostOrDevice,
+    z: HostOrDevice,
+    mask: HostOrDevice,
+    numbers: HostOrDevice,
+    config: ModelConfig,
+    *,
+    mesh: Mesh,
+) -> tuple[Moments, Array]:
+    """As `accumulate`, for the block's inputs x in the original model and z in the quantised stream.
+
+    Adds `z zᵀ` and `x zᵀ` at every site; returns the new sums and the block's output for x.
+    """
+
+    def own(
+        moments: Moments, parameters: Any, x: Array, z: Array, mask: Array, numbers: Array
+    ) -> tuple[Moments, Array]:
+        y, original = block_inputs(parameters, x, config)
+        _, changed = block_inputs(parameters, z, config)
+        products, bad = {}, {}
+        for site in SITES:
+            a, b = _masked(original[site], mask), _masked(changed[site], mask)
+            products[site], products[CROSS[site]] = _second_moment(b), _product(a, b)
+            bad[site] = _first_bad(numbers, products[site], b)
+            bad[CROSS[site]] = _first_bad(numbers, products[CROSS[site]], a, b)
+        return _added(moments, products, bad), y
+
+    return _on(mesh, own)(moments, parameters, x, z, mask, numbers)
+
+
+def _on(mesh: Mesh, own: Any) -> Any:
+    """`own(moments, parameters, *split)` on every device, without the sums' leading axis."""
+
+    def body(moments: Moments, parameters: Any, *split: Array) -> Any:
+        moments, y = own(jax.tree.map(lambda a: a[0], moments), parameters, *split)
+        return jax.tree.map(lambda a: a[None], moments), y
+
+    def run(moments: Moments, parameters: Any, *split: Array) -> Any:
+        specs = (EACH, WHOLE, *(EACH for _ in split))
+        return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=(EACH, EACH), check_vma=False)(
+            moments, parameters, *split
+        )
+
+    return run
+
+
+def _masked(inputs: Array, mask: Array) -> Array:
+    """`[batch, length, n]` float32, with zeros for what does not count, also where it is not finite."""
+    return jnp.where(mask[:, None, None] > 0, inputs.astype(jnp.float32), 0)
+
+
+def _second_moment(rows: Array) -> Array:
+    """`Xᵀ X`: XLA's whole product, or what `QJAX_GRAM` names of `pallas_kernels.gram` when the program is traced.
+
+    Those compute one triangle, half of the work. Whether one is faster anywhere is not measured: none is the default.
+    """
+    name = os.environ.get("QJAX_GRAM", "")
+    return gram(rows.reshape(-1, rows.shape[-1]), name) if name else _product(rows, rows)
+
+
+def _product(a: Array, b: Array) -> Array:
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    return jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _first_bad(numbers: Array, product: Array, *rows: Array) -> Array:
+    """The number of the first sequence with a value or a sum of squares that is not finite, `NONE` without one.
+
+    Sums of squares bound every entry of a sequence's product. Where only the sum over the batch overflows, its first
+    sequence is named.
+    """
+    broken = jnp.any(~jnp.isfinite(jnp.stack([jnp.sum(jnp.square(x), axis=1) for x in rows])), axis=(0, 2))
+    named = jnp.where(jnp.any(broken), jnp.argmax(broken), 0)
+    wrong = jnp.any(broken) | ~jnp.all(jnp.isfinite(product))
+    return jnp.where(wrong, jax.lax.dynamic_index_in_dim(numbers, named, keepdims=False), NONE)
+
+
+def _added(moments: Moments, products: dict[str, Array], bad: dict[str, Array]) -> Moments:
+    total, carry, first = {}, {}, {}
+    for name, product in products.items():
+        first[name] = jnp.minimum(moments.bad[name], bad[name])
+        total[name], carry[name] = kahan(moments.total[name], moments.carry[name], product)
+    return Moments(total, carry, first)
+
+
+def kahan(total: Array, carry: Array, addend: Array) -> tuple[Array, Array]:
+    """`total - carry + addend` in two parts again: the sum, and what its rounding has added to it."""
+    addend = addend - carry
+    after = total + addend
+    return after, (after - total) - addend
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def reduced(moments: Moments, *, mesh: Mesh) -> tuple[dict[str, Array], dict[str, Array]]:
+    """(sums over all devices, least `bad`) by name, on every device: one all-reduce of `[n, n]` float32 per factor."""
+
+    def body(moments: Moments) -> tuple[dict[str, Array], dict[str, Array]]:
+        names = list(moments.total)
+        # Rounded to float32 on its device first: what is sent is half as large.
+        sums = {name: jax.lax.psum(moments.total[name][0] - moments.carry[name][0], AXES) for name in names}
+        bad = jax.lax.pmin(jnp.stack([moments.bad[name][0] for name in names]), AXES)
+        return sums, {name: bad[i] for i, name in enumerate(names)}
+
+    return jax.shard_map(body, mesh=mesh, in_specs=(EACH,), out_specs=(WHOLE, WHOLE), check_vma=False)(moments)
+
+
+def finish(moments: Moments, count: int, mesh: Mesh) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """(means of the sums over `count` tokens as float32 on the host, first sequence that is not finite by site).
+
+    The running sums are freed.
+    """
+    sums, bad = reduced(moments, mesh=mesh)
+    bad = jax.device_get(bad)
+    for leaf in jax.tree.leaves((moments.total, moments.carry)):
+        if isinstance(leaf, jax.Array):  # not the zeros of no step at all
+            leaf.delete()
+    means = {}
+    for name in list(sums):
+        total = np.asarray(sums.pop(name))
+        means[name] = np.empty(total.shape, np.float32)
+        for start in range(0, len(total), _ROWS):  # a few rows at a time: in float64 the whole is twice as large
+            rows = slice(start, start + _ROWS)
+            means[name][rows] = total[rows].astype(np.float64) / count
+    first = {site: min(int(bad[name]) for name in (site, CROSS[site]) if name in bad) for site in SITES}
+    return means, {site: number for site, number in first.items() if number != NONE}
+
+
+def block_hessians(
+    parameters: Any, x: Activations, config: ModelConfig, *, index: int, batch: int, spread: Spread | None = None
+) -> dict[str, Hessian]:
+    """`H = E[x xᵀ]` of every linear of block `index`; linears that share an input share the array.
+
+    `x` are the block's inputs `[sequences, length, width]`, wherever they lie: all of them, or with `spread` those that
+    this process holds. Raises NumericsError, in all processes alike, naming the first linear whose input is not finite.
+    """
+    spread = spread or Spread(len(x), batch)
+    moments, parameters = empty(config, spread), spread.whole(parameters)
+    for step in spread.feed(x):
+        moments, _ = accumulate(
+            moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh, propagate=False
+        )
+    return _hessians(moments, index, spread, x.shape[1])
+
+
+def block_hessians_and_outputs(
+    parameters: Any, x: Activations, config: ModelConfig, *, index: int, batch: int, spread: Spread | None = None
+) -> tuple[dict[str, Hessian], Activations]:
+    """The result of `block_hessians`, and the block's outputs `[sequences, length, width]` from the same pass."""
+    spread = spread or Spread(len(x), batch)
+    moments, parameters, outputs = empty(config, spread), spread.whole(parameters), activations.like(x)
+    for step in spread.feed(x):
+        moments, y = accumulate(
+            moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh, propagate=True
+        )
+        assert y is not None
+        spread.put(outputs, step, y)
+    return _hessians(moments, index, spread, x.shape[1]), outputs
+
+
+def block_hessians_of_two_streams(
+    parameters: Any,
+    x: Activations,
+    z: Activations,
+    config: ModelConfig,
+    *,
+    index: int,
+    batch: int,
+    spread: Spread | None = None,
+) -> tuple[dict[str, Hessian], Activations]:
+    """`H = E[z zᵀ]` and `C = E[x zᵀ]` of every linear, and the original block's outputs for x.
+
+    x are the block's inputs in the original model, z those in the quantised stream.
+    """
+    spread = spread or Spread(len(x), batch)
+    moments, outputs = empty(config, spread, cross=True), activations.like(x)
+    parameters = spread.whole(parameters)
+    for step in spread.feed(x, z):
+        moments, y = accumulate_pair(
+            moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh
+        )
+        spread.put(outputs, step, y)
+    return _hessians(moments, index, spread, x.shape[1]), outputs
+
+
+def _hessians(moments: Moments, index: int, spread: Spread, length: int) -> dict[str, Hessian]:
+    tokens = spread.sequences * length
+    means, bad = finish(moments, tokens, spread.mesh)
+    means = jax.device_put(means)  # once: the program of every linear would copy a host array for itself
+    if bad:
+        site, sequence = next(iter(bad.items()))
+        name = next(linear for linear, own in LINEARS.items() if own == site)
+        raise NumericsError(
+            f"layers.{index}.{name}: its inputs on the calibration data are not finite, first in sequence {sequence}; "
+            "drop that sequence, check the weights of the blocks before it, or load the model in float32"
+        )
+    return {linear: Hessian(means[site], None, tokens, means.get(CROSS[site])) for linear, site in LINEARS.items()}

@@ -1,0 +1,1 @@
+"""Stored quantised models: our artifact, and the matrices of other projects."""

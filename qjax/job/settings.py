@@ -1,0 +1,84 @@
+"""Everything that a run depends on, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qjax.errors import InputError
+from qjax.finetune import BlockSettings
+from qjax.job.hessians import check_settings
+from qjax.job.inputs import Inputs
+from qjax.job.tuning import FINETUNE, settings_of
+from qjax.pipeline.quantize_model import STREAMS
+from qjax.pipeline.recipe import Recipe
+from qjax.runtime.mesh import MeshSettings
+from qjax.runtime.tracker import Tracker
+
+__all__ = ["IRRELEVANT", "Job"]
+
+
+# Settings that change where or how a run is carried out, not its bytes. The mesh changes the order in which Hessians
+# are summed, so their last bits; it is left out nevertheless, so that a run may go on with other devices and processes.
+IRRELEVANT = frozenset({"out", "cache", "dry_run", "resume", "tracker", "memory", "sweep", "mesh", "distributed"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything a run depends on. `settings` is the resolved configuration as it is written down.
+
+    Attributes:
+      model: {"source", "dtype"}.  data: arguments of `qjax.data.load`.  hessian: {"estimator", "stream", "batch"}.
+      evaluate: {"enabled", "batch"}.  memory: {"device_gb", "host_gb", "disk_gb"}.
+      finetune: {"name": "none"}, "block" with the options of `qjax.finetune.BlockSettings`, "e2e", "lora" or "qat" with
+        those of `qjax.finetune.Settings`, "pv" with those of `qjax.finetune.pv.Settings`.
+      cache: folder shared between runs for Hessians and reference states.
+      tracker: makes the tracker, given the run directory.
+      inputs: the model and the tokens that jobs of one process share.
+      mesh: the devices; all processes of a group run the same job, in folders that they share.
+    """
+
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    recipe: Recipe
+    hessian: Mapping[str, Any]
+    evaluate: Mapping[str, Any]
+    memory: Mapping[str, Any]
+    seed: int
+    out: pathlib.Path
+    cache: pathlib.Path
+    settings: Mapping[str, Any]
+    settings_yaml: str
+    tracker: Callable[[pathlib.Path], Tracker]
+    finetune: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
+    resume: bool = True
+    dry_run: bool = False
+    inputs: Inputs = dataclasses.field(default_factory=Inputs)
+    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; it lies in 0 … 2^32 − 1")
+        check_settings(self.hessian)
+        if self.hessian["stream"] not in STREAMS:
+            raise InputError(f"hessian.stream is {self.hessian['stream']!r}; allowed are {', '.join(STREAMS)}")
+        if not 0 <= self.hessian["correction"] <= 1:
+            raise InputError(f"hessian.correction is {self.hessian['correction']}; it is a share, 0 to 1")
+        if self.finetune["name"] not in FINETUNE:
+            raise InputError(f"finetune is {self.finetune['name']!r}; there is: {', '.join(FINETUNE)}")
+        if self.finetune["name"] == "block":
+            BlockSettings.of(self.finetune)
+            if self.hessian["stream"] != "original":
+                raise InputError(
+                    f"finetune=block needs hessian=original (as recipe=quip_sharp and qtip have); found the stream "
+                    f"{self.hessian['stream']!r}"
+                )
+        elif self.finetune["name"] != "none":
+            settings_of(self.finetune)
+        for group, key in (("hessian", "batch"), ("evaluate", "batch")):
+            if getattr(self, group)[key] < 1:
+                raise InputError(
+                    f"{group}.{key} is {getattr(self, group)[key]}; it is the number of sequences per step, at least 1"
+                )

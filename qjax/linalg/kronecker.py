@@ -1,0 +1,26 @@
+"""The Hessian of one linear layer's loss, in Kronecker form."""
+
+from __future__ import annotations
+
+from flax import struct
+
+from qjax.typing import Leaf
+
+__all__ = ["Hessian"]
+
+
+@struct.dataclass
+class Hessian:
+    """`H ≈ H_out ⊗ H_in` of a layer `y = x Wᵀ`, W [out, in].
+
+    Attributes:
+      input: `[in, in]` float32, the uncentred second moment `E[x xᵀ]` or a sketch's input factor.
+        Its scale has no meaning.
+      output: `[out, out]` float32, or None for the identity (GPTQ, LDLQ).
+      tokens: how many tokens (or sequences, for a per-sequence sketch) were averaged.
+    """
+
+    input: Leaf
+    output: Leaf = None
+    tokens: int = struct.field(pytree_node=False, default=0)
+    cross: Leaf = None

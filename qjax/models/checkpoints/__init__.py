@@ -1,0 +1,1 @@
+"""Readers of dense weights: safetensors, GGUF, Python distributions; and writers."""

@@ -1,0 +1,195 @@
+"""A GGUF file as a `WeightSource`: Hugging Face names, dequantised values, rows in half-split rotary order."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from qjax.errors import ModelFileError, listed
+from qjax.models.checkpoints.gguf_format import GgufHeader, GgufTensor
+from qjax.models.config import ModelConfig, RopeScaling
+from qjax.models.transformer import rope_frequencies
+
+__all__ = ["GgufSource", "gguf_config"]
+
+_EDGES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ROPE_FACTORS = "rope_freqs.weight"
+# Llama 3.1 and 3.2 files store the divisors of the frequencies, not the rule; these are the two published rules.
+_LLAMA3_RULES = (RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 8192))
+_UNQUANTISED = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
+
+
+def _hugging_face_name(name: str) -> str:
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        index, part, kind = match.groups()
+        return f"model.layers.{index}.{_IN_BLOCK[part]}.{kind}" if part in _IN_BLOCK else name
+    stem, _, kind = name.rpartition(".")
+    return f"{_EDGES[stem]}.{kind}" if stem in _EDGES else name
+
+
+class GgufSource:
+    """Tensors of a GGUF file, dequantised to float32 one at a time.
+
+    Llama files store q and k rows so that rotary pairs are neighbours (row 2i with 2i + 1 of a head); they are put back
+    to the half-split order (i with i + dim/2). Qwen files keep the half-split order.
+    """
+
+    def __init__(self, path: Path, header: GgufHeader, config: ModelConfig):
+        self._path = path
+        self._tensors = {_hugging_face_name(n): t for n, t in header.tensors.items() if n != _ROPE_FACTORS}
+        self._heads: dict[str, int] = {}
+        if config.architecture == "LlamaForCausalLM":
+            self._heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+        self.names = frozenset(self._tensors)
+        self.files: tuple[Path, ...] = (path,)
+        counts = collections.Counter(t.type for n, t in self._tensors.items() if ".layers." in n and len(t.shape) == 2)
+        types = [kind.name for kind, _ in counts.most_common()]
+        prefix = "GGUF" if set(counts) <= _UNQUANTISED else "dequantised"
+        self.description = f"{prefix} {'/'.join(types)}"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, slowest dimension first."""
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        """The stored type, e.g. "Q4_1"."""
+        return self._tensors[name].type.name
+
+    def readable(self, name: str) -> bool:
+        """Whether the type is floating or one that the package `gguf` dequantises."""
+        return _decodable(self._tensors[name].type)
+
+    def read(self, name: str) -> np.ndarray:
+        """The dequantised tensor in float32, rows in half-split order. Raises ModelFileError when it was cut short."""
+        tensor = self._tensors[name]
+        values = _dequantised(self._path, name, tensor)
+        parts = name.split(".")
+        heads = self._heads.get(parts[-2]) if parts[-1] in ("weight", "bias") else None
+        if heads is None:
+            return values
+        pairs = values.reshape(heads, tensor.shape[0] // heads // 2, 2, -1)
+        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
+
+
+@functools.cache
+def _decodable(kind: GGMLQuantizationType) -> bool:
+    if kind.name.startswith("I") and kind.name[1:].isdigit():  # plain integers; the IQ types are weights
+        return False
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _dequantised(path: Path, name: str, tensor: GgufTensor) -> np.ndarray:
+    try:
+        raw = np.fromfile(path, np.uint8, tensor.size, offset=tensor.start)
+    except OSError as error:
+        raise ModelFileError(f"cannot read tensor {name} from {path}: {error}") from error
+    if raw.size != tensor.size:
+        raise ModelFileError(f"{path} ended inside tensor {name}: {raw.size} of {tensor.size} bytes were there")
+    return (
+        dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.type)
+        .astype(np.float32, copy=False)
+        .reshape(tensor.shape)
+    )
+
+
+def _rope_scaling(path: Path, header: GgufHeader, theta: float, head_dim: int) -> RopeScaling | None:
+    kind = header.metadata.get(f"{header.metadata['general.architecture']}.rope.scaling.type", "none")
+    if kind != "none":
+        raise ModelFileError(f"{path}: rope scaling of type {kind!r} is not supported in a GGUF file")
+    tensor = header.tensors.get(_ROPE_FACTORS)
+    if tensor is None:
+        return None
+    divisors = _dequantised(path, _ROPE_FACTORS, tensor)
+    plain = rope_frequencies(head_dim, theta, None)
+    for rule in _LLAMA3_RULES:
+        expected = plain / rope_frequencies(head_dim, theta, rule)
+        if divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-4):
+            return rule
+    raise ModelFileError(
+        f"{path}: its {_ROPE_FACTORS} follows none of the known Llama 3 rules; load the Hugging Face folder instead"
+    )
+
+
+def gguf_config(path: Path, header: GgufHeader) -> ModelConfig:
+    """The model's static description from a GGUF file's metadata.
+
+    Raises ModelFileError for an unknown architecture, experts, partial rotation or a missing entry.
+    """
+    metadata = header.metadata
+    family = metadata.get("general.architecture")
+    if family not in _ARCHITECTURES:
+        raise ModelFileError(
+            f"{path}: the GGUF architecture {family!r} is not supported; there is: {listed(_ARCHITECTURES)}"
+        )
+
+    def entry(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"{family}.{key}", default)
+        if value is None:
+            raise ModelFileError(f"{path} has no metadata entry {family}.{key}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ModelFileError(f"{path}: the metadata entry {family}.{key} is {value!r}; one number is expected")
+        return value
+
+    if entry("expert_count", 0):
+        raise ModelFileError(f"{path}: a mixture of experts is not supported")
+    width, heads = int(entry("embedding_length")), max(int(entry("attention.head_count")), 1)
+    head_dim = int(entry("attention.key_length", width // heads))
+    kv_heads = max(int(entry("attention.head_count_kv", heads)), 1)
+    if entry("rope.dimension_count", head_dim) != head_dim or entry("attention.value_length", head_dim) != head_dim:
+        raise ModelFileError(f"{path}: heads rotated in part or with values of another width are not supported")
+    if heads % kv_heads or head_dim % 2:
+        raise ModelFileError(f"{path}: {heads} heads, {kv_heads} key/value heads, width {head_dim} do not fit together")
+    theta = float(entry("rope.freq_base", 10_000.0))
+    if theta <= 0:
+        raise ModelFileError(
+            f"{path}: the rotary base {family}.rope.freq_base is {theta}; a positive number is expected"
+        )
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ModelFileError(f"{path} has no tensor token_embd.weight")
+    return ModelConfig(
+        architecture=_ARCHITECTURES[family],
+        vocab_size=embedding.shape[0],
+        hidden_size=width,
+        intermediate_size=int(entry("feed_forward_length")),
+        num_layers=int(entry("block_count")),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope_theta=theta,
+        rope_scaling=_rope_scaling(path, header, theta, head_dim),
+        rms_norm_eps=float(entry("attention.layer_norm_rms_epsilon")),
+        max_positions=int(entry("context_length")),
+        tie_embeddings="output.weight" not in header.tensors,
+        qkv_bias="blk.0.attn_q.bias" in header.tensors,
+        attention_bias="blk.0.attn_output.bias" in header.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in header.tensors,
+        qk_norm=family == "qwen3",
+        sliding_window=int(entry("attention.sliding_window", 0)) or None,
+    )

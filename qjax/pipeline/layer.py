@@ -1,0 +1,69 @@
+"""One linear of a block by its plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qjax.linalg.kronecker import Hessian
+from qjax.matrix.quantize import MatrixReport, quantize_matrix, splits_rows
+from qjax.matrix.quantized import QuantizedMatrix
+from qjax.models.linear import linear_weight
+from qjax.pipeline.recipe import LayerPlan
+from qjax.rounding.base import Rounding
+from qjax.rounding.nearest import Nearest, Stochastic
+
+__all__ = ["quantize_layer", "root_key", "suspicious"]
+
+
+def root_key(seed: int) -> jax.Array:
+    """`jax.random.key(seed)` without compiling a program."""
+    return jax.random.wrap_key_data(jax.device_put(np.array([0, seed], np.uint32)))
+
+
+def quantize_layer(
+    parameters: Any,
+    hessian: Hessian,
+    plan: LayerPlan,
+    linear: str,
+    name: str,
+    key: jax.Array,
+    correction: float,
+    mesh: Mesh | None = None,
+) -> tuple[QuantizedMatrix, MatrixReport]:
+    """One linear of a block by its plan, with its rows over the devices of `mesh`.
+
+    Where feedback pushed the error into directions that matter, or lost the matrix, plain rounding is tried as well,
+    and kept when it is better; the report says so.
+    """
+
+    def by(rounding: Rounding) -> tuple[QuantizedMatrix, MatrixReport]:
+        return quantize_matrix(
+            linear_weight(parameters, linear),
+            hessian,
+            codebook=plan.codebook,
+            rounding=rounding,
+            incoherence=plan.incoherence,
+            damping=plan.damping,
+            scale=plan.scale,
+            correction=correction,
+            key=key,
+            name=name,
+            mesh=mesh if splits_rows(rounding, plan.codebook, plan.scale) else None,
+        )
+
+    matrix, report = by(plan.rounding)
+    if not isinstance(plan.rounding, (Nearest, Stochastic)) and suspicious(report):
+        plain, other = by(Nearest())
+        if other.proxy_loss < report.proxy_loss:
+            return plain, dataclasses.replace(other, fallback="nearest")
+    return matrix, report
+
+
+def suspicious(report: MatrixReport) -> bool:
+    """Whether feedback did harm: an error that H sees more than a white one of its size, or one as large as W."""
+    return report.proxy_loss > 0 and (report.proxy_loss >= 1 or (report.alignment or 0) > 1)

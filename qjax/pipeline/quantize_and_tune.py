@@ -1,0 +1,144 @@
+"""A whole model, block by block, each tuned while it is quantised, with a record of every finished block."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from qjax.finetune.block import GROUPS, BlockReport, BlockSettings, tune_block
+from qjax.linalg.kronecker import Hessian
+from qjax.matrix.quantize import MatrixReport
+from qjax.matrix.quantized import QuantizedMatrix
+from qjax.models.config import ModelConfig
+from qjax.models.linear import replace_linears
+from qjax.models.transformer import LINEARS, layer_names
+from qjax.pipeline.finished import FinishedBlocks
+from qjax.pipeline.layer import quantize_layer, root_key
+from qjax.pipeline.quantize_model import QuantizedModel
+from qjax.pipeline.recipe import LayerPlan, Recipe
+from qjax.pipeline.records import Records
+from qjax.streams.forward import embedded, forward_block
+
+__all__ = ["quantize_and_tune"]
+
+_Block: TypeAlias = tuple[Any, list[MatrixReport], list[BlockReport]]
+"""A finished block: its parameters, and the reports of its matrices and of its tuning after each group of them."""
+
+
+def quantize_and_tune(
+    config: ModelConfig,
+    params: Any,
+    tokens: np.ndarray,
+    recipe: Recipe,
+    settings: BlockSettings,
+    *,
+    seed: int,
+    hessians: Callable[[int], Mapping[str, Hessian]],
+    records: Records | None = None,
+    batch: int = 8,
+    on_layer: Callable[[MatrixReport, bool], None] = lambda report, found: None,
+    on_block: Callable[[int, BlockReport], None] = lambda index, report: None,
+    held_bytes: int | None = None,
+) -> QuantizedModel:
+    """As `pipeline.quantize_model` with the stream "original", and every block tuned after each group of its matrices.
+
+    Every block aims at the original model's outputs and reads its activations, or with `settings.stream` "quantized"
+    those of the tuned blocks before it; Hessians are the original model's. A killed run repeats the block that it was
+    in. Raises InputError for a recipe or rules that do not fit, NumericsError as `quantize_matrix`.
+    """
+    plans = recipe.plan(layer_names(config))
+    key = root_key(seed)
+    x = embedded(params["embed"], tokens, batch)
+    own = x  # what the block reads
+    reports = []
+    blocks = [] if records is None or held_bytes is None else FinishedBlocks(records, held_bytes)
+    for index, parameters in enumerate(params["blocks"]):
+        y = forward_block(parameters, x, config, batch)
+        found = None if records is None else _found_block(parameters, index, plans, records)
+        fresh = found is None
+        if found is None:
+            hessian = hessians(index)
+
+            def quantize(weights: Any, linear: str, index: int = index, hessian: Any = hessian) -> Any:
+                name = f"layers.{index}.{linear}"
+                plan = plans[name]
+                return None if plan is None else quantize_layer(weights, hessian[linear], plan, linear, name, key, 0.0)
+
+            found = _one_block(parameters, own, y, config, settings, seed, quantize)
+            if records is not None:
+                _record_block(*found, index, plans, records)
+        blocks.append(found[0])
+        for tuned in found[2]:
+            on_block(index, tuned)
+        for report in found[1]:
+            reports.append(report)
+            on_layer(report, not fresh)
+        own = y if settings.stream == "original" else forward_block(found[0], own, config, batch)
+        x = y
+    return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
+
+
+def _one_block(
+    parameters: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    config: ModelConfig,
+    tuning: BlockSettings,
+    seed: int,
+    quantize: Callable[[Any, str], tuple[QuantizedMatrix, MatrixReport] | None],
+) -> _Block:
+    """Quantise the groups of a block in order and tune what is left of it after each."""
+    reports: dict[str, MatrixReport] = {}
+    tuned: list[BlockReport] = []
+    for group in GROUPS:
+        made = {linear: result for linear in group if (result := quantize(parameters, linear)) is not None}
+        if not made:
+            continue
+        reports |= {linear: report for linear, (_, report) in made.items()}
+        parameters = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in made.items()})
+        parameters, report = tune_block(parameters, x, y, config, tuning, seed=seed)
+        tuned.append(report)
+    return parameters, [reports[linear] for linear in LINEARS if linear in reports], tuned
+
+
+def _record_block(
+    parameters: Any,
+    reports: list[MatrixReport],
+    tuned: list[BlockReport],
+    index: int,
+    plans: Mapping[str, LayerPlan | None],
+    records: Records,
+) -> None:
+    """The matrices with their gains, and then all else of the block, which marks it finished."""
+    for report in reports:
+        plan = plans[report.name]
+        assert plan is not None
+        group, leaf = report.name.split(".", 2)[2].split(".")
+        records.save(parameters[group][leaf]["weight"], report, plan.incoherence.spec())
+    leaves, _ = jax.tree_util.tree_flatten_with_path(parameters, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
+    dense = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if not isinstance(leaf, QuantizedMatrix)}
+    arrays = {name: np.asarray(leaf) for name, leaf in dense.items()}
+    records.save_dense(index, arrays, [dataclasses.asdict(report) for report in tuned])
+
+
+def _found_block(parameters: Any, index: int, plans: Mapping[str, LayerPlan | None], records: Records) -> _Block | None:
+    """A finished block from its records, or None when some of it is missing."""
+    stored_dense = records.load_dense(index)
+    names = {linear: f"layers.{index}.{linear}" for linear in LINEARS if plans[f"layers.{index}.{linear}"] is not None}
+    found = {linear: records.load(name) for linear, name in names.items()}
+    whole = {linear: record for linear, record in found.items() if record is not None}
+    if stored_dense is None or len(whole) < len(found):
+        return None
+    dense, tuned = stored_dense
+    parameters = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in whole.items()})
+
+    def stored(path: Any, leaf: Any) -> Any:
+        return leaf if isinstance(leaf, QuantizedMatrix) else jax.device_put(dense[jax.tree_util.keystr(path)])
+
+    is_matrix = lambda leaf: isinstance(leaf, QuantizedMatrix)  # noqa: E731
+    parameters = jax.tree_util.tree_map_with_path(stored, parameters, is_leaf=is_matrix)
+    return parameters, [report for _, report in whole.values()], [BlockReport(**report) for report in tuned]

@@ -1,0 +1,198 @@
+"""A whole model, block by block: Hessians, rounding, propagation, with a record of every finished layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qjax.errors import InputError, RunError
+from qjax.hessian.moments import block_hessians, block_hessians_of_two_streams
+from qjax.linalg.kronecker import Hessian
+from qjax.matrix.quantize import MatrixReport, splits_rows
+from qjax.matrix.quantized import QuantizedMatrix
+from qjax.models.config import ModelConfig
+from qjax.models.linear import linear_weight, replace_linears
+from qjax.models.transformer import LINEARS, layer_names
+from qjax.pipeline.finished import FinishedBlocks
+from qjax.pipeline.layer import quantize_layer, root_key
+from qjax.pipeline.recipe import LayerPlan, Recipe
+from qjax.pipeline.records import Records
+from qjax.runtime.distributed import every, leads, together
+from qjax.runtime.mesh import single
+from qjax.runtime.shares import compute
+from qjax.streams.batches import Spread
+from qjax.streams.forward import embedded, forward_block
+
+__all__ = ["STREAMS", "QuantizedModel", "quantize_model"]
+
+STREAMS = ("quantized", "original", "corrected")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModel:
+    """Parameters with `QuantizedMatrix` leaves, and the report of every quantised layer in order."""
+
+    params: Any
+    reports: list[MatrixReport]
+    incoherence: dict[str, Any]
+
+
+def quantize_model(
+    config: ModelConfig,
+    params: Any,
+    tokens: np.ndarray,
+    recipe: Recipe,
+    *,
+    seed: int,
+    stream: str = "quantized",
+    hessians: Callable[[int], Mapping[str, Hessian]] | None = None,
+    outputs: Callable[[int], Mapping[str, Hessian]] | None = None,
+    correction: float = 0.5,
+    records: Records | None = None,
+    batch: int = 8,
+    on_layer: Callable[[MatrixReport, bool], None] | None = None,
+    mesh: Mesh | None = None,
+    held_bytes: int | None = None,
+) -> QuantizedModel:
+    """Quantise every linear of a model by `recipe`.
+
+    Args:
+      tokens: calibration tokens `[sequences, length]`.
+      seed: the run's root seed; every layer's key is derived from it and the layer's name.
+      stream: "quantized": block i sees what the quantised blocks before it produce (GPTQ, QuIP); "corrected": the same,
+        and its targets make up for what went wrong before it, by the share `correction` (see
+        `qjax.rounding.correction`);
+        "original": all Hessians come from the unquantised model (QuIP#, QTIP), given by `hessians(block index)`.
+      outputs: where the output factors come from when the input factors are made here, block by block.
+      records: where finished layers are kept and found again.
+      on_layer: called with each layer's report and whether it was found finished.
+      mesh: the devices, of one or several processes; None is one device. Sequences and rows are split over them, and
+        matrices whose rows are not independent shared out. All processes call this with the same arguments and a
+        folder for `records` that all see: process 0 writes it, and every process what it alone computed. Given the same
+        Hessians the codes are those of one device; Hessians of another mesh differ in their last bits.
+      held_bytes: how much of the finished matrices stays in memory, None for all. The blocks beyond it are read from
+        `records` again, one at a time, when those of the result are iterated over (`FinishedBlocks`).
+
+    Raises InputError for a recipe that does not fit the model, NumericsError as `quantize_matrix`.
+    """
+    if stream not in STREAMS or (stream == "original") != (hessians is not None):
+        raise InputError(
+            f"hessian.stream is {stream!r}; allowed are quantized, corrected, and original with stored Hessians"
+        )
+    plans = recipe.plan(layer_names(config))
+    key = root_key(seed)
+    spread = Spread(len(tokens), batch, mesh or single())
+    z = None  # inputs in the quantised stream
+    if hessians is None:
+        z = embedded(params["embed"], spread.take(tokens), batch)
+    x = z if stream == "corrected" else None  # inputs in the original model
+    reports = []
+    blocks = [] if records is None or held_bytes is None else FinishedBlocks(records, held_bytes)
+    for index, parameters in enumerate(params["blocks"]):
+        planned = {linear: plan for linear in LINEARS if (plan := plans[f"layers.{index}.{linear}"]) is not None}
+        done = {} if records is None else _found(index, planned, records)
+        todo = {linear: plan for linear, plan in planned.items() if linear not in done}
+        block = {}
+        if hessians is not None:
+            block = hessians(index) if todo else {}
+        elif x is not None and z is not None:
+            # Also for a finished block: x must come from the same program, for a resumed run to give the same bytes.
+            block, x = block_hessians_of_two_streams(parameters, x, z, config, index=index, batch=batch, spread=spread)
+        elif z is not None and todo:
+            block = block_hessians(parameters, z, config, index=index, batch=batch, spread=spread)
+        if outputs is not None and todo:
+            factors = outputs(index)
+            block = {linear: dataclasses.replace(h, output=factors[linear].output) for linear, h in block.items()}
+        alone = _alone(parameters, index, block, todo, key, correction, records, spread.mesh)
+        for linear in planned:
+            if linear in alone:
+                done[linear] = alone[linear]
+            elif linear in todo:
+                plan, name = todo[linear], f"layers.{index}.{linear}"
+                matrix, report = quantize_layer(
+                    parameters, block[linear], plan, linear, name, key, correction, spread.mesh
+                )
+                if records is not None and leads():
+                    records.save(matrix, report, plan.incoherence.spec())
+                done[linear] = matrix, report
+            reports.append(done[linear][1])
+            if on_layer is not None:
+                on_layer(done[linear][1], linear not in todo)
+        finished = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()})
+        blocks.append(finished)
+        if z is not None and index + 1 < config.num_layers:
+            z = forward_block(finished, z, config, batch, None if z is x else z, spread)
+    return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
+
+
+_Done: TypeAlias = dict[str, tuple[QuantizedMatrix, MatrixReport]]
+
+
+def _found(index: int, planned: Mapping[str, LayerPlan], records: Records) -> _Done:
+    """The finished matrices of a block. Process 0 says which, so that all go on with the same."""
+    found = {linear: records.load(f"layers.{index}.{linear}") for linear in planned}
+    there = together(lambda: [linear for linear, record in found.items() if record is not None])
+    return {linear: found[linear] or _of_another(records, f"layers.{index}.{linear}") for linear in there}
+
+
+def _alone(
+    parameters: Any,
+    index: int,
+    hessians: Mapping[str, Hessian],
+    todo: Mapping[str, LayerPlan],
+    key: jax.Array,
+    correction: float,
+    records: Records | None,
+    mesh: Mesh,
+) -> _Done:
+    """Those matrices to do whose rows cannot be split, on a mesh of several devices: each on one device.
+
+    What other processes computed is read from their records; without records every process computes all of them.
+    """
+    own = {linear: plan for linear, plan in todo.items() if not splits_rows(plan.rounding, plan.codebook, plan.scale)}
+    if mesh.size == 1 or not own:
+        return {}
+
+    def task(linear: str, plan: LayerPlan, device: jax.Device) -> tuple[QuantizedMatrix, MatrixReport]:
+        name = f"layers.{index}.{linear}"
+        group, leaf = linear.split(".")
+        weights, hessian = jax.device_put(({group: {leaf: parameters[group][leaf]}}, hessians[linear]), device)
+        matrix, report = quantize_layer(weights, hessian, plan, linear, name, key, correction)
+        matrix = jax.device_put(jax.device_get(dataclasses.replace(matrix, codebook=None)))
+        matrix = dataclasses.replace(matrix, codebook=plan.codebook)
+        if records is not None:
+            records.save(matrix, report, plan.incoherence.spec())
+        return matrix, report
+
+    def cost(linear: str) -> float:
+        rows, columns = np.shape(linear_weight(parameters, linear))
+        return float(rows) * columns * (rows + columns)
+
+    done = every(
+        lambda: compute(
+            {linear: functools.partial(task, linear, plan) for linear, plan in own.items()},
+            {linear: cost(linear) for linear in own},
+            mesh,
+            all_here=records is None,
+        )
+    )
+    for linear in own:
+        if linear not in done and records is not None:
+            done[linear] = _of_another(records, f"layers.{index}.{linear}")
+    return done
+
+
+def _of_another(records: Records, name: str) -> tuple[QuantizedMatrix, MatrixReport]:
+    found = records.load(name)
+    if found is None:
+        raise RunError(
+            f"{name}: another process has its record, in {records.folder}, and here it cannot be read; all processes "
+            "need the same file system"
+        )
+    return found

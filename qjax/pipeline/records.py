@@ -1,0 +1,85 @@
+"""One durable file per finished layer, so that a killed run loses nothing that was done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qjax.errors import ArtifactError, RunError
+from qjax.interchange.serialize import from_arrays, to_arrays
+from qjax.matrix.quantize import MatrixReport
+from qjax.matrix.quantized import QuantizedMatrix
+from qjax.runtime.atomic import read_safetensors, write_safetensors
+
+__all__ = ["Records"]
+
+
+class Records:
+    """Finished layers in a folder, tied to a run by the digest of its fingerprint.
+
+    A file appears whole or not at all. A damaged one counts as absent and is made again; one of another run is refused.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, run_digest: str):
+        self.folder = pathlib.Path(folder)
+        self.run_digest = run_digest
+
+    def _file(self, name: str) -> pathlib.Path:
+        return self.folder / f"{name}.safetensors"
+
+    def save(self, matrix: QuantizedMatrix, report: MatrixReport, incoherence: dict) -> None:
+        """Write the record of one layer durably."""
+        arrays, spec = to_arrays(matrix, incoherence)
+        metadata = {
+            "run": self.run_digest,
+            "spec": json.dumps(spec, sort_keys=True),
+            "report": json.dumps(dataclasses.asdict(report), sort_keys=True),
+        }
+        write_safetensors(self._file(report.name), arrays, metadata)
+
+    def load(self, name: str) -> tuple[QuantizedMatrix, MatrixReport] | None:
+        """The record of a layer, or None when it is absent or damaged.
+
+        Raises RunError when it belongs to another run.
+        """
+        file = self._file(name)
+        if not file.exists():
+            return None
+        try:
+            arrays, metadata = read_safetensors(file)
+        except ArtifactError:
+            return None
+        if metadata.get("run") != self.run_digest:
+            raise RunError(
+                f"{file}: belongs to a run with another model, data or configuration; "
+                f"choose another out=, or remove the folder {self.folder}"
+            )
+        report = json.loads(metadata["report"])
+        report["shape"], report["padded"] = tuple(report["shape"]), tuple(report["padded"])
+        return from_arrays(arrays, json.loads(metadata["spec"]), str(file)), MatrixReport(**report)
+
+    def save_dense(self, index: int, arrays: Mapping[str, np.ndarray], reports: Sequence[Mapping[str, Any]]) -> None:
+        """Write durably what block `index` holds besides its matrices, last of all: it marks the block finished.
+
+        `reports`: of its tuning, plain values.
+        """
+        metadata = {"run": self.run_digest, "reports": json.dumps(list(reports), sort_keys=True)}
+        write_safetensors(self.folder / f"block.{index}.safetensors", dict(arrays), metadata)
+
+    def load_dense(self, index: int) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]] | None:
+        """What `save_dense` wrote, or None when it is absent or damaged. Raises RunError for another run's."""
+        file = self.folder / f"block.{index}.safetensors"
+        if not file.exists():
+            return None
+        try:
+            arrays, metadata = read_safetensors(file)
+        except ArtifactError:
+            return None
+        if metadata.get("run") != self.run_digest:
+            raise RunError(f"{file}: belongs to a run with another model, data or configuration; choose another out=")
+        return arrays, json.loads(metadata.get("reports", "[]"))

@@ -1,0 +1,1 @@
+"""Activations of all sequences between the blocks of a model."""
