@@ -11,7 +11,7 @@ from qjax import data, models
 from qjax.errors import InputError
 from qjax.hessian.store import HessianStore
 from qjax.job.hessians import check_settings, fits, provide
-from qjax.models.transformer import LINEARS
+from qjax.models.structure import structure
 from qjax.runtime.distributed import leads
 from qjax.runtime.monitor import peak_memory_bytes
 
@@ -41,7 +41,7 @@ def main(config: DictConfig) -> None:
         return
     for key in source.keys:
         size = sum(file.stat().st_size for file in (store.path / key).iterdir())
-        counted = store.loader(key)(0)["self_attn.q_proj"].tokens
+        counted = next(iter(store.loader(key)(0).values())).tokens
         print(
             f"{store.path / key}: {model.config.num_layers} blocks, {counted} tokens or sequences, "
             f"{size / 2**20:.1f} MiB, {time.perf_counter() - started:.0f} s, peak {peak_memory_bytes() / 2**30:.2f} GiB"
@@ -51,7 +51,7 @@ def main(config: DictConfig) -> None:
         print(
             f"cosine with the true Fisher on {settings['hessian']['fit_sequences']} evaluation sequences, mean ± error"
         )
-        for linear in LINEARS:
+        for linear in structure(model.config).sites:
             own = [fit for name, fit in found.items() if name.endswith(linear)]
             error = sum(fit.cosine_error**2 for fit in own) ** 0.5 / len(own)
             print(f"  {linear:<18} {sum(fit.cosine for fit in own) / len(own):.3f} ± {error:.3f}")

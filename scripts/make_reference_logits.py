@@ -9,8 +9,9 @@ Run it in an environment of its own; neither package is a dependency of qjax:
 
 It writes to tests/fixtures/models:
 
-  <family>/          four models of random bfloat16 weights (Llama 3 with scaled rotary frequencies, Mistral with a
-                     sliding window, Qwen2 with biases, Qwen3 with q/k norms): config.json, model.safetensors,
+  <family>/          models of random bfloat16 weights (Llama 3 with scaled rotary frequencies, Mistral with a
+                     sliding window, Qwen2 with biases, Qwen3 with q/k norms, OPT, and OPT with its norms behind the
+                     sums and a narrow embedding, as the 350M model has them): config.json, model.safetensors,
                      reference.npz {tokens [1, 40], logits [1, 40, vocab]}. Always rewritten.
   stories260k.npz    {tokens [1, 64], logits [1, 64, 512]} of the trained model in --stories.
   smollm2.npz        {tokens [n], positions [p], columns [c], logits [p, c], top_ids [n, 5], top_logits [n, 5],
@@ -49,11 +50,15 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+OPT = {key: value for key, value in COMMON.items() if key not in ("intermediate_size", "num_key_value_heads")}
+OPT |= {"ffn_dim": 44, "pad_token_id": 1}
 FAMILIES = {
     "llama3": transformers.LlamaConfig(**COMMON, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=False),
     "mistral": transformers.MistralConfig(**COMMON, sliding_window=8, tie_word_embeddings=False),
     "qwen2": transformers.Qwen2Config(**COMMON, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**COMMON, head_dim=12, tie_word_embeddings=True),
+    "opt": transformers.OPTConfig(**OPT, word_embed_proj_dim=32),
+    "opt_post_norm": transformers.OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
 }
 SMOLLM2_TEXT = (
     "The capital of France is Paris. In 1234567 ways, café\u0301 naïve  \n\n\tdef f(x):\n    return x**2  # 日本語"

@@ -62,7 +62,7 @@ RUN = {
 }
 # Why the others are composed only.
 COMPOSED = {
-    r"^quantize .*experiment=": "minutes to hours on SmolLM2-135M; tests/experiments/test_configs.py builds the job of each",
+    r"^quantize .*experiment=": "minutes to hours on SmolLM2-135M; tests/experiments builds the job of each",
     r"^quantize -m sweep=mine rounding=": "the same without debug=fast",
     r"^report runs=runs/all_methods": "after that sweep",
     r"^bench": "minutes; tests/bench",

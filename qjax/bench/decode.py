@@ -18,8 +18,9 @@ from qjax.errors import InputError
 from qjax.interchange import artifact
 from qjax.matrix.kernel_layout import PackedLinear, pack_model
 from qjax.models.kv_cache import empty_cache, step
+from qjax.models.linear import linears_of
 from qjax.models.sampling import Sampling, next_token
-from qjax.models.transformer import LINEARS, embed, head
+from qjax.models.transformer import embed, head
 
 __all__ = ["lines", "matvec", "model", "verdict"]
 
@@ -112,12 +113,7 @@ def verdict(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _linears(params: Any) -> list[Any]:
-    found = []
-    for parameters in params["blocks"]:
-        for linear in LINEARS:
-            group, leaf = linear.split(".")
-            found.append(parameters[group][leaf]["weight"])
-    return found
+    return [weight for parameters in params["blocks"] for weight in linears_of(parameters).values()]
 
 
 def _linear_bytes(params: Any) -> int:
@@ -133,7 +129,7 @@ def _decoder(params: Any, config: models.ModelConfig, tokens: int) -> Any:
         cache, token = empty_cache(config, 1, min(64, config.max_positions)), np.zeros(1, np.int32)
         for position in range(count):
             at = np.full(1, position % min(64, config.max_positions), np.int32)
-            x, cache = step(params["blocks"], embed(params["embed"], token[:, None]), cache, at, config)
+            x, cache = step(params["blocks"], embed(params["embed"], token[:, None], config, at), cache, at, config)
             token = np.asarray(next_token(top, x, np.zeros(1, np.int32), np.int32(position), config, sampling))
         return token
 

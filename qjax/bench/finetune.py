@@ -26,8 +26,7 @@ from qjax.finetune import lora
 from qjax.finetune.loop import train_step
 from qjax.linalg.kronecker import Hessian
 from qjax.matrix.quantize import quantize_matrix
-from qjax.models.linear import replace_linears
-from qjax.models.transformer import LINEARS
+from qjax.models.linear import linears_of, replace_linears
 
 __all__ = ["lines", "measure"]
 
@@ -47,9 +46,7 @@ def _rounded(params: Any, codebook: Codebook) -> Any:
     blocks = []
     for index, block in enumerate(params["blocks"]):
         found = {}
-        for linear in LINEARS:
-            group, leaf = linear.split(".")
-            weight = block[group][leaf]["weight"]
+        for linear, weight in linears_of(block).items():
             found[linear] = quantize_matrix(
                 weight,
                 Hessian(np.eye(weight.shape[1], dtype=np.float32)),

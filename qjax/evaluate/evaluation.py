@@ -17,6 +17,7 @@ from qjax.evaluate.summary import EvaluationReport, check_finite, summarise
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
 from qjax.runtime.mesh import fetched
+from qjax.streams.blocks import blocks
 
 __all__ = ["evaluate", "hidden_states", "perplexity", "reference_perplexity"]
 
@@ -40,16 +41,16 @@ def hidden_states(
     `progress` is called after every block. Raises DataError for an id outside the vocabulary.
     """
     tokens = _checked(tokens, config, batch)
-    states = [fetched(transformer.embed(params["embed"], part)) for part in _batches(tokens, batch)]
-    done = 0
-    for done, parameters in enumerate(params["blocks"], start=1):
-        for index, state in enumerate(states):
-            states[index] = fetched(transformer.block(parameters, state, config))
+    if len(params["blocks"]) != config.num_layers:
+        raise InputError(
+            f"the parameters hold {len(params['blocks'])} blocks, the configuration says {config.num_layers}"
+        )
+    here = None
+    for here in blocks(config, params, tokens, batch=batch, outputs=True):
         if progress is not None:
-            progress(done, config.num_layers)
-    if done != config.num_layers:
-        raise InputError(f"the parameters hold {done} blocks, the configuration says {config.num_layers}")
-    return np.concatenate(states)[: len(tokens)].astype(np.float32, copy=False)
+            progress(here.index + 1, config.num_layers)
+    assert here is not None
+    return np.asarray(here.y).astype(np.float32, copy=False)
 
 
 def evaluate(

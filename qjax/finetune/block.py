@@ -27,15 +27,7 @@ from qjax.finetune.rules import RateRule, assign
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
 
-__all__ = ["GROUPS", "BlockReport", "BlockSettings", "tune_block"]
-
-GROUPS: tuple[tuple[str, ...], ...] = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-"""The order of quantisation; the block is tuned after each group."""
+__all__ = ["BlockReport", "BlockSettings", "tune_block"]
 
 STREAMS = ("original", "quantized")
 

@@ -20,6 +20,7 @@ from qjax.data import TokenStream
 from qjax.errors import InputError
 from qjax.finetune import latent, lora
 from qjax.finetune.checkpoint import Checkpoints
+from qjax.finetune.edges import by_name
 from qjax.finetune.loop import Options, Result, Step, Task, tune
 from qjax.finetune.optimizer import Optimizer
 from qjax.finetune.parameters import Trainable, merged, tunable, view
@@ -175,7 +176,7 @@ def end_to_end(
             cache=cache,
             progress=on_teacher,
         )
-    teacher, parts = head(reference.params) if "states" in found else None, None
+    teacher, parts = by_name(head(reference.params)) if "states" in found else None, None
     if mesh is not None:
         named = {f"teacher.{name}": value for name, value in (teacher or {}).items()}
         parts = Parts.of({**model.tuned, **model.frozen, **named}, mesh)

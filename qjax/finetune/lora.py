@@ -26,8 +26,7 @@ from qjax.errors import ArtifactError, InputError
 from qjax.finetune.parameters import Layout, layer_value
 from qjax.linalg.prng import named_key
 from qjax.matrix.quantized import QuantizedMatrix
-from qjax.models.linear import linear_weight
-from qjax.models.transformer import LINEARS
+from qjax.models.linear import linears_of, replace_linears
 from qjax.runtime.atomic import read_safetensors, write_safetensors
 from qjax.typing import Leaf
 
@@ -154,20 +153,16 @@ class Merged:
 def _weights(params: Any) -> Iterator[tuple[str, Any]]:
     """Layer name and weight of every linear, block by block."""
     for index, block in enumerate(params["blocks"]):
-        for linear in LINEARS:
-            yield f"layers.{index}.{linear}", linear_weight(block, linear)
+        for name, weight in linears_of(block).items():
+            yield f"layers.{index}.{name}", weight
 
 
 def mapped(params: Any, change: Callable[[str, Any], Any]) -> Any:
     """`params` with `change(layer name, weight)` in place of every linear's weight."""
     blocks = []
     for index, block in enumerate(params["blocks"]):
-        new = {key: dict(value) if isinstance(value, Mapping) else value for key, value in block.items()}
-        for linear in LINEARS:
-            group, leaf = linear.split(".")
-            weight = new[group][leaf]["weight"]
-            new[group][leaf] = {**new[group][leaf], "weight": change(f"layers.{index}.{linear}", weight)}
-        blocks.append(new)
+        found = {name: change(f"layers.{index}.{name}", weight) for name, weight in linears_of(block).items()}
+        blocks.append(replace_linears(block, found))
     return {**params, "blocks": blocks}
 
 

@@ -23,9 +23,11 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from qjax.finetune.edges import edge_leaves, tree
 from qjax.matrix.quantized import QuantizedMatrix
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
+from qjax.models.linear import linears_of, replace_linears
 from qjax.typing import Leaf
 
 __all__ = [
@@ -42,9 +44,7 @@ __all__ = [
     "view",
 ]
 
-_TUNABLE = re.compile(
-    r"(norm|bias|_gain|scaling\.relative|_proj\.weight|\.lora_[ab]|\.latent|^embed|^head|^table\.\d+)$"
-)
+_TUNABLE = re.compile(r"(norm|bias|_gain|scaling\.relative|\.weight|\.lora_[ab]|\.latent|^embed|^head|^table\.\d+)$")
 _TABLE = ".codebook.table"
 Named = dict[str, Any]
 
@@ -116,17 +116,8 @@ def _leaves(block: Any) -> tuple[Named, Any]:
 
 def _replaced(block: Any, change: Any) -> Any:
     """The block with `change(name, matrix)` in place of every quantised matrix."""
-    return {
-        group: {
-            linear: {**entry, "weight": change(f"{group}.{linear}", entry["weight"])}
-            if isinstance(entry, Mapping) and isinstance(entry["weight"], QuantizedMatrix)
-            else entry
-            for linear, entry in content.items()
-        }
-        if isinstance(content, Mapping)
-        else content
-        for group, content in block.items()
-    }
+    matrices = {name: weight for name, weight in linears_of(block).items() if isinstance(weight, QuantizedMatrix)}
+    return replace_linears(block, {name: change(name, matrix) for name, matrix in matrices.items()})
 
 
 def gained(matrix: QuantizedMatrix) -> QuantizedMatrix:
@@ -176,7 +167,7 @@ def tunable(params: Any) -> dict[str, tuple[int, ...]]:
         for name, leaf in _leaves(_with_gains(block))[0].items():
             if _TUNABLE.search(name):
                 names[f"layers.{index}.{name}"] = tuple(leaf.shape)
-    names |= {name: tuple(params[name].shape) for name in ("norm", "embed", "head") if name in params}
+    names |= {name: tuple(leaf.shape) for name, leaf in edge_leaves(params).items()}
     names |= {f"table.{i}": tuple(np.shape(table)) for i, table in enumerate(_tables(params).values())}
     return names
 
@@ -243,9 +234,8 @@ def view(
         else:
             frozen[key] = place(key, value if isinstance(value, jax.Array) else np.asarray(value))
 
-    for name in ("norm", "embed", "head"):
-        if name in params:
-            put(name, params[name], np.array(rates[name], np.float32))
+    for name, leaf in edge_leaves(params).items():
+        put(name, leaf, np.array(rates[name], np.float32))
     for book, table in tables.items():
         put(keys[book], table, np.array(rates[keys[book]], np.float32))
     blocks = []
@@ -303,7 +293,8 @@ def hidden(
     decodes, it decodes once: the dense weights of one block exist at a time. `gather(name, array)` makes whole the
     arrays of a layer, of the stack `name`, that come in parts.
     """
-    x = transformer.embed(arrays["embed"], tokens)
+    edges = tree({name: array for name, array in arrays.items() if name.split(".")[0] == "embed"})
+    x = transformer.embed(edges["embed"], tokens, config)
     for segment in layout.segments:
         shared = dict(segment.shared)
         stacked = {name: arrays[segment.key(name)] for name in segment.names if name not in shared}
@@ -325,9 +316,9 @@ def merged(params: Any, layout: Layout, tuned: Mapping[str, Any], dtype: Any = n
     """`params` with the tuned values; gains of quantised matrices and relative scales are stored as `dtype`."""
     host = {key: np.asarray(value) for key, value in tuned.items()}
     result = {**params, "blocks": []}
-    for name in ("norm", "embed", "head"):
-        if name in host:
-            result[name] = jax.device_put(host[name].astype(params[name].dtype))
+    edges = edge_leaves(params)
+    moved = {name: jax.device_put(host[name].astype(leaf.dtype)) for name, leaf in edges.items() if name in host}
+    result |= tree(edges | moved)
     tables = {book: host[f"table.{i}"] for i, book in enumerate(_tables(params)) if f"table.{i}" in host}
     for index, block in enumerate(params["blocks"]):
         own = functools.partial(_of_layer, host, layout, index)

@@ -21,6 +21,7 @@ from qjax.errors import InputError
 from qjax.finetune import e2e, latent
 from qjax.finetune.discrete import downhill, inner, largest, moved, smoothness, tiled
 from qjax.finetune.e2e import Tuned, end_to_end
+from qjax.finetune.edges import by_name
 from qjax.finetune.loop import Step, windows_at
 from qjax.finetune.lora import mapped
 from qjax.finetune.parameters import Trainable, layer_value, tunable, view
@@ -257,7 +258,7 @@ def _problem(reference: Model, model: Trainable, batches: np.ndarray, settings: 
         for i in range(len(batches))
     ]
     static = {"layout": model.layout, "config": config, "options": settings.options()}
-    return Problem(model, parts, head(reference.params) if "states" in found else None, static)
+    return Problem(model, parts, by_name(head(reference.params)) if "states" in found else None, static)
 
 
 def _together(reports: list[dict[str, Any]], moves: list[dict[str, Any]]) -> dict[str, Any]:

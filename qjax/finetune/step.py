@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from qjax.errors import InputError
+from qjax.finetune.edges import own_head, tree
 from qjax.finetune.losses import KINDS, chunked_mean, next_token, soft_targets, topk_targets
 from qjax.finetune.optimizer import Optimizer
 from qjax.finetune.parameters import Layout, hidden
@@ -48,11 +49,6 @@ class Options:
             )
 
 
-def _own_head(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the arrays of the last step."""
-    return {"norm": "norm", "head": "head" if "head" in arrays else "embed"}
-
-
 def batch_loss(
     tuned: Mapping[str, Any],
     frozen: Mapping[str, Any],
@@ -70,14 +66,13 @@ def batch_loss(
     """
     whole = (lambda name, array: array) if parts is None else parts.whole
     teacher = None if teacher is None else {name: whole(f"teacher.{name}", value) for name, value in teacher.items()}
-    names = _own_head({**frozen, **tuned})
-    edges = {name for name in ("embed", "head", "norm") if name in frozen or name in tuned}
-    edges |= {name for name in (*frozen, *tuned) if name.startswith("table.")}
+    names = own_head((*frozen, *tuned))
+    edges = {name for name in (*frozen, *tuned) if not name.startswith("layers.")}  # codebook tables among them
     frozen = {name: whole(name, value) if name in edges else value for name, value in frozen.items()}
     tuned = {name: whole(name, value) if name in edges else value for name, value in tuned.items()}
     arrays = {**frozen, **tuned}
     if options.dtype != "float32":
-        arrays["embed"] = arrays["embed"].astype(options.dtype)
+        arrays |= {name: a.astype(options.dtype) for name, a in arrays.items() if name.split(".")[0] == "embed"}
     gather = None if parts is None else functools.partial(parts.whole, layer=True)
     tokens = jnp.asarray(tokens)
     x = hidden(arrays, layout, tokens, config, options.remat, gather)
@@ -90,13 +85,13 @@ def batch_loss(
         positions = {"token": tokens[:, 1:].reshape(-1, 1)}
 
     def per_position(head: Any, x: Array, target: Any, constants: Any) -> Array:
-        own = transformer.logits({**constants["own"], **head}, x[None], config)[0]
+        own = transformer.logits(tree({**constants["own"], **head}), x[None], config)[0]
         if options.loss == "next_token":
             return next_token(own, target["token"][:, 0])
         if "index" in target:
             return topk_targets(own, target["index"], target["log_p"].astype(jnp.float32))
         states = target["states"].astype(jnp.float32)
-        return soft_targets(own, transformer.logits(constants["teacher"], states[None], config)[0])
+        return soft_targets(own, transformer.logits(tree(constants["teacher"]), states[None], config)[0])
 
     return chunked_mean(per_position, options.chunk, moving, flat, positions, {"own": fixed, "teacher": teacher})
 

@@ -15,7 +15,7 @@ from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
 from qjax.runtime.mesh import single
 from qjax.streams.batches import Spread
-from qjax.streams.forward import embedded
+from qjax.streams.blocks import blocks
 
 __all__ = ["ESTIMATORS", "collect"]
 
@@ -61,11 +61,12 @@ def collect(
     if sketch:
         raise InputError(f"{', '.join(sketch)}: options of the estimators sketch_a and sketch_b, not of 'input'")
     spread = Spread(len(tokens), batch, mesh or single())
-    x = embedded(model.params["embed"], spread.take(tokens), batch)
     hessians: dict[str, Hessian] = {}
-    for index, parameters in enumerate(model.params["blocks"]):
-        block, x = block_hessians_and_outputs(parameters, x, config, index=index, batch=batch, spread=spread)
-        hessians |= {f"layers.{index}.{linear}": hessian for linear, hessian in block.items()}
+    for here in blocks(config, model.params, tokens, batch=batch, spread=spread):
+        found, here.y = block_hessians_and_outputs(
+            here.parameters, here.x, config, index=here.index, batch=batch, spread=spread
+        )
+        hessians |= {f"layers.{here.index}.{name}": hessian for name, hessian in found.items()}
         if progress is not None:
-            progress(index + 1, config.num_layers)
+            progress(here.index + 1, config.num_layers)
     return hessians

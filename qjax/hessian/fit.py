@@ -10,6 +10,7 @@ for independent G and G'; both are means over a few sequences, without bias.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,11 +21,12 @@ from jaxtyping import Array, Float, Int
 
 from qjax.errors import InputError
 from qjax.hessian.labels import label_gradient
-from qjax.hessian.sketch_collect import forward, shapes
 from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
-from qjax.models.transformer import LINEARS, embed, head
+from qjax.models.structure import structure
+from qjax.models.transformer import embed, head
 from qjax.streams.forward import batches
+from qjax.streams.gradients import there_and_back
 from qjax.typing import HostOrDevice
 
 __all__ = ["Fit", "error_bound", "measure_fit", "predicted_cost"]
@@ -52,14 +54,19 @@ class Fit:
     length: int
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="sites")
 def _block_terms(
-    pull: Any, inputs: dict[str, Array], gradient: HostOrDevice, factors: dict[str, dict[str, HostOrDevice]]
+    pull: Any,
+    inputs: dict[str, Array],
+    gradient: HostOrDevice,
+    factors: dict[str, dict[str, HostOrDevice]],
+    *,
+    sites: tuple[tuple[str, str], ...],
 ) -> tuple[Array, dict[str, tuple[Array, Array]]]:
     """(∂ℓ/∂x, {linear: (`tr(H_out G H_in Gᵀ)` of every sequence, `⟨G, G'⟩` of every pair)})."""
     back, gradients = pull(gradient)
     found = {}
-    for name, site in LINEARS.items():
+    for name, site in sites:
         x_t, g_t = inputs[site].astype(jnp.float32), gradients[name].astype(jnp.float32)
         found[name] = gradient_terms(x_t, g_t, factors[name]["input"], factors[name].get("output"))
     return back, found
@@ -102,20 +109,16 @@ def measure_fit(
         )
     blocks, top = params["blocks"], head(params)
     factors = [{name: _factors(h) for name, h in hessians(index).items()} for index in range(len(blocks))]
-    root = np.array([_LABEL_PASS, seed], np.uint32)
+    root, sites = np.array([_LABEL_PASS, seed], np.uint32), tuple(structure(config).sites.items())
     inner: dict[str, list[float]] = {}
     square: dict[str, list[float]] = {}
     whole = count // batch * batch  # the last, padded batch would pair a sequence with itself
     for number, (part, _) in enumerate(batches(tokens[:whole], batch)):
-        x, inputs = embed(params["embed"], part), []
-        for parameters in blocks:
-            inputs.append(x)
-            x = forward(parameters, x, config)[0]
+        x, way = there_and_back(blocks, embed(params["embed"], part, config), config, keep=False)
         numbers = np.arange(number * batch, (number + 1) * batch, dtype=np.uint32)
         gradient = label_gradient(top, x, part, root, numbers, config, labels="sampled")
-        for index in reversed(range(len(blocks))):
-            _, pull, sites = forward(blocks[index], inputs.pop(), config)
-            gradient, found = _block_terms(pull, sites, gradient, factors[index])
+        for index, pull, inputs in way:
+            gradient, found = _block_terms(pull, inputs, gradient, factors[index], sites=sites)
             for name, (own, pairs) in jax.device_get(found).items():
                 pairs = np.asarray(pairs, np.float64)
                 others = np.sum(pairs**2) - np.sum(np.diagonal(pairs) ** 2)
@@ -125,9 +128,8 @@ def measure_fit(
             progress((number + 1) * batch, whole)
     result = {}
     for index, block_factors in enumerate(factors):
-        for linear in LINEARS:
+        for linear, (m, _) in structure(config).shapes.items():
             name, known = f"layers.{index}.{linear}", block_factors[linear]
-            m = shapes(blocks[index])[linear][0]
             scale = np.linalg.norm(known["input"]) * (np.linalg.norm(known["output"]) if "output" in known else m**0.5)
             cosine, error = _ratio(np.array(inner[name]) / scale, np.array(square[name]))
             result[name] = Fit(cosine, error, float(np.sqrt(np.mean(square[name]))), whole, length)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, UInt
 
 from qjax.models.config import ModelConfig
 from qjax.models.linear import summed
-from qjax.models.transformer import rms_norm
+from qjax.models.transformer import final
 from qjax.typing import HostOrDevice
 
 __all__ = ["draw", "label_gradient"]
@@ -62,7 +62,7 @@ def label_gradient(
     at a time, so that few logits are held.
     """
     x, weight = jnp.asarray(x), jnp.asarray(parameters["head"]).astype(x.dtype)
-    hidden, pull = jax.vjp(lambda x: rms_norm(x, parameters["norm"], config.rms_norm_eps), x)
+    hidden, pull = jax.vjp(lambda x: final(parameters, x, config), x)
     root, length = jax.random.wrap_key_data(jnp.asarray(key)), x.shape[1]
 
     def sequences(hidden: Array, tokens: Array, numbers: Array) -> Array:

@@ -17,7 +17,8 @@ from pallas_kernels.gram import gram
 from qjax.errors import NumericsError
 from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
-from qjax.models.transformer import LINEARS, SITES, block_inputs
+from qjax.models.structure import structure
+from qjax.models.transformer import block_inputs
 from qjax.runtime.mesh import AXES, EACH, WHOLE
 from qjax.streams import activations
 from qjax.streams.activations import Activations
@@ -35,7 +36,6 @@ __all__ = [
     "empty",
     "finish",
     "reduced",
-    "site_widths",
 ]
 
 
@@ -43,7 +43,7 @@ __all__ = [
 class Moments:
     """Running sums for one block, one on every device: `Σ x xᵀ` per site in two float32 parts (sum, compensation).
 
-    With two streams, x original and z quantised, the site's own name holds `Σ z zᵀ` and its name in `CROSS` `Σ x zᵀ`.
+    With two streams, x original and z quantised, the site's own name holds `Σ z zᵀ` and `cross(site)` `Σ x zᵀ`.
     All arrays have a leading axis of devices. `bad`: the least number of a sequence whose inputs or their squares are
     not finite, by name, or `NONE`.
 
@@ -55,22 +55,20 @@ class Moments:
     bad: dict[str, Leaf]
 
 
-def site_widths(config: ModelConfig) -> dict[str, int]:
-    """The input width of the linears at every site."""
-    heads = config.num_heads * config.head_dim
-    return dict(zip(SITES, (config.hidden_size, heads, config.hidden_size, config.intermediate_size), strict=True))
-
-
 _ROWS = 256
 NONE = np.uint32(2**32 - 1)
-CROSS = {site: f"{site}:cross" for site in SITES}
 
 
-def empty(config: ModelConfig, spread: Spread, cross: bool = False) -> Moments:
-    """Zero sums (no program is compiled for them)."""
-    widths = site_widths(config)
-    if cross:
-        widths |= {CROSS[site]: n for site, n in widths.items()}
+def cross(site: str) -> str:
+    """The name of a site's cross moment."""
+    return f"{site}:cross"
+
+
+def empty(config: ModelConfig, spread: Spread, pairs: bool = False) -> Moments:
+    """Zero sums, with `pairs` those of two streams (no program is compiled for them)."""
+    widths = dict(structure(config).widths)
+    if pairs:
+        widths |= {cross(site): n for site, n in widths.items()}
 
     def zeros() -> dict[str, HostOrDevice]:
         return {name: spread.sums(lambda shape: np.zeros(shape, np.float32), (n, n)) for name, n in widths.items()}
@@ -100,8 +98,8 @@ def accumulate(
     def own(moments: Moments, parameters: Any, x: Array, mask: Array, numbers: Array) -> tuple[Moments, Array | None]:
         y, inputs = block_inputs(parameters, x, config)
         products, bad = {}, {}
-        for site in SITES:
-            rows = _masked(inputs[site], mask)
+        for site, own_inputs in inputs.items():
+            rows = _masked(own_inputs, mask)
             products[site] = _second_moment(rows)
             bad[site] = _first_bad(numbers, products[site], rows)
         return _added(moments, products, bad), (y if propagate else None)
@@ -132,11 +130,11 @@ def accumulate_pair(
         y, original = block_inputs(parameters, x, config)
         _, changed = block_inputs(parameters, z, config)
         products, bad = {}, {}
-        for site in SITES:
+        for site in original:
             a, b = _masked(original[site], mask), _masked(changed[site], mask)
-            products[site], products[CROSS[site]] = _second_moment(b), _product(a, b)
+            products[site], products[cross(site)] = _second_moment(b), _product(a, b)
             bad[site] = _first_bad(numbers, products[site], b)
-            bad[CROSS[site]] = _first_bad(numbers, products[CROSS[site]], a, b)
+            bad[cross(site)] = _first_bad(numbers, products[cross(site)], a, b)
         return _added(moments, products, bad), y
 
     return _on(mesh, own)(moments, parameters, x, z, mask, numbers)
@@ -235,7 +233,10 @@ def finish(moments: Moments, count: int, mesh: Mesh) -> tuple[dict[str, np.ndarr
         for start in range(0, len(total), _ROWS):  # a few rows at a time: in float64 the whole is twice as large
             rows = slice(start, start + _ROWS)
             means[name][rows] = total[rows].astype(np.float64) / count
-    first = {site: min(int(bad[name]) for name in (site, CROSS[site]) if name in bad) for site in SITES}
+    first: dict[str, int] = {}
+    for name, number in bad.items():
+        site = name.removesuffix(cross(""))
+        first[site] = min(int(number), first.get(site, int(NONE)))
     return means, {site: number for site, number in first.items() if number != NONE}
 
 
@@ -253,7 +254,7 @@ def block_hessians(
         moments, _ = accumulate(
             moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh, propagate=False
         )
-    return _hessians(moments, index, spread, x.shape[1])
+    return _hessians(moments, index, config, spread, x.shape[1])
 
 
 def block_hessians_and_outputs(
@@ -268,7 +269,7 @@ def block_hessians_and_outputs(
         )
         assert y is not None
         spread.put(outputs, step, y)
-    return _hessians(moments, index, spread, x.shape[1]), outputs
+    return _hessians(moments, index, config, spread, x.shape[1]), outputs
 
 
 def block_hessians_of_two_streams(
@@ -286,25 +287,25 @@ def block_hessians_of_two_streams(
     x are the block's inputs in the original model, z those in the quantised stream.
     """
     spread = spread or Spread(len(x), batch)
-    moments, outputs = empty(config, spread, cross=True), activations.like(x)
+    moments, outputs = empty(config, spread, pairs=True), activations.like(x)
     parameters = spread.whole(parameters)
     for step in spread.feed(x, z):
         moments, y = accumulate_pair(
             moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh
         )
         spread.put(outputs, step, y)
-    return _hessians(moments, index, spread, x.shape[1]), outputs
+    return _hessians(moments, index, config, spread, x.shape[1]), outputs
 
 
-def _hessians(moments: Moments, index: int, spread: Spread, length: int) -> dict[str, Hessian]:
-    tokens = spread.sequences * length
+def _hessians(moments: Moments, index: int, config: ModelConfig, spread: Spread, length: int) -> dict[str, Hessian]:
+    sites, tokens = structure(config).sites, spread.sequences * length
     means, bad = finish(moments, tokens, spread.mesh)
     means = jax.device_put(means)  # once: the program of every linear would copy a host array for itself
     if bad:
-        site, sequence = next(iter(bad.items()))
-        name = next(linear for linear, own in LINEARS.items() if own == site)
+        name = next(site for site in sites.values() if site in bad)  # a site has the name of its first linear
+        sequence = bad[name]
         raise NumericsError(
             f"layers.{index}.{name}: its inputs on the calibration data are not finite, first in sequence {sequence}; "
             "drop that sequence, check the weights of the blocks before it, or load the model in float32"
         )
-    return {linear: Hessian(means[site], None, tokens, means.get(CROSS[site])) for linear, site in LINEARS.items()}
+    return {name: Hessian(means[site], None, tokens, means.get(cross(site))) for name, site in sites.items()}

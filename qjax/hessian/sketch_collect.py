@@ -19,10 +19,12 @@ from qjax.hessian.moments import NONE, block_hessians_and_outputs, kahan
 from qjax.hessian.sketch import Sketch, assembled, increments, row_blocks
 from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
-from qjax.models.transformer import LINEARS, embed, head, probed
+from qjax.models.structure import structure
+from qjax.models.transformer import embed, head, probed
 from qjax.runtime.mesh import AXES, EACH, WHOLE, single
 from qjax.streams.batches import Spread
-from qjax.streams.forward import embedded
+from qjax.streams.blocks import blocks
+from qjax.streams.gradients import backward, there_and_back
 from qjax.typing import HostOrDevice, Leaf
 
 __all__ = [
@@ -50,22 +52,14 @@ class Sums:
     bad: dict[str, Leaf]
 
 
-def shapes(parameters: Any) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear of a block."""
-    found = {}
-    for name in LINEARS:
-        group, leaf = name.split(".")
-        found[name] = tuple(int(size) for size in parameters[group][leaf]["weight"].shape)
-    return found
-
-
-def empty_sums(parameters: Any, update: str, spread: Spread) -> Sums:
+def empty_sums(config: ModelConfig, update: str, spread: Spread) -> Sums:
     """Zero sums of a block, of the factors that a pass renews."""
+    shapes = structure(config).shapes
     zeros = lambda shape: np.zeros(shape, np.float32)  # noqa: E731
 
     def factors() -> dict[str, dict[str, tuple[HostOrDevice, ...]]]:
         result: dict[str, dict[str, tuple[HostOrDevice, ...]]] = {}
-        for name, (m, n) in shapes(parameters).items():
+        for name, (m, n) in shapes.items():
             sizes = {"input": n, "output": m}
             result[name] = {
                 factor: tuple(spread.sums(zeros, block) for block in row_blocks(size))
@@ -74,40 +68,24 @@ def empty_sums(parameters: Any, update: str, spread: Spread) -> Sums:
             }
         return result
 
-    none = {name: spread.sums(lambda shape: np.full(shape, NONE), ()) for name in LINEARS}
+    none = {name: spread.sums(lambda shape: np.full(shape, NONE), ()) for name in shapes}
     return Sums(factors(), factors(), none)
 
 
-def block_bytes(parameters: Any) -> int:
+def block_bytes(config: ModelConfig) -> int:
     """Memory of one block's sums of both factors."""
     entries = lambda size: sum(rows * end for rows, end in row_blocks(size))  # noqa: E731
-    return sum(8 * (entries(m) + entries(n)) for m, n in shapes(parameters).values())
+    return sum(8 * (entries(m) + entries(n)) for m, n in structure(config).shapes.values())
 
 
-def ranges(blocks: list[Any], budget: float) -> list[range]:
+def ranges(config: ModelConfig, budget: float) -> list[range]:
     """Ranges of blocks, last ones first, whose sums fit into `budget` bytes (one block at least)."""
-    result, end = [], len(blocks)
-    while end > 0:
-        start, used = end - 1, block_bytes(blocks[end - 1])
-        while start > 0 and used + block_bytes(blocks[start - 1]) <= budget:
-            start -= 1
-            used += block_bytes(blocks[start])
-        result.append(range(start, end))
-        end = start
-    return result
+    count = max(1, int(budget // block_bytes(config)))
+    ends = range(config.num_layers, 0, -count)
+    return [range(max(0, end - count), end) for end in ends]
 
 
-forward = jax.jit(probed, static_argnames="config")
-"""A block's output, its pullback (an argument of the next two) and the inputs of its linears."""
-
-
-@jax.jit
-def backward(pull: Any, gradient: HostOrDevice) -> Array:
-    """The gradient in a block's input alone."""
-    return pull(gradient)[0]
-
-
-@functools.partial(jax.jit, static_argnames=("per_token", "update", "mesh"))
+@functools.partial(jax.jit, static_argnames=("sites", "per_token", "update", "mesh"))
 def accumulate_sketch(
     sums: Sums,
     pull: Any,
@@ -117,19 +95,20 @@ def accumulate_sketch(
     numbers: HostOrDevice,
     factors: dict[str, dict[str, Leaf]],
     *,
+    sites: tuple[tuple[str, str], ...],
     per_token: bool,
     update: str,
     mesh: Mesh,
 ) -> tuple[Sums, Array]:
     """Add a step at one block; returns the sums and the gradient in the block's input. Nothing is communicated.
 
-    `factors`: those of the pass before, by linear and factor; absent ones are identities.
+    `factors`: those of the pass before, by linear and factor; absent ones are identities.  `sites`: of every linear.
     """
 
     def own(sums: Sums, inputs: Any, gradients: Any, mask: Any, numbers: Any, factors: Any) -> Sums:
         sums = jax.tree.map(lambda a: a[0], sums)
         total, carry, bad = {}, {}, {}
-        for name, site in LINEARS.items():
+        for name, site in sites:
             g = gradients[name] * mask[:, None, None].astype(gradients[name].dtype)
             known = factors.get(name, {})
             added = increments(
@@ -157,19 +136,18 @@ def reduce_sums(sums: Sums, *, mesh: Mesh) -> tuple[dict[str, dict[str, tuple[Ar
 
     def own(sums: Sums) -> Any:
         added = jax.tree.map(lambda total, carry: jax.lax.psum(total[0] - carry[0], AXES), sums.total, sums.carry)
-        bad = jax.lax.pmin(jnp.stack([sums.bad[name][0] for name in LINEARS]), AXES)
-        return added, {name: bad[i] for i, name in enumerate(LINEARS)}
+        bad = jax.lax.pmin(jnp.stack([sums.bad[name][0] for name in sums.bad]), AXES)
+        return added, {name: bad[i] for i, name in enumerate(sums.bad)}
 
     return jax.shard_map(own, mesh=mesh, in_specs=(EACH,), out_specs=WHOLE, check_vma=False)(sums)
 
 
 def activation_bytes(parameters: Any, config: ModelConfig, batch: int, length: int, dtype: str = "float32") -> int:
     """Memory of what one block keeps of a batch for its pullback."""
-    width = parameters["input_layernorm"].shape[0]
     _, pull, inputs = jax.eval_shape(
         functools.partial(probed, config=config),
         parameters,
-        jax.ShapeDtypeStruct((batch, length, width), jnp.dtype(dtype)),
+        jax.ShapeDtypeStruct((batch, length, config.hidden_size), jnp.dtype(dtype)),
     )
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     return max(size((pull, inputs)) - size(parameters), 0)  # the weights are kept anyway
@@ -202,22 +180,17 @@ def sketch_pass(
     lowest, batch = min(sums), spread.batch
     known = {i: {} if factors is None else {k: dict(v) for k, v in factors(i).items()} for i in sums}
     known = spread.whole(known)
-    root = np.array([number, sketch.seed], np.uint32)
-    held = sum(block_bytes(blocks[index]) for index in sums)
+    root, sites = np.array([number, sketch.seed], np.uint32), tuple(structure(config).sites.items())
+    held = len(sums) * block_bytes(config)
     shape = batch, tokens.shape[1], sketch.compute
     held += sum(activation_bytes(blocks[i], config, *shape) for i in range(lowest, len(blocks)))
     keep = held <= budget
     for step in spread.feed(spread.take(tokens)):
         (part,) = step.parts
-        x, kept = embed(table, part).astype(sketch.compute), []
-        for index, parameters in enumerate(blocks):
-            before = x
-            x, pull, inputs = forward(parameters, before, config)
-            if index >= lowest:
-                kept.append((pull, inputs) if keep else before)
+        first = embed(table, part, config).astype(sketch.compute)
+        x, way = there_and_back(blocks, first, config, lowest=lowest, keep=keep)
         gradient = label_gradient(top, x, part, root, step.numbers, config, labels=sketch.labels)
-        for index in range(len(blocks) - 1, lowest - 1, -1):
-            pull, inputs = kept.pop() if keep else forward(blocks[index], kept.pop(), config)[1:]
+        for index, pull, inputs in way:
             if index in sums:
                 sums[index], gradient = accumulate_sketch(
                     sums[index],
@@ -227,6 +200,7 @@ def sketch_pass(
                     step.mask,
                     step.numbers,
                     known[index],
+                    sites=sites,
                     per_token=sketch.estimator == "sketch_a",
                     update=update,
                     mesh=spread.mesh,
@@ -236,7 +210,7 @@ def sketch_pass(
         if jax.process_count() == 1:  # a process that ends alone leaves the others waiting: they meet in `finish_sums`
             bad = jax.device_get({index: block_sums.bad for index, block_sums in sums.items()})
             for index, linears in bad.items():
-                _check(index, {name: found.min() for name, found in linears.items()})
+                _check(index, {name: linears[name].min() for name, _ in sites})
         yield step.done
 
 
@@ -257,6 +231,7 @@ def _check(index: int, bad: Mapping[str, Any]) -> None:
 def finish_sums(
     sums: Sums,
     index: int,
+    config: ModelConfig,
     before: Mapping[str, Mapping[str, HostOrDevice]] | None,
     spread: Spread,
     done: int | None = None,
@@ -271,9 +246,10 @@ def finish_sums(
         for leaf in jax.tree.leaves((sums.total, sums.carry)):
             if isinstance(leaf, jax.Array):  # not the zeros of no step at all
                 leaf.delete()
-    _check(index, bad)
+    names = tuple(structure(config).sites)
+    _check(index, {name: bad[name] for name in names})
     count, result = spread.sequences if done is None else done, {}
-    for name in LINEARS:
+    for name in names:
         made = {factor: _normal(assembled(total)) for factor, total in totals[name].items()}
         known = {} if before is None else before.get(name, {})
         both = {factor: made[factor] if factor in made else known.get(factor) for factor in ("input", "output")}
@@ -311,20 +287,22 @@ def collect_sketch(
     count, spread = len(params["blocks"]), Spread(len(tokens), batch, mesh or single())
     factors: dict[int, dict[str, dict[str, HostOrDevice]]] | None = None
     if estimator == "sketch_a":  # its first half-step, H_in = E[x xᵀ], needs no gradients
-        factors, x = {}, embedded(params["embed"], spread.take(tokens), batch)
-        for index, parameters in enumerate(params["blocks"]):
-            found, x = block_hessians_and_outputs(parameters, x, config, index=index, batch=batch, spread=spread)
-            factors[index] = {name: {"input": hessian.input} for name, hessian in found.items()}
+        factors = {}
+        for here in blocks(config, params, tokens, batch=batch, spread=spread):
+            found, here.y = block_hessians_and_outputs(
+                here.parameters, here.x, config, index=here.index, batch=batch, spread=spread
+            )
+            factors[here.index] = {name: {"input": hessian.input} for name, hessian in found.items()}
     result: dict[int, dict[str, Hessian]] = {}
     for number, update in enumerate(sketch.passes):
-        sums = {index: empty_sums(params["blocks"][index], update, spread) for index in range(count)}
+        sums = {index: empty_sums(config, update, spread) for index in range(count)}
         before = None if factors is None else factors.__getitem__
         for done in sketch_pass(config, params, tokens, sketch, number, sums, before, spread=spread):
             if progress is not None:
                 progress(number * len(tokens) + done, len(sketch.passes) * len(tokens))
-        result = {i: finish_sums(sums[i], i, None if factors is None else factors[i], spread) for i in sums}
+        result = {i: finish_sums(sums[i], i, config, None if factors is None else factors[i], spread) for i in sums}
         factors = {i: known_factors(hessians) for i, hessians in result.items()}
-    return {f"layers.{i}.{name}": result[i][name] for i in range(count) for name in LINEARS}
+    return {f"layers.{i}.{name}": result[i][name] for i in range(count) for name in structure(config).sites}
 
 
 def known_factors(hessians: Mapping[str, Hessian]) -> dict[str, dict[str, HostOrDevice]]:

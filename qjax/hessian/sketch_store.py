@@ -21,7 +21,6 @@ from qjax.hessian.sketch_collect import Sums, empty_sums, finish_sums, known_fac
 from qjax.hessian.store import HessianStore, pack_triangle, unpack_triangle
 from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
-from qjax.models.transformer import LINEARS
 from qjax.runtime.atomic import read_json, read_safetensors, write_json, write_safetensors
 from qjax.runtime.distributed import together
 from qjax.runtime.mesh import single
@@ -66,7 +65,7 @@ def collect_into(
     prefixes = prefixes or {}
     _check_prefixes(prefixes, sketch, len(tokens), batch * mesh.size)
     last = len(sketch.passes) - 1
-    plan = ranges(params["blocks"], budget)
+    plan = ranges(config, budget)
     total = len(sketch.passes) * len(plan) * len(tokens)
     before = moments if sketch.estimator == "sketch_a" else None
     for number, update in enumerate(sketch.passes):
@@ -93,7 +92,7 @@ def collect_into(
             found = together(newest)
             spread = Spread(len(tokens), batch, mesh, 0 if found is None else found)
             if found is None:
-                sums = {index: empty_sums(params["blocks"][index], update, spread) for index in part}
+                sums = {index: empty_sums(config, update, spread) for index in part}
             else:
                 target = folder / f"{name}_done_{found}"
                 sums = {i: _on_mesh(_load(target / f"block_{i:04d}.safetensors"), spread) for i in part}
@@ -105,14 +104,14 @@ def collect_into(
                     progress(finished + done, total)
                 if done in prefixes:
                     for index in part:
-                        made = finish_sums(sums[index], index, None, spread, done)
+                        made = finish_sums(sums[index], index, config, None, spread, done)
                         together(functools.partial(store.save, prefixes[done], index, made))
                 if done < len(tokens) and together(lambda since=saved: time.monotonic() - since >= checkpoint):
                     _save(folder, name, done, sums, spread)
                     saved = time.monotonic()
             for index in part:
                 factors = None if known is None else known(index)
-                made = finish_sums(sums[index], index, factors, spread)
+                made = finish_sums(sums[index], index, config, factors, spread)
                 together(functools.partial(store.save, own, index, made))
             together(functools.partial(shutil.rmtree, folder, ignore_errors=True))
         before = store.loader(own)
@@ -194,9 +193,10 @@ def _load(path: pathlib.Path) -> Sums:
         trees[what].setdefault(linear, {})[factor] = divided(np.tril(unpack_triangle(values)))
     carry = trees["carry"] or jax.tree.map(np.zeros_like, trees["total"])
     bad = json.loads(metadata["bad"])
-    if not all(isinstance(bad.get(linear), int) and 0 <= bad[linear] <= NONE for linear in LINEARS):
+    linears = list(trees["total"])
+    if not all(isinstance(bad.get(linear), int) and 0 <= bad[linear] <= NONE for linear in linears):
         raise ArtifactError(f"{path}: sequences that are not finite are {bad}; expected whole numbers up to {NONE}")
-    return Sums(trees["total"], carry, {linear: np.uint32(bad[linear]) for linear in LINEARS})
+    return Sums(trees["total"], carry, {linear: np.uint32(bad[linear]) for linear in linears})
 
 
 def _on_mesh(sums: Sums, spread: Spread) -> Sums:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,12 @@ from qjax.errors import ArtifactError
 from qjax.hessian.moments import block_hessians_and_outputs
 from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
-from qjax.models.transformer import LINEARS, SITES
 from qjax.runtime.atomic import read_safetensors, verified_metadata, write_safetensors
 from qjax.runtime.distributed import together
 from qjax.runtime.fingerprint import digest
 from qjax.runtime.mesh import single
 from qjax.streams.batches import Spread
-from qjax.streams.forward import embedded, forward_block
+from qjax.streams.blocks import blocks
 
 __all__ = ["HessianStore", "pack_triangle", "unpack_triangle"]
 
@@ -42,6 +42,11 @@ def unpack_triangle(values: np.ndarray) -> np.ndarray:
     matrix = np.zeros((n, n), values.dtype)
     matrix[np.tril_indices(n)] = values
     return matrix + np.tril(matrix, -1).T
+
+
+def _readable(metadata: Mapping[str, str]) -> bool:
+    """Whether a file says which linears share a factor, or is a sketch of 0.1, in which none do."""
+    return "sites" in metadata or metadata.get("kind") == "sketch"
 
 
 class HessianStore:
@@ -74,7 +79,8 @@ class HessianStore:
             metadata = verified_metadata(self._file(key, index))
         except ArtifactError:
             return False
-        return metadata.get("block", str(index)) == str(index) and metadata.get("key", key) == key
+        ours = metadata.get("block", str(index)) == str(index) and metadata.get("key", key) == key
+        return ours and _readable(metadata)
 
     def load(self, key: str, index: int) -> dict[str, Hessian] | None:
         """The Hessians of one block by linear, or None when they are absent or damaged."""
@@ -87,27 +93,25 @@ class HessianStore:
             return None
         if metadata.get("block", str(index)) != str(index) or metadata.get("key", key) != key:
             return None  # another block's or collection's file under this name: a copy gone wrong
-        tokens = int(metadata["tokens"])
-        if metadata.get("kind") == "sketch":
-            factor = lambda linear, name: unpack_triangle(arrays[f"{linear}:{name}"])  # noqa: E731
-            return {name: Hessian(factor(name, "input"), factor(name, "output"), tokens) for name in LINEARS}
-        sites = {site: unpack_triangle(arrays[site]) for site in SITES}
-        return {linear: Hessian(sites[site], None, tokens) for linear, site in LINEARS.items()}
+        if not _readable(metadata):
+            return None
+        whole = {name: unpack_triangle(values) for name, values in arrays.items()}
+        known = {name.partition(":")[0]: name.partition(":")[0] for name in arrays}
+        sites, tokens = json.loads(metadata.get("sites", "null")) or known, int(metadata["tokens"])
+        return {
+            name: Hessian(whole[f"{site}:input"], whole.get(f"{name}:output"), tokens) for name, site in sites.items()
+        }
 
     def save(self, key: str, index: int, hessians: dict[str, Hessian]) -> None:
-        """Write one block durably, as triangles; without output factors, sites that linears share are stored once."""
-        if all(hessian.output is not None for hessian in hessians.values()):
-            factors = {
-                f"{linear}:{name}": pack_triangle(np.asarray(getattr(hessian, name)))
-                for linear, hessian in hessians.items()
-                for name in ("input", "output")
-            }
-            metadata = {"tokens": str(hessians[next(iter(LINEARS))].tokens), "kind": "sketch"}
-            write_safetensors(self._file(key, index), factors, {**metadata, "key": key, "block": str(index)})
-            return
-        shared = {site: hessians[linear] for linear, site in reversed(LINEARS.items())}
-        arrays = {site: pack_triangle(np.asarray(shared[site].input)) for site in SITES}
-        metadata = {"tokens": str(shared[SITES[0]].tokens), "key": key, "block": str(index)}
+        """Write one block durably, as triangles; an input factor that several linears share is stored once."""
+        first: dict[int, str] = {}
+        sites = {name: first.setdefault(id(hessian.input), name) for name, hessian in hessians.items()}
+        arrays = {f"{site}:input": pack_triangle(np.asarray(hessians[site].input)) for site in first.values()}
+        for name, hessian in hessians.items():
+            if hessian.output is not None:
+                arrays[f"{name}:output"] = pack_triangle(np.asarray(hessian.output))
+        tokens = next(iter(hessians.values())).tokens
+        metadata = {"tokens": str(tokens), "sites": json.dumps(sites), "key": key, "block": str(index)}
         write_safetensors(self._file(key, index), arrays, metadata)
 
     def collect(
@@ -130,17 +134,14 @@ class HessianStore:
         if not all(present):
             last = max(index for index, there in enumerate(present) if not there)
             spread = Spread(len(tokens), batch, mesh or single())
-            x = embedded(params["embed"], spread.take(tokens), batch)
-            for index, parameters in enumerate(params["blocks"][: last + 1]):
-                if present[index]:
-                    x = forward_block(parameters, x, config, batch, spread=spread)
-                else:
-                    hessians, x = block_hessians_and_outputs(
-                        parameters, x, config, index=index, batch=batch, spread=spread
+            for here in blocks(config, params, tokens, batch=batch, spread=spread, stop=last + 1):
+                if not present[here.index]:
+                    hessians, here.y = block_hessians_and_outputs(
+                        here.parameters, here.x, config, index=here.index, batch=batch, spread=spread
                     )
-                    together(functools.partial(self.save, key, index, hessians))
+                    together(functools.partial(self.save, key, here.index, hessians))
                 if progress is not None:
-                    progress(index + 1, config.num_layers)
+                    progress(here.index + 1, config.num_layers)
 
         return self.loader(key)
 

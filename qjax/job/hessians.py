@@ -122,7 +122,7 @@ def _provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str
     key = store.key(who, tokens.sha256, sketch.text(), batch)
     keys.append(key)
     budget = settings["budget_gb"] * 1e9
-    work = len(sketch.passes) * len(ranges(model.params["blocks"], budget)) * tokens.sequences
+    work = len(sketch.passes) * len(ranges(model.config, budget)) * tokens.sequences
     prefixes = {
         size: store.key(who, _first(tokens, size, "hessian.prefixes").sha256, sketch.text(), batch)
         for size in settings.get("prefixes") or ()

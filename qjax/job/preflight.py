@@ -17,10 +17,9 @@ import numpy as np
 from qjax import data, models
 from qjax.errors import RunError
 from qjax.finetune.rules import RateRule
-from qjax.hessian.moments import site_widths
-from qjax.models.checkpoints.weights import tensor_shapes
 from qjax.models.config import ModelConfig
-from qjax.models.transformer import LINEARS
+from qjax.models.families import family
+from qjax.models.structure import structure
 from qjax.pipeline.finished import HELD_BYTES
 from qjax.pipeline.recipe import LayerPlan
 
@@ -30,7 +29,6 @@ __all__ = [
     "activation_streams",
     "estimate",
     "estimated",
-    "linear_shapes",
     "place",
     "place_activations",
     "sketch_needs",
@@ -86,13 +84,6 @@ def _accelerated() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear of a block."""
-    prefix = "model.layers.0."
-    tensors = tensor_shapes(config)
-    return {linear: tensors[f"{prefix}{linear}.weight"][:2] for linear in LINEARS}  # pyright: ignore[reportReturnType]
-
-
 def estimate(
     config: ModelConfig,
     plans: Mapping[str, LayerPlan | None],
@@ -111,7 +102,7 @@ def estimate(
     `streams`: how many sets of activations exist at once (see `activation_streams`); `extra`: of `sketch_needs` and
     `tuning_needs`. Raises InputError through the incoherence when a matrix cannot be rotated or padded.
     """
-    shapes = linear_shapes(config)
+    shapes = structure(config).shapes
     codes = weights = matrices = 0
     for name, plan in plans.items():
         if plan is None:
@@ -121,14 +112,14 @@ def estimate(
         codes += int(np.ceil(plan.codebook.bits * padded[0] * padded[1] / 8))
         weights, matrices = weights + out * inner, matrices + 1
     block = sum(out * inner for out, inner in shapes.values())
-    edges = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    edges = sum(math.prod(shape) for _, shape in family(config).edge_tensors(config).values() if len(shape) == 2)
     held = min(2, config.num_layers) if streamed else config.num_layers
     model = (edges + held * block) * bytes_per_parameter
     skipped = sum(math.prod(shapes[name.split(".", 2)[2]]) for name, plan in plans.items() if plan is None)
     model += skipped * bytes_per_parameter if streamed else 0  # what stays dense is part of the result
     reference = 12 * config.hidden_size * evaluation[0] * evaluation[1]
     activations = streams * bytes_per_parameter * config.hidden_size * calibration[0] * calibration[1]
-    hessian = 4 * sum(n * n for n in site_widths(config).values())
+    hessian = 4 * sum(n * n for n in structure(config).widths.values())
     rounding = 2 * hessian + max(_rounding(out, inner) for out, inner in shapes.values())
     collecting = 4 * hessian + _working(config, batch, calibration[1])  # sum, compensation, product, mean
     kept = min(codes, HELD_BYTES) if streamed else codes
@@ -163,7 +154,7 @@ def sketch_needs(config: ModelConfig, *, batch: int, length: int, budget: float)
 
     On disk the triangles of all factors, and a checkpoint of the sums.
     """
-    shapes = linear_shapes(config).values()
+    shapes = structure(config).shapes.values()
     block = sum(8 * (out**2 + inner**2) for out, inner in shapes)
     sums = max(block, min(int(budget), config.num_layers * block))
     states = 4 * batch * length * config.hidden_size * (config.num_layers + 1)
@@ -181,7 +172,7 @@ def tuning_needs(
     `rank`: of adapters, 0 without. `dense`: whether embedding and head are tuned too. `windows`: whose targets are
     stored, as states or as `topk` logits.
     """
-    shapes = linear_shapes(config).values()
+    shapes = structure(config).shapes.values()
     per_block = sum((rank or 1) * (out + inner) for out, inner in shapes) + 2 * config.hidden_size
     tuned = config.num_layers * per_block + config.hidden_size
     tuned += config.vocab_size * config.hidden_size if dense else 0

@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from qjax import data, models
 from qjax.hessian.fit import Fit, error_bound, predicted_cost
 from qjax.job.tuning import stored_bits, whole_model_bytes
@@ -29,7 +31,7 @@ def sizes(model: models.Model, quantized: QuantizedModel) -> dict[str, Any]:
         "quantized_weights": sum(weights),
         "whole_model_bytes": whole_model_bytes(quantized.params),
         "whole_model_bytes_reference": sum(map(math.prod, tensor_shapes(model.config).values()))
-        * model.params["embed"].dtype.itemsize,
+        * jax.tree.leaves(model.params["embed"])[0].dtype.itemsize,
     }
 
 

@@ -14,8 +14,8 @@ from qjax.codebooks.trellis_codes import COMPUTED
 from qjax.data.stream import TokenStream
 from qjax.errors import DataError
 from qjax.evaluate.evaluation import reference_perplexity
-from qjax.hessian.moments import site_widths
 from qjax.models.config import ModelConfig
+from qjax.models.structure import structure
 from qjax.models.transformer import head
 
 __all__ = ["TESTED_JAX", "check_reference", "codebook_doubts", "doubts", "version_doubt"]
@@ -40,7 +40,7 @@ def doubts(config: ModelConfig, tokens: TokenStream, tokenizer: Any, bos: str) -
     `tokens` is the calibration text, `bos` the policy of `qjax.data.load`.
     """
     found = [text] if (text := version_doubt(jax.__version__)) else []
-    width = max(site_widths(config).values())
+    width = max(structure(config).widths.values())
     if tokens.tokens.size < width:
         found.append(
             f"the calibration text has {tokens.tokens.size} tokens, fewer than the {width} inputs of the widest "

@@ -5,12 +5,11 @@ from qjax.models.config import ModelConfig, RopeScaling
 from qjax.models.generate import Generated, generate, generate_batch
 from qjax.models.loading import Model, ModelFiles, load, open_model
 from qjax.models.streaming import StreamedBlocks, stream
+from qjax.models.structure import structure
 from qjax.models.tokenizers.tokenizer import Tokenizer
-from qjax.models.transformer import LINEARS, SITES, block, block_inputs, embed, forward, head, logits
+from qjax.models.transformer import block, block_inputs, embed, forward, head, layer_names, logits
 
 __all__ = [
-    "LINEARS",
-    "SITES",
     "Generated",
     "Model",
     "ModelConfig",
@@ -26,10 +25,12 @@ __all__ = [
     "generate",
     "generate_batch",
     "head",
+    "layer_names",
     "load",
     "logits",
     "open_model",
     "read_block",
     "read_edges",
     "stream",
+    "structure",
 ]

@@ -109,14 +109,14 @@ def generate_batch(
     ends = np.atleast_1d(np.asarray([] if eos_id is None else eos_id, np.int64))
     top, going, new = head(params), np.ones(batch, bool), []
     started = time.perf_counter()
-    x = placed(embed(params["embed"], tokens), first)
+    x = placed(embed(params["embed"], tokens, config), first)
     cache = empty_cache(config, batch, slots, x.dtype, params["blocks"])
     x, cache = step(params["blocks"], x, cache, np.zeros(batch, np.int32), config)
     last = lengths - 1
     first_done, position = started, lengths.copy()
     for number in range(max_new_tokens):
         if number:
-            x = placed(embed(params["embed"], new[-1][:, None]), first)
+            x = placed(embed(params["embed"], new[-1][:, None], config, position), first)
             x, cache = step(params["blocks"], x, cache, position, config, whole=whole)
             position, last = position + 1, np.zeros(batch, np.int32)
         chosen = np.asarray(next_token(top, x, last, np.int32(number), config, sampling))

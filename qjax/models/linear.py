@@ -1,8 +1,11 @@
-"""`y = x Wᵀ`: the single place where a dense weight and a quantised one are told apart."""
+"""`y = x Wᵀ`: the single place where a dense weight and an operator are told apart, and where products are recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -11,7 +14,18 @@ from jaxtyping import Array, Float
 
 from qjax.typing import HostOrDevice
 
-__all__ = ["Operator", "linear", "linear_weight", "replace_linears", "summed"]
+__all__ = [
+    "Operator",
+    "Record",
+    "affine",
+    "linear",
+    "linear_entry",
+    "linear_weight",
+    "linears_of",
+    "recorded",
+    "replace_linears",
+    "summed",
+]
 
 
 @runtime_checkable
@@ -23,15 +37,58 @@ class Operator(Protocol):
         ...
 
 
+@dataclasses.dataclass
+class Record:
+    """The products that `linear` was asked for inside a `recorded` block, in order.
+
+    Attributes:
+      weights: the weight of every product, the very object.
+      inputs: the input of every product, the very object: linears that share one have the same.
+      answers: by the weight's `id`, what `linear` returns instead of the product; absent ones are computed.
+    """
+
+    weights: list[Any] = dataclasses.field(default_factory=list)
+    inputs: list[Any] = dataclasses.field(default_factory=list)
+    answers: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+
+
+_record: contextvars.ContextVar[Record | None] = contextvars.ContextVar("qjax_linear_record", default=None)
+
+
+@contextlib.contextmanager
+def recorded(answers: Mapping[int, Any] | None = None) -> Iterator[Record]:
+    """A record of the products inside a `with` block, while a function is evaluated or traced."""
+    record = Record(answers=answers or {})
+    token = _record.set(record)
+    try:
+        yield record
+    finally:
+        _record.reset(token)
+
+
 def linear(
     x: Float[Array, "*batch in"], weight: Float[HostOrDevice, "out in"] | Operator
 ) -> Float[Array, "*batch out"]:
     """`x Wᵀ` in the dtype of `x` (a quantised weight is decoded on the fly and stays packed in memory)."""
+    record = _record.get()
+    if record is not None:
+        record.weights.append(weight)
+        record.inputs.append(x)
+        if id(weight) in record.answers:
+            return record.answers[id(weight)]
     if isinstance(weight, Operator):
         return weight.matmul(x)
     if x.dtype == jnp.bfloat16:
         return _bfloat16(x, weight.astype(x.dtype))
     return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
+
+
+def affine(parameters: Any, x: Array) -> Array:
+    """`x Wᵀ + b` of `{"weight", "bias"?}`; with a "probe" that is added, whose gradient is that of the output."""
+    y = linear(x, parameters["weight"])
+    if "bias" in parameters:
+        y = y + parameters["bias"].astype(y.dtype)[None, None, :]
+    return y + parameters["probe"] if "probe" in parameters else y
 
 
 @jax.custom_vjp
@@ -60,16 +117,39 @@ def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]
 _bfloat16.defvjp(_forward, _backward)
 
 
-def linear_weight(parameters: Any, linear: str) -> Any:
+def linear_entry(parameters: Any, name: str) -> Any:
+    """The `{"weight", "bias"?}` of one linear of a block, by its name, e.g. "mlp.down_proj" or "fc1"."""
+    for key in name.split("."):
+        parameters = parameters[key]
+    return parameters
+
+
+def linear_weight(parameters: Any, name: str) -> Any:
     """The weight of one linear of a block."""
-    group, leaf = linear.split(".")
-    return parameters[group][leaf]["weight"]
+    return linear_entry(parameters, name)["weight"]
 
 
-def replace_linears(parameters: Any, matrices: Mapping[str, Any]) -> Any:
-    """A block's parameters with the weights of some linears replaced."""
-    result = {key: dict(value) if isinstance(value, dict) else value for key, value in parameters.items()}
-    for linear, matrix in matrices.items():
-        group, leaf = linear.split(".")
-        result[group][leaf] = {**result[group][leaf], "weight": matrix}
+def linears_of(parameters: Any, prefix: str = "") -> dict[str, Any]:
+    """The weight of every linear of a block by name: matrices, and whatever else stands in their place."""
+    found: dict[str, Any] = {}
+    for key, value in parameters.items():
+        if isinstance(value, Mapping):
+            found |= linears_of(value, f"{prefix}{key}.")
+        elif key == "weight" and getattr(value, "ndim", 2) == 2:  # the gain of a norm is a vector
+            found[prefix.removesuffix(".")] = value
+    return found
+
+
+def replace_linears(parameters: Any, matrices: Mapping[str, Any], key: str = "weight") -> Any:
+    """A block's parameters with the weights (or the entries under another `key`) of some linears replaced."""
+    result = dict(parameters)
+    for name, matrix in matrices.items():
+        *groups, last = name.split(".")
+        node, source = result, parameters
+        for group in groups:
+            source = source[group]
+            if node[group] is source:  # not yet a copy of its own
+                node[group] = dict(source)
+            node = node[group]
+        node[last] = {**node[last], key: matrix}
     return result

@@ -8,8 +8,7 @@ from typing import Any, overload
 
 from qjax.errors import RunError
 from qjax.matrix.quantized import QuantizedMatrix
-from qjax.models.linear import linear_weight, replace_linears
-from qjax.models.transformer import LINEARS
+from qjax.models.linear import linears_of, replace_linears
 from qjax.pipeline.records import Records
 
 __all__ = ["HELD_BYTES", "FinishedBlocks"]
@@ -38,8 +37,7 @@ class FinishedBlocks(Sequence[Any]):
 
     def append(self, block: Any) -> None:
         """Add the next block, every `QuantizedMatrix` of which has its record, `layers.<block>.<linear>`."""
-        weights = {linear: linear_weight(block, linear) for linear in LINEARS}
-        matrices = {linear: weight for linear, weight in weights.items() if isinstance(weight, QuantizedMatrix)}
+        matrices = {name: weight for name, weight in linears_of(block).items() if isinstance(weight, QuantizedMatrix)}
         size = sum(matrix.stored_bits for matrix in matrices.values()) // 8
         if self._held + size <= self._budget:
             self._held += size
@@ -60,8 +58,7 @@ class FinishedBlocks(Sequence[Any]):
         if isinstance(index, slice):
             raise TypeError("finished blocks are read one at a time; index them by a number")
         block = self._blocks[index]
-        weights = {linear: linear_weight(block, linear) for linear in LINEARS}
-        recorded = {linear: weight for linear, weight in weights.items() if isinstance(weight, _Recorded)}
+        recorded = {name: weight for name, weight in linears_of(block).items() if isinstance(weight, _Recorded)}
         return replace_linears(block, {linear: self._read(weight.name) for linear, weight in recorded.items()})
 
     def __iter__(self) -> Iterator[Any]:

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from qjax.linalg.kronecker import Hessian
 from qjax.matrix.quantize import MatrixReport, quantize_matrix, splits_rows
 from qjax.matrix.quantized import QuantizedMatrix
-from qjax.models.linear import linear_weight
 from qjax.pipeline.recipe import LayerPlan
 from qjax.rounding.base import Rounding
 from qjax.rounding.nearest import Nearest, Stochastic
@@ -26,16 +25,15 @@ def root_key(seed: int) -> jax.Array:
 
 
 def quantize_layer(
-    parameters: Any,
+    weight: Any,
     hessian: Hessian,
     plan: LayerPlan,
-    linear: str,
     name: str,
     key: jax.Array,
     correction: float,
     mesh: Mesh | None = None,
 ) -> tuple[QuantizedMatrix, MatrixReport]:
-    """One linear of a block by its plan, with its rows over the devices of `mesh`.
+    """The layer `name` with this weight by its plan, with its rows over the devices of `mesh`.
 
     Where feedback pushed the error into directions that matter, or lost the matrix, plain rounding is tried as well,
     and kept when it is better; the report says so.
@@ -43,7 +41,7 @@ def quantize_layer(
 
     def by(rounding: Rounding) -> tuple[QuantizedMatrix, MatrixReport]:
         return quantize_matrix(
-            linear_weight(parameters, linear),
+            weight,
             hessian,
             codebook=plan.codebook,
             rounding=rounding,

@@ -9,19 +9,21 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from qjax.finetune.block import GROUPS, BlockReport, BlockSettings, tune_block
+from qjax.finetune.block import BlockReport, BlockSettings, tune_block
 from qjax.linalg.kronecker import Hessian
 from qjax.matrix.quantize import MatrixReport
 from qjax.matrix.quantized import QuantizedMatrix
 from qjax.models.config import ModelConfig
-from qjax.models.linear import replace_linears
-from qjax.models.transformer import LINEARS, layer_names
+from qjax.models.linear import linear_weight, replace_linears
+from qjax.models.structure import structure
+from qjax.models.transformer import layer_names
 from qjax.pipeline.finished import FinishedBlocks
 from qjax.pipeline.layer import quantize_layer, root_key
 from qjax.pipeline.quantize_model import QuantizedModel
 from qjax.pipeline.recipe import LayerPlan, Recipe
 from qjax.pipeline.records import Records
-from qjax.streams.forward import embedded, forward_block
+from qjax.streams.blocks import blocks
+from qjax.streams.forward import forward_block
 
 __all__ = ["quantize_and_tune"]
 
@@ -52,13 +54,13 @@ def quantize_and_tune(
     """
     plans = recipe.plan(layer_names(config))
     key = root_key(seed)
-    x = embedded(params["embed"], tokens, batch)
-    own = x  # what the block reads
     reports = []
-    blocks = [] if records is None or held_bytes is None else FinishedBlocks(records, held_bytes)
-    for index, parameters in enumerate(params["blocks"]):
-        y = forward_block(parameters, x, config, batch)
-        found = None if records is None else _found_block(parameters, index, plans, records)
+    result = [] if records is None or held_bytes is None else FinishedBlocks(records, held_bytes)
+    for here in blocks(config, params, tokens, batch=batch, quantized=settings.stream == "quantized"):
+        index, parameters = here.index, here.parameters
+        own = here.x if here.z is None else here.z  # what the block reads
+        here.y = forward_block(parameters, here.x, config, batch)
+        found = None if records is None else _found_block(parameters, index, config, plans, records)
         fresh = found is None
         if found is None:
             hessian = hessians(index)
@@ -66,20 +68,23 @@ def quantize_and_tune(
             def quantize(weights: Any, linear: str, index: int = index, hessian: Any = hessian) -> Any:
                 name = f"layers.{index}.{linear}"
                 plan = plans[name]
-                return None if plan is None else quantize_layer(weights, hessian[linear], plan, linear, name, key, 0.0)
+                return (
+                    None
+                    if plan is None
+                    else quantize_layer(linear_weight(weights, linear), hessian[linear], plan, name, key, 0.0)
+                )
 
-            found = _one_block(parameters, own, y, config, settings, seed, quantize)
+            found = _one_block(parameters, own, here.y, config, settings, seed, quantize)
             if records is not None:
                 _record_block(*found, index, plans, records)
-        blocks.append(found[0])
+        here.finished = found[0]
+        result.append(found[0])
         for tuned in found[2]:
             on_block(index, tuned)
         for report in found[1]:
             reports.append(report)
             on_layer(report, not fresh)
-        own = y if settings.stream == "original" else forward_block(found[0], own, config, batch)
-        x = y
-    return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
+    return QuantizedModel({**params, "blocks": result}, reports, recipe.incoherence.spec())
 
 
 def _one_block(
@@ -94,7 +99,7 @@ def _one_block(
     """Quantise the groups of a block in order and tune what is left of it after each."""
     reports: dict[str, MatrixReport] = {}
     tuned: list[BlockReport] = []
-    for group in GROUPS:
+    for group in structure(config).groups:  # the block is tuned after each
         made = {linear: result for linear in group if (result := quantize(parameters, linear)) is not None}
         if not made:
             continue
@@ -102,7 +107,7 @@ def _one_block(
         parameters = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in made.items()})
         parameters, report = tune_block(parameters, x, y, config, tuning, seed=seed)
         tuned.append(report)
-    return parameters, [reports[linear] for linear in LINEARS if linear in reports], tuned
+    return parameters, list(reports.values()), tuned
 
 
 def _record_block(
@@ -117,18 +122,21 @@ def _record_block(
     for report in reports:
         plan = plans[report.name]
         assert plan is not None
-        group, leaf = report.name.split(".", 2)[2].split(".")
-        records.save(parameters[group][leaf]["weight"], report, plan.incoherence.spec())
+        matrix = linear_weight(parameters, report.name.split(".", 2)[2])
+        records.save(matrix, report, plan.incoherence.spec())
     leaves, _ = jax.tree_util.tree_flatten_with_path(parameters, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
     dense = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if not isinstance(leaf, QuantizedMatrix)}
     arrays = {name: np.asarray(leaf) for name, leaf in dense.items()}
     records.save_dense(index, arrays, [dataclasses.asdict(report) for report in tuned])
 
 
-def _found_block(parameters: Any, index: int, plans: Mapping[str, LayerPlan | None], records: Records) -> _Block | None:
+def _found_block(
+    parameters: Any, index: int, config: ModelConfig, plans: Mapping[str, LayerPlan | None], records: Records
+) -> _Block | None:
     """A finished block from its records, or None when some of it is missing."""
     stored_dense = records.load_dense(index)
-    names = {linear: f"layers.{index}.{linear}" for linear in LINEARS if plans[f"layers.{index}.{linear}"] is not None}
+    every = {linear: f"layers.{index}.{linear}" for linear in structure(config).sites}
+    names = {linear: name for linear, name in every.items() if plans[name] is not None}
     found = {linear: records.load(name) for linear, name in names.items()}
     whole = {linear: record for linear, record in found.items() if record is not None}
     if stored_dense is None or len(whole) < len(found):

@@ -18,7 +18,8 @@ from qjax.matrix.quantize import MatrixReport, splits_rows
 from qjax.matrix.quantized import QuantizedMatrix
 from qjax.models.config import ModelConfig
 from qjax.models.linear import linear_weight, replace_linears
-from qjax.models.transformer import LINEARS, layer_names
+from qjax.models.structure import structure
+from qjax.models.transformer import layer_names
 from qjax.pipeline.finished import FinishedBlocks
 from qjax.pipeline.layer import quantize_layer, root_key
 from qjax.pipeline.recipe import LayerPlan, Recipe
@@ -27,7 +28,7 @@ from qjax.runtime.distributed import every, leads, together
 from qjax.runtime.mesh import single
 from qjax.runtime.shares import compute
 from qjax.streams.batches import Spread
-from qjax.streams.forward import embedded, forward_block
+from qjax.streams.blocks import blocks
 
 __all__ = ["STREAMS", "QuantizedModel", "quantize_model"]
 
@@ -88,24 +89,34 @@ def quantize_model(
     plans = recipe.plan(layer_names(config))
     key = root_key(seed)
     spread = Spread(len(tokens), batch, mesh or single())
-    z = None  # inputs in the quantised stream
-    if hessians is None:
-        z = embedded(params["embed"], spread.take(tokens), batch)
-    x = z if stream == "corrected" else None  # inputs in the original model
     reports = []
-    blocks = [] if records is None or held_bytes is None else FinishedBlocks(records, held_bytes)
-    for index, parameters in enumerate(params["blocks"]):
-        planned = {linear: plan for linear in LINEARS if (plan := plans[f"layers.{index}.{linear}"]) is not None}
+    result = [] if records is None or held_bytes is None else FinishedBlocks(records, held_bytes)
+    walk = blocks(
+        config,
+        params,
+        tokens,
+        batch=batch,
+        spread=spread,
+        original=stream == "corrected",
+        quantized=stream != "original",
+    )
+    for here in walk:
+        index, parameters = here.index, here.parameters
+        planned = {
+            name: plan for name in structure(config).sites if (plan := plans[f"layers.{index}.{name}"]) is not None
+        }
         done = {} if records is None else _found(index, planned, records)
         todo = {linear: plan for linear, plan in planned.items() if linear not in done}
         block = {}
         if hessians is not None:
             block = hessians(index) if todo else {}
-        elif x is not None and z is not None:
+        elif here.x is not None:
             # Also for a finished block: x must come from the same program, for a resumed run to give the same bytes.
-            block, x = block_hessians_of_two_streams(parameters, x, z, config, index=index, batch=batch, spread=spread)
-        elif z is not None and todo:
-            block = block_hessians(parameters, z, config, index=index, batch=batch, spread=spread)
+            block, here.y = block_hessians_of_two_streams(
+                parameters, here.x, here.z, config, index=index, batch=batch, spread=spread
+            )
+        elif todo:
+            block = block_hessians(parameters, here.z, config, index=index, batch=batch, spread=spread)
         if outputs is not None and todo:
             factors = outputs(index)
             block = {linear: dataclasses.replace(h, output=factors[linear].output) for linear, h in block.items()}
@@ -115,20 +126,17 @@ def quantize_model(
                 done[linear] = alone[linear]
             elif linear in todo:
                 plan, name = todo[linear], f"layers.{index}.{linear}"
-                matrix, report = quantize_layer(
-                    parameters, block[linear], plan, linear, name, key, correction, spread.mesh
-                )
+                weight = linear_weight(parameters, linear)
+                matrix, report = quantize_layer(weight, block[linear], plan, name, key, correction, spread.mesh)
                 if records is not None and leads():
                     records.save(matrix, report, plan.incoherence.spec())
                 done[linear] = matrix, report
             reports.append(done[linear][1])
             if on_layer is not None:
                 on_layer(done[linear][1], linear not in todo)
-        finished = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()})
-        blocks.append(finished)
-        if z is not None and index + 1 < config.num_layers:
-            z = forward_block(finished, z, config, batch, None if z is x else z, spread)
-    return QuantizedModel({**params, "blocks": blocks}, reports, recipe.incoherence.spec())
+        here.finished = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()})
+        result.append(here.finished)
+    return QuantizedModel({**params, "blocks": result}, reports, recipe.incoherence.spec())
 
 
 _Done: TypeAlias = dict[str, tuple[QuantizedMatrix, MatrixReport]]
@@ -161,9 +169,8 @@ def _alone(
 
     def task(linear: str, plan: LayerPlan, device: jax.Device) -> tuple[QuantizedMatrix, MatrixReport]:
         name = f"layers.{index}.{linear}"
-        group, leaf = linear.split(".")
-        weights, hessian = jax.device_put(({group: {leaf: parameters[group][leaf]}}, hessians[linear]), device)
-        matrix, report = quantize_layer(weights, hessian, plan, linear, name, key, correction)
+        weight, hessian = jax.device_put((linear_weight(parameters, linear), hessians[linear]), device)
+        matrix, report = quantize_layer(weight, hessian, plan, name, key, correction)
         matrix = jax.device_put(jax.device_get(dataclasses.replace(matrix, codebook=None)))
         matrix = dataclasses.replace(matrix, codebook=plan.codebook)
         if records is not None:

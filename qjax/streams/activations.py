@@ -21,6 +21,7 @@ import numpy as np
 
 from qjax.errors import InputError
 from qjax.runtime.durable import explained
+from qjax.runtime.mesh import fetched
 
 __all__ = ["PLACES", "Activations", "DeviceActivations", "Place", "empty", "like", "placed", "put"]
 
@@ -114,7 +115,7 @@ def put(out: Activations, start: int, count: int, values: jax.Array | np.ndarray
     if isinstance(out, DeviceActivations):
         out.write(start, count, values)
         return
-    out[start : start + count] = np.asarray(values)[:count]
+    out[start : start + count] = fetched(values)[:count]
     if isinstance(out, np.memmap):
         _forget(out)
 

@@ -34,11 +34,14 @@ def batches(sequences: Activations, batch: int) -> Iterator[tuple[HostOrDevice, 
         yield part, mask
 
 
-def embedded(table: Any, tokens: Int[np.ndarray, "sequences length"], batch: int) -> Activations:
-    """The embedding vectors of all sequences, where activations are placed: the input of the first block."""
-    x = activations.empty((*tokens.shape, table.shape[1]), table.dtype)
+def embedded(
+    parameters: Any, tokens: Int[np.ndarray, "sequences length"], config: ModelConfig, batch: int
+) -> Activations:
+    """The first block's input of all sequences, where activations are placed; `parameters` are the model's "embed"."""
+    shape = jax.eval_shape(functools.partial(embed, config=config), parameters, tokens[:1])
+    x = activations.empty((*tokens.shape, shape.shape[-1]), shape.dtype)
     for number, (part, mask) in enumerate(batches(tokens, batch)):
-        activations.put(x, number * batch, int(mask.sum()), embed(table, part))
+        activations.put(x, number * batch, int(mask.sum()), embed(parameters, part, config))
     return x
 
 

@@ -18,8 +18,9 @@ from jax.sharding import PartitionSpec as P
 from qjax.errors import InputError
 from qjax.matrix.quantized import QuantizedMatrix
 from qjax.models.config import ModelConfig
+from qjax.models.linear import linears_of
 from qjax.models.on_mesh import Axes
-from qjax.models.transformer import LINEARS
+from qjax.models.structure import Linear, structure
 from qjax.runtime.mesh import place
 from qjax.tensor_parallel.matrices import (
     AXIS,
@@ -35,7 +36,6 @@ from qjax.typing import Leaf
 __all__ = ["MeshBlock", "check", "collectives", "device_bytes", "distribute", "summary"]
 
 _BATCH = "data"
-_ROWS = ("self_attn.o_proj", "mlp.down_proj")
 _SHARED_FROM = 4096  # bytes from which equal arrays of several matrices are placed once
 
 
@@ -80,7 +80,7 @@ class MeshBlock:
         mapped = jax.shard_map(
             lambda parameters, *arrays: function(parameters, own, *arrays),
             mesh=self.mesh,
-            in_specs=(_specs(self.parameters, self.mesh), *(_array_spec(names) for names in axes)),
+            in_specs=(_specs(self.parameters, config, self.mesh), *(_array_spec(names) for names in axes)),
             out_specs=tuple(map(_array_spec, results)) if several else _array_spec(results),
             check_vma=False,  # kernels inside cannot say on which axes their results vary
         )
@@ -109,23 +109,23 @@ def check(config: ModelConfig, count: int) -> None:
         )
 
 
-def _linear(name: str, entry: Mapping[str, Any], count: int, packed: bool) -> dict[str, Any]:
+def _linear(linear: Linear, entry: Mapping[str, Any], count: int, packed: bool) -> dict[str, Any]:
     """The entry of a linear with its weight's parts, on the host."""
-    weight, by_rows = entry["weight"], name in _ROWS
+    weight, by_rows = entry["weight"], linear.row_parallel
     if isinstance(weight, QuantizedMatrix):
         weight = (row_parallel if by_rows else column_parallel)(weight, count, packed)
     elif hasattr(weight, "matmul"):
         raise InputError(
-            f"{name} is a {type(weight).__name__}, which has no tensor-parallel form; use mesh.model=1, or merge "
-            "adapters first"
+            f"{linear.name} is a {type(weight).__name__}, which has no tensor-parallel form; use mesh.model=1, or "
+            "merge adapters first"
         )
     elif by_rows:
         weight = RowParallelDense(weight)
     return {**entry, "weight": weight}
 
 
-def _linear_specs(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    weight, by_rows = entry["weight"], name in _ROWS
+def _linear_specs(linear: Linear, entry: Mapping[str, Any]) -> dict[str, Any]:
+    weight, by_rows = entry["weight"], linear.row_parallel
     if isinstance(weight, ColumnParallel | RowParallel):
         stacked = lambda node: isinstance(node, Stacked)  # noqa: E731
         specs: Any = jax.tree.map(
@@ -136,23 +136,29 @@ def _linear_specs(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: specs if key == "weight" else P() if by_rows else P(AXIS) for key in entry}
 
 
-def _by_linear(block: Mapping[str, Any], change: Callable[..., Any], other: Callable[[Any], Any]) -> dict[str, Any]:
-    """The block with `change(name, entry)` for every linear and `other(leaf)` for all else."""
+def _by_linear(
+    block: Mapping[str, Any], linears: Mapping[str, Linear], change: Callable[..., Any], other: Any, prefix: str = ""
+) -> dict[str, Any]:
+    """The block with `change(linear, entry)` for every linear and `other(leaf)` for all else."""
     result: dict[str, Any] = {}
-    for group, content in block.items():
-        if not isinstance(content, Mapping):
-            result[group] = other(content)
-            continue
-        result[group] = {
-            leaf: change(f"{group}.{leaf}", entry) if f"{group}.{leaf}" in LINEARS else other(entry)
-            for leaf, entry in content.items()
-        }
+    for key, value in block.items():
+        name = prefix + key
+        if name in linears:
+            result[key] = change(linears[name], value)
+        elif isinstance(value, Mapping):
+            result[key] = _by_linear(value, linears, change, other, f"{name}.")
+        else:
+            result[key] = other(value)
     return result
 
 
-def _specs(block: Mapping[str, Any], mesh: Mesh) -> Any:
+def _linears(config: ModelConfig) -> dict[str, Linear]:
+    return {linear.name: linear for linear in structure(config).linears}
+
+
+def _specs(block: Mapping[str, Any], config: ModelConfig, mesh: Mesh) -> Any:
     """How the arrays of a block lie; one spec may stand for a whole subtree."""
-    return P() if mesh.shape[AXIS] == 1 else _by_linear(block, _linear_specs, lambda _: P())
+    return P() if mesh.shape[AXIS] == 1 else _by_linear(block, _linears(config), _linear_specs, lambda _: P())
 
 
 def distribute(params: Any, config: ModelConfig, mesh: Mesh, packed: bool = True) -> Any:
@@ -180,15 +186,21 @@ def distribute(params: Any, config: ModelConfig, mesh: Mesh, packed: bool = True
     for name, value in params.items():
         if name == "blocks":
             continue
-        cut = name in ("embed", "head") and value.shape[0] % count == 0
-        result[name] = put(value, P(AXIS, None) if cut else P())
-    linear = functools.partial(_linear, count=count, packed=packed)
+        specs = jax.tree_util.tree_map_with_path(functools.partial(_edge_spec, name, count=count), value)
+        result[name] = jax.tree.map(put, value, specs)
+    linear, linears = functools.partial(_linear, count=count, packed=packed), _linears(config)
     result["blocks"] = []
     for block in params["blocks"]:
-        host = block if count == 1 else _by_linear(block, linear, lambda leaf: leaf)
-        specs = _broadcast(_specs(host, mesh), host)
+        host = block if count == 1 else _by_linear(block, linears, linear, lambda leaf: leaf)
+        specs = _broadcast(_specs(host, config, mesh), host)
         result["blocks"].append(MeshBlock(jax.tree.map(put, host, specs), mesh))
     return result
+
+
+def _edge_spec(name: str, path: tuple[Any, ...], leaf: Any, *, count: int) -> P:
+    """How an array outside of the blocks lies: a table of the vocabulary by its rows, where these divide."""
+    table = name == "head" or (name == "embed" and (not path or path[-1].key == "tokens"))
+    return P(AXIS, None) if table and leaf.shape[0] % count == 0 else P()
 
 
 def _broadcast(specs: Any, tree: Any) -> Any:
@@ -203,11 +215,7 @@ def _is_spec(node: Any) -> bool:
 def collectives(params: Any) -> dict[str, Counter[str]]:
     """Values per token that every linear of the first block communicates, by collective."""
     block = params["blocks"][0].parameters
-    found: dict[str, Counter[str]] = {}
-    for name in LINEARS:
-        group, leaf = name.split(".")
-        found[name] = Counter(getattr(block[group][leaf]["weight"], "collectives", {}))
-    return found
+    return {name: Counter(getattr(weight, "collectives", {})) for name, weight in linears_of(block).items()}
 
 
 def summary(params: Any) -> str:

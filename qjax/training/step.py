@@ -15,6 +15,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from qjax.errors import DataError
 from qjax.models.config import ModelConfig
+from qjax.models.linear import replace_linears
+from qjax.models.structure import abstract_block, structure
 from qjax.models.transformer import forward
 
 __all__ = ["Schedule", "TrainState", "batch_at", "initial_state", "sum_loss", "train_step"]
@@ -77,29 +79,23 @@ class TrainState:
 @functools.partial(jax.jit, static_argnames=("config", "schedule"))
 def initial_state(key: Array, config: ModelConfig, schedule: Schedule) -> TrainState:
     """Normal weights of deviation `fan_in**-0.5`, divided by `sqrt(2 layers)` where they write to the residual."""
-    width, middle = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    residual = (2 * config.num_layers) ** -0.5
-    shapes: dict[tuple[str, str], tuple[int, int, float]] = {
-        ("self_attn", "q_proj"): (q, width, 1.0),
-        ("self_attn", "k_proj"): (kv, width, 1.0),
-        ("self_attn", "v_proj"): (kv, width, 1.0),
-        ("self_attn", "o_proj"): (width, q, residual),
-        ("mlp", "gate_proj"): (middle, width, 1.0),
-        ("mlp", "up_proj"): (middle, width, 1.0),
-        ("mlp", "down_proj"): (width, middle, residual),
-    }
-    keys = iter(jax.random.split(key, config.num_layers * len(shapes) + 1))
+    linears, residual = structure(config).linears, (2 * config.num_layers) ** -0.5
+    keys = iter(jax.random.split(key, config.num_layers * len(linears) + 1))
 
     def layer() -> Params:
-        parameters: Params = {name: jnp.ones(width) for name in ("input_layernorm", "post_attention_layernorm")}
-        for (part, name), (rows, columns, scale) in shapes.items():
-            weight = jax.random.normal(next(keys), (rows, columns)) * (scale * columns**-0.5)
-            parameters.setdefault(part, {})[name] = {"weight": weight}
-        return parameters
+        weights = {}
+        for linear in linears:
+            scale = residual if linear.row_parallel else 1.0  # those whose outputs are added to the residual
+            weights[linear.name] = jax.random.normal(next(keys), linear.shape) * (scale * linear.inner**-0.5)
+        ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_block(config))
+        return replace_linears(ones, weights)
 
-    embed = jax.random.normal(next(keys), (config.vocab_size, width)) * 0.02
-    params = {"embed": embed, "norm": jnp.ones(width), "blocks": [layer() for _ in range(config.num_layers)]}
+    embed = jax.random.normal(next(keys), (config.vocab_size, config.hidden_size)) * 0.02
+    params = {
+        "embed": embed,
+        "norm": jnp.ones(config.hidden_size),
+        "blocks": [layer() for _ in range(config.num_layers)],
+    }
     return TrainState(params, schedule.optimizer().init(params))
 
 

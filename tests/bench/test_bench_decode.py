@@ -10,8 +10,7 @@ from qjax.errors import InputError
 from qjax.hessian import collect
 from qjax.interchange import artifact
 from qjax.matrix.quantize import quantize_matrix
-from qjax.models.linear import replace_linears
-from qjax.models.transformer import LINEARS
+from qjax.models.linear import linears_of, replace_linears
 
 
 @pytest.mark.parametrize(("bits", "code"), [(4, None), (2, "mul1"), (2, "e8p")])
@@ -30,11 +29,10 @@ def test_a_record_of_a_model(tmp_path):
     blocks, transform = [], incoherence.make("hadamard")
     for index, parameters in enumerate(model.params["blocks"]):
         matrices = {}
-        for linear in LINEARS:
-            group, leaf = linear.split(".")
+        for linear, weight in linears_of(parameters).items():
             name = f"layers.{index}.{linear}"
             matrices[linear], _ = quantize_matrix(
-                parameters[group][leaf]["weight"],
+                weight,
                 hessians[name],
                 codebook=codebooks.make("half_integer", 2),
                 rounding=rounding.make("nearest"),
@@ -45,7 +43,7 @@ def test_a_record_of_a_model(tmp_path):
         blocks.append(replace_linears(parameters, matrices))
     artifact.save(tmp_path / "a", model, {**model.params, "blocks": blocks}, transform.spec())
     record = decode.model(str(tmp_path / "a"), "tiny", tokens=3, repeats=1)
-    assert record["packed_matrices"] == len(LINEARS) * len(blocks)
+    assert record["packed_matrices"] == 7 * len(blocks)
     assert record["bytes"]["packed"] < record["bytes"]["dense"] / 4
     assert all(rate > 0 for rate in record["tokens_per_second"].values())
     assert decode.lines([record])[1][0][0] == "tiny, 3 tokens"

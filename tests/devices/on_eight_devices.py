@@ -27,10 +27,12 @@ from qjax.hessian.moments import (
 )
 from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
+from qjax.models.structure import structure
 from qjax.models.transformer import embed, head
 from qjax.pipeline.quantize_model import quantize_model
 from qjax.pipeline.recipe import Recipe
 from qjax.runtime import mesh
+from qjax.streams import gradients
 from qjax.streams.batches import Spread
 
 CONFIG = ModelConfig("LlamaForCausalLM", 50, 32, 48, 2, 4, 2, 8)
@@ -87,7 +89,7 @@ def moments(model, tokens, meshes):
     FOUND["moments twice"] = identical(*twice)
     FOUND["moments tokens"] = [h.tokens for h in twice[0].values()] == [tokens.size] * 14
 
-    x = np.array(embed(model.params["embed"], tokens))
+    x = np.array(embed(model.params["embed"], tokens, CONFIG))
     z = x + np.random.default_rng(3).standard_normal(x.shape).astype(np.float32) * np.float32(0.1)
     pair = lambda spread: block_hessians_of_two_streams(  # noqa: E731
         model.params["blocks"][0], x, z, CONFIG, index=0, batch=2, spread=spread
@@ -97,7 +99,7 @@ def moments(model, tokens, meshes):
     FOUND["outputs"] = float(np.max(np.abs(y - other)))
 
     spread = Spread(len(x), 2, eight)
-    sums, step = empty(CONFIG, spread, cross=True), next(iter(spread.feed(x, z)))
+    sums, step = empty(CONFIG, spread, pairs=True), next(iter(spread.feed(x, z)))
     arguments = (sums, spread.whole(model.params["blocks"][0]), *step.parts, step.mask, step.numbers, CONFIG)
     add = accumulate_pair.lower(*arguments, mesh=eight).compile().as_text()
     FOUND["adding moments"] = collectives(add)
@@ -118,17 +120,27 @@ def sketches(model, tokens, eight):
     spread = Spread(len(tokens), 2, eight)
     parameters, table = spread.whole((model.params["blocks"][0], model.params["embed"]))
     top, step = spread.whole(head(model.params)), next(iter(spread.feed(tokens)))
-    x = embed(table, *step.parts)
-    y, pull, inputs = sketch_collect.forward(parameters, x, CONFIG)
+    x = embed(table, *step.parts, CONFIG)
+    y, pull, inputs = gradients.forward(parameters, x, CONFIG)
     arguments = (top, y, *step.parts, np.zeros(2, np.uint32), step.numbers, CONFIG)
     gradient = sketch_collect.label_gradient(*arguments, labels="sampled")
-    sums = sketch_collect.empty_sums(parameters, "both", spread)
+    sums = sketch_collect.empty_sums(CONFIG, "both", spread)
     add = sketch_collect.accumulate_sketch.lower(
-        sums, pull, inputs, gradient, step.mask, step.numbers, {}, per_token=False, update="both", mesh=eight
+        sums,
+        pull,
+        inputs,
+        gradient,
+        step.mask,
+        step.numbers,
+        {},
+        sites=tuple(structure(CONFIG).sites.items()),
+        per_token=False,
+        update="both",
+        mesh=eight,
     )
     FOUND["adding a sketch"] = collectives(add.compile().as_text())
     FOUND["reducing a sketch"] = collectives(sketch_collect.reduce_sums.lower(sums, mesh=eight).compile().as_text())
-    FOUND["forward"] = collectives(sketch_collect.forward.lower(parameters, x, CONFIG).compile().as_text())
+    FOUND["forward"] = collectives(gradients.forward.lower(parameters, x, CONFIG).compile().as_text())
 
 
 def problem(m, n):

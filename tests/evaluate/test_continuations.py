@@ -17,7 +17,7 @@ def tiny():
 def by_hand(model, context, continuation):
     """Token by token, from the logits of the unpadded text."""
     ids = np.asarray([*context, *continuation], np.int32)
-    x = transformer.embed(model.params["embed"], ids[None])
+    x = transformer.embed(model.params["embed"], ids[None], model.config)
     for block in model.params["blocks"]:
         x = transformer.block(block, x, model.config)
     log_q = np.asarray(jax.nn.log_softmax(transformer.logits(transformer.head(model.params), x, model.config)))[0]

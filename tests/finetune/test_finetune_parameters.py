@@ -63,7 +63,7 @@ def quantized(model):
 
 
 def states(params, tokens, config):
-    x = embed(params["embed"], tokens)
+    x = embed(params["embed"], tokens, config)
     for parameters in params["blocks"]:
         x = block(parameters, x, config)
     return x

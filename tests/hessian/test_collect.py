@@ -10,7 +10,8 @@ from qjax.errors import ArtifactError, DataError, InputError, NumericsError
 from qjax.hessian import HessianStore
 from qjax.hessian.moments import _second_moment, accumulate, empty, finish
 from qjax.hessian.store import pack_triangle, unpack_triangle
-from qjax.models.transformer import LINEARS, SITES, block_inputs, embed
+from qjax.models import structure
+from qjax.models.transformer import block_inputs, embed
 from qjax.runtime.fingerprint import digest
 from qjax.streams.batches import Spread
 from qjax.streams.forward import batches
@@ -18,10 +19,10 @@ from qjax.streams.forward import batches
 
 def exact(model, tokens):
     """E[x xᵀ] of every linear, summed in float64 sequence by sequence."""
-    sums, x = {}, embed(model.params["embed"], tokens)
+    sums, x = {}, embed(model.params["embed"], tokens, model.config)
     for index, parameters in enumerate(model.params["blocks"]):
         x, inputs = block_inputs(parameters, x, model.config)
-        for linear, site in LINEARS.items():
+        for linear, site in structure(model.config).sites.items():
             rows = np.asarray(inputs[site], np.float64).reshape(-1, inputs[site].shape[-1])
             sums[f"layers.{index}.{linear}"] = rows.T @ rows / len(rows)
     return sums
@@ -43,7 +44,7 @@ def test_many_batches_lose_nothing(model):
     One batch of the same program is the reference, so that the sums alone are tested and not how a machine rounds the
     activations (test_collected_hessians_are_the_second_moments does that).
     """
-    x = np.asarray(embed(model.params["embed"], np.arange(24, dtype=np.int32).reshape(2, 12)))
+    x = np.asarray(embed(model.params["embed"], np.arange(24, dtype=np.int32).reshape(2, 12), model.config))
     parameters = model.params["blocks"][0]
 
     def mean_of(batches):
@@ -57,7 +58,7 @@ def test_many_batches_lose_nothing(model):
         return means
 
     once, often = mean_of(1), mean_of(1000)
-    for site in SITES:
+    for site in once:
         product = once[site] * np.float32(24)
         plain = np.zeros_like(product)
         for _ in range(1000):

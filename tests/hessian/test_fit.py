@@ -12,8 +12,13 @@ from qjax.hessian import HessianStore, alignment, exact_fisher
 from qjax.hessian.fit import Fit, error_bound, gradient_terms, measure_fit, predicted_cost
 from qjax.hessian.labels import draw
 from qjax.job.hessians import check_settings, fits, provide
-from qjax.models.transformer import LINEARS, forward
+from qjax.models.linear import linears_of
+from qjax.models.transformer import forward
 
+LINEARS = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 SETTINGS = {
     "estimator": "sketch_b",
     "stream": "original",
@@ -47,9 +52,8 @@ def explicit_gradients(model, tokens):
 
         gradient = jax.grad(loss)(model.params)
         for block, parameters in enumerate(gradient["blocks"]):
-            for linear in LINEARS:
-                group, leaf = linear.split(".")
-                found.setdefault(f"layers.{block}.{linear}", []).append(np.asarray(parameters[group][leaf]["weight"]))
+            for linear, weight in linears_of(parameters).items():
+                found.setdefault(f"layers.{block}.{linear}", []).append(np.asarray(weight))
     return {name: np.stack(values).astype(np.float64) for name, values in found.items()}
 
 

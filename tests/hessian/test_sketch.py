@@ -17,9 +17,14 @@ from qjax.hessian.sketch import assembled, divided, gram_is_cheaper, increments,
 from qjax.hessian.sketch_collect import block_bytes, ranges
 from qjax.hessian.sketch_store import collect_into
 from qjax.job.hessians import check_settings
-from qjax.models.transformer import LINEARS, forward
+from qjax.models import structure
+from qjax.models.transformer import forward
 from qjax.runtime.atomic import read_safetensors, write_safetensors
 
+LINEARS = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 NAMES = [f"layers.{index}.{linear}" for index in range(2) for linear in LINEARS]
 
 
@@ -122,10 +127,10 @@ def test_sketch_a_takes_tokens_one_by_one(model, tokens):
             return likelihood(params, model.config, s, c, jnp.ones(len(s)))
 
         zeros = {name: jnp.zeros((length, leaf(model.params, name)["weight"].shape[0])) for name in NAMES}
-        gradients, x = jax.grad(loss)(zeros), embed(model.params["embed"], np.asarray(sequence)[None])
+        gradients, x = jax.grad(loss)(zeros), embed(model.params["embed"], np.asarray(sequence)[None], model.config)
         for block_index, parameters in enumerate(model.params["blocks"]):
             x, inputs = block_inputs(parameters, x, model.config)
-            for linear, site in LINEARS.items():
+            for linear, site in structure(model.config).sites.items():
                 name = f"layers.{block_index}.{linear}"
                 rows, g = np.asarray(inputs[site][0], np.float64), np.asarray(gradients[name], np.float64)
                 h = np.asarray(moments[name].input, np.float64)
@@ -311,8 +316,8 @@ def test_rounding_to_bfloat16_is_far_below_the_sampling_error(model, tokens, est
 
 
 def test_a_small_budget_repeats_the_pass_for_fewer_blocks(model, tokens, tmp_path):
-    assert ranges(model.params["blocks"], 1) == [range(1, 2), range(1)]
-    assert ranges(model.params["blocks"], 2 * block_bytes(model.params["blocks"][0])) == [range(2)]
+    assert ranges(model.config, 1) == [range(1, 2), range(1)]
+    assert ranges(model.config, 2 * block_bytes(model.config)) == [range(2)]
     large, small = HessianStore(tmp_path / "a"), HessianStore(tmp_path / "b")
     collect(large, model, tokens, Sketch())
     collect(small, model, tokens, Sketch(), budget=1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.models import LINEARS, SITES, ModelConfig, RopeScaling, block, block_inputs
+from qjax.models import ModelConfig, RopeScaling, block, block_inputs, structure
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -140,15 +140,16 @@ def test_the_sites_are_the_inputs_of_their_linears():
     x = jnp.asarray(np.random.default_rng(6).normal(size=(1, 5, config.hidden_size)), jnp.float32)
     output, inputs = jax.jit(block_inputs, static_argnums=2)(parameters, x, config)
     np.testing.assert_allclose(np.asarray(output), np.asarray(block(parameters, x, config)), atol=1e-6)
-    assert tuple(inputs) == SITES
-    for name, site in LINEARS.items():
+    sites = structure(config).sites
+    assert set(inputs) == set(sites.values())
+    for name, site in sites.items():
         group, linear = name.split(".")
         assert inputs[site].shape[-1] == parameters[group][linear]["weight"].shape[1]
     # The last site and the residual before it give the block's output back.
     down = parameters["mlp"]["down_proj"]
-    mlp = np.asarray(inputs["mlp_output"]) @ np.asarray(down["weight"]).T + np.asarray(down["bias"])
+    mlp = np.asarray(inputs["mlp.down_proj"]) @ np.asarray(down["weight"]).T + np.asarray(down["bias"])
     attention = parameters["self_attn"]["o_proj"]
-    mixed = np.asarray(inputs["attention_output"]) @ np.asarray(attention["weight"]).T + np.asarray(attention["bias"])
+    mixed = np.asarray(inputs["self_attn.o_proj"]) @ np.asarray(attention["weight"]).T + np.asarray(attention["bias"])
     np.testing.assert_allclose(np.asarray(output), np.asarray(x) + mixed + mlp, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ from qjax.models.tokenizers.chat import chat_prompt, stop_ids
 from qjax.models.tokenizers.text_stream import TextStream
 from qjax.models.transformer import embed, head, logits
 
-FAMILIES = ["llama3", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama3", "mistral", "opt", "opt_post_norm", "qwen2", "qwen3"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,8 +30,9 @@ def test_any_split_into_steps_gives_the_logits_of_the_whole(fixtures: Path, fami
     expected = np.asarray(forward(model.params, tokens, config))
     cache, outputs, start = empty_cache(config, 2, 16), [], 0
     for length in (5, 1, 1, 5):
-        x = embed(model.params["embed"], tokens[:, start : start + length])
-        x, cache = step(model.params["blocks"], x, cache, np.full(2, start, np.int32), config)
+        at = np.full(2, start, np.int32)
+        x = embed(model.params["embed"], tokens[:, start : start + length], config, at)
+        x, cache = step(model.params["blocks"], x, cache, at, config)
         outputs.append(np.asarray(logits(head(model.params), x, config)))
         start += length
     np.testing.assert_allclose(np.concatenate(outputs, axis=1), expected, rtol=2e-4, atol=2e-4)

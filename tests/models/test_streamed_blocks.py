@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qjax import models
-from qjax.job.preflight import linear_shapes
+from qjax.models import structure
 from qjax.streams.forward import forward_block
 
 
@@ -48,6 +48,6 @@ def test_a_block_may_overwrite_its_inputs():
 def test_the_shapes_of_the_plan_are_those_of_the_weights():
     model = models.stream("tiny")
     block = model.params["blocks"][0]
-    for linear, shape in linear_shapes(model.config).items():
+    for linear, shape in structure(model.config).shapes.items():
         group, leaf = linear.split(".")
         assert block[group][leaf]["weight"].shape == shape

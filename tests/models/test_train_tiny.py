@@ -305,9 +305,9 @@ def test_directory_holds_the_rounded_model_and_is_not_overwritten(tmp_path, smal
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
     stored = load_file(folder / "model.safetensors")
     assert len(stored) == 2 + 9 * config.num_layers
-    expected = hugging_face_tensors(params)
+    expected = hugging_face_tensors(params, config)
     assert all(np.array_equal(stored[name], expected[name]) for name in expected)
-    back = jax.tree.leaves(hugging_face_tensors(rounded(params)))
+    back = jax.tree.leaves(hugging_face_tensors(rounded(params), config))
     assert all(np.array_equal(a, b) for a, b in zip(back, jax.tree.leaves(expected), strict=True))
     with pytest.raises(RunError, match="not overwritten"):
         write_directory(folder, params, config, "", {}, 0)

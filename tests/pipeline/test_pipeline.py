@@ -335,7 +335,7 @@ def test_the_plan_counts_sketches_and_tuning(tmp_path, cache, capsys):
 
     plain = predicted("hessian=original")
     model = models.load("tiny")
-    blocks = sum(map(block_bytes, model.params["blocks"]))  # all sums of a pass, a pair of float32 for every entry
+    blocks = model.config.num_layers * block_bytes(model.config)  # all sums, a pair of float32 for every entry
     narrow, wide = (predicted("hessian=sketch_b", f"hessian.budget_gb={budget}") for budget in (1e-6, 8))
     assert wide[0] - narrow[0] == pytest.approx(blocks * 3 / 4 / 2**30, abs=0.011)  # tiny has four blocks
     assert wide[1] > plain[1] + blocks / 4 / 2**30  # the triangles of the store

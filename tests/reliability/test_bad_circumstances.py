@@ -43,8 +43,7 @@ def test_case_29_plain_rounding_is_kept_where_feedback_loses(monkeypatch):
     weight, h = problem()
     recipe = Recipe({"name": "half_integer"}, 2, qjax.rounding.make("ldlq"), qjax.incoherence.make("hadamard"))
     plan = recipe.plan(["l7"])["l7"]
-    parameters = {"mlp": {"up_proj": {"weight": weight}}}
-    _, good = quantize_layer(parameters, Hessian(h, None), plan, "mlp.up_proj", "l7", root_key(0), 0.0)
+    _, good = quantize_layer(weight, Hessian(h, None), plan, "l7", root_key(0), 0.0)
     assert good.fallback is None and good.alignment < 1 and not suspicious(good)
     from qjax.pipeline import layer
 
@@ -55,7 +54,7 @@ def test_case_29_plain_rounding_is_kept_where_feedback_loses(monkeypatch):
         return matrix, dataclasses.replace(report, proxy_loss=0.9, alignment=3.0)
 
     monkeypatch.setattr(layer, "quantize_matrix", harmful)
-    matrix, report = quantize_layer(parameters, Hessian(h, None), plan, "mlp.up_proj", "l7", root_key(0), 0.0)
+    matrix, report = quantize_layer(weight, Hessian(h, None), plan, "l7", root_key(0), 0.0)
     assert report.fallback == "nearest"
     assert np.array_equal(dense(matrix), dense(quantize(weight, h, rounding="nearest")[0]))
 

@@ -5,6 +5,7 @@ import numpy as np
 import qjax
 from qjax import hessian, models
 from qjax.interchange.serialize import to_arrays
+from qjax.models.linear import linear_weight
 from qjax.models.transformer import layer_names
 from qjax.pipeline.layer import quantize_layer, root_key
 from qjax.pipeline.quantize_model import quantize_model
@@ -28,8 +29,8 @@ def test_layers_may_be_visited_in_any_order(pytestconfig):
         result = {}
         for name in names:
             _, index, linear = name.split(".", 2)
-            parameters = model.params["blocks"][int(index)]
-            matrix, report = quantize_layer(parameters, found[name], plans[name], linear, name, root_key(3), 0.0)
+            weight = linear_weight(model.params["blocks"][int(index)], linear)
+            matrix, report = quantize_layer(weight, found[name], plans[name], name, root_key(3), 0.0)
             result[name] = to_arrays(matrix, {}), report.proxy_loss
         return result
 

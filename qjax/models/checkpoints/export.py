@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qjax.errors import ModelFileError, RunError
+from qjax.models.checkpoints.weights import tensor_leaves
 from qjax.models.config import ModelConfig
 
 __all__ = ["hugging_face_config", "hugging_face_tensors", "rounded", "write_directory"]
@@ -52,20 +53,15 @@ def hugging_face_config(config: ModelConfig, special_token: int) -> dict[str, An
     }
 
 
-def hugging_face_tensors(params: Any) -> dict[str, np.ndarray]:
-    """The pytree of `qjax.models.transformer` under the names of Llama checkpoints, in bfloat16."""
-    named: dict[str, Any] = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]}
-    if "head" in params:
-        named["lm_head.weight"] = params["head"]
-    for index, block in enumerate(params["blocks"]):
-        for name, value in block.items():
-            prefix = f"model.layers.{index}.{name}"
-            if not isinstance(value, Mapping):
-                named[f"{prefix}.weight"] = value
-                continue
-            for part, tensors in value.items():
-                named |= {f"{prefix}.{part}.{kind}": tensor for kind, tensor in tensors.items()}
-    return {name: np.asarray(tensor).astype(ml_dtypes.bfloat16) for name, tensor in named.items()}
+def hugging_face_tensors(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The parameters under the names of their family's checkpoints, in bfloat16."""
+    found = {}
+    for name, path in tensor_leaves(config).items():
+        leaf = params
+        for key in path.split("/"):
+            leaf = leaf[int(key)] if key.isdigit() else leaf[key]
+        found[name] = np.asarray(leaf).astype(ml_dtypes.bfloat16)
+    return found
 
 
 def rounded(params: Any) -> Any:
@@ -100,7 +96,7 @@ def write_directory(
         }
         for name, text in files.items():
             (staging / name).write_text(text, encoding="utf-8")
-        save_file(hugging_face_tensors(params), staging / "model.safetensors", metadata={"format": "pt"})
+        save_file(hugging_face_tensors(params, config), staging / "model.safetensors", metadata={"format": "pt"})
         (staging / "model.safetensors").chmod(0o644)  # the writer makes it private
         retired = staging.with_name(staging.name + "-old")
         if folder.exists():  # a folder cannot be renamed onto a full one: two renames, with the old one kept until then

@@ -5,48 +5,34 @@ from __future__ import annotations
 import collections
 import functools
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 from gguf.quants import dequantize
 
 from qjax.errors import ModelFileError, listed
 from qjax.models.checkpoints.gguf_format import GgufHeader, GgufTensor
+from qjax.models.checkpoints.weights import tensor_shapes
 from qjax.models.config import ModelConfig, RopeScaling
-from qjax.models.transformer import rope_frequencies
+from qjax.models.families import FAMILIES, family
+from qjax.models.rope import rope_frequencies
 
 __all__ = ["GgufSource", "gguf_config"]
 
-_EDGES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1 and 3.2 files store the divisors of the frequencies, not the rule; these are the two published rules.
 _LLAMA3_RULES = (RopeScaling(8.0, 1.0, 4.0, 8192), RopeScaling(32.0, 1.0, 4.0, 8192))
 _UNQUANTISED = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 
 
-def _hugging_face_name(name: str) -> str:
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-        index, part, kind = match.groups()
-        return f"model.layers.{index}.{_IN_BLOCK[part]}.{kind}" if part in _IN_BLOCK else name
-    stem, _, kind = name.rpartition(".")
-    return f"{_EDGES[stem]}.{kind}" if stem in _EDGES else name
+def _gguf_names(config: ModelConfig) -> dict[str, str]:
+    """The Hugging Face name of every tensor of the model, by its name in GGUF files."""
+    architecture = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == family(config).gguf)
+    known = get_tensor_name_map(architecture, config.num_layers)
+    found = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in tensor_shapes(config)}
+    return {name: own for own, name in found.items() if name is not None}
 
 
 class GgufSource:
@@ -58,10 +44,9 @@ class GgufSource:
 
     def __init__(self, path: Path, header: GgufHeader, config: ModelConfig):
         self._path = path
-        self._tensors = {_hugging_face_name(n): t for n, t in header.tensors.items() if n != _ROPE_FACTORS}
-        self._heads: dict[str, int] = {}
-        if config.architecture == "LlamaForCausalLM":
-            self._heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+        names = _gguf_names(config)
+        self._tensors = {names.get(n, n): t for n, t in header.tensors.items() if n != _ROPE_FACTORS}
+        self._paired, self._head_dim = family(config).gguf_paired, config.head_dim
         self.names = frozenset(self._tensors)
         self.files: tuple[Path, ...] = (path,)
         counts = collections.Counter(t.type for n, t in self._tensors.items() if ".layers." in n and len(t.shape) == 2)
@@ -85,11 +70,9 @@ class GgufSource:
         """The dequantised tensor in float32, rows in half-split order. Raises ModelFileError when it was cut short."""
         tensor = self._tensors[name]
         values = _dequantised(self._path, name, tensor)
-        parts = name.split(".")
-        heads = self._heads.get(parts[-2]) if parts[-1] in ("weight", "bias") else None
-        if heads is None:
+        if not name.rpartition(".")[0].endswith(self._paired):
             return values
-        pairs = values.reshape(heads, tensor.shape[0] // heads // 2, 2, -1)
+        pairs = values.reshape(-1, self._head_dim // 2, 2, math.prod(tensor.shape[1:]))
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
 
 
@@ -142,18 +125,21 @@ def gguf_config(path: Path, header: GgufHeader) -> ModelConfig:
     Raises ModelFileError for an unknown architecture, experts, partial rotation or a missing entry.
     """
     metadata = header.metadata
-    family = metadata.get("general.architecture")
-    if family not in _ARCHITECTURES:
+    kind = metadata.get("general.architecture")
+    architectures = {known().gguf: name for name, known in FAMILIES.items() if known().gguf is not None}
+    if kind not in architectures:
         raise ModelFileError(
-            f"{path}: the GGUF architecture {family!r} is not supported; there is: {listed(_ARCHITECTURES)}"
+            f"{path}: the GGUF architecture {kind!r} is not supported; there is: {listed(architectures)}"
         )
 
+    own: Any = FAMILIES.make(architectures[kind])  # those with GGUF files are Llamas
+
     def entry(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{family}.{key}", default)
+        value = metadata.get(f"{kind}.{key}", default)
         if value is None:
-            raise ModelFileError(f"{path} has no metadata entry {family}.{key}")
+            raise ModelFileError(f"{path} has no metadata entry {kind}.{key}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ModelFileError(f"{path}: the metadata entry {family}.{key} is {value!r}; one number is expected")
+            raise ModelFileError(f"{path}: the metadata entry {kind}.{key} is {value!r}; one number is expected")
         return value
 
     if entry("expert_count", 0):
@@ -167,14 +153,12 @@ def gguf_config(path: Path, header: GgufHeader) -> ModelConfig:
         raise ModelFileError(f"{path}: {heads} heads, {kv_heads} key/value heads, width {head_dim} do not fit together")
     theta = float(entry("rope.freq_base", 10_000.0))
     if theta <= 0:
-        raise ModelFileError(
-            f"{path}: the rotary base {family}.rope.freq_base is {theta}; a positive number is expected"
-        )
+        raise ModelFileError(f"{path}: the rotary base {kind}.rope.freq_base is {theta}; a positive number is expected")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelFileError(f"{path} has no tensor token_embd.weight")
     return ModelConfig(
-        architecture=_ARCHITECTURES[family],
+        architecture=architectures[kind],
         vocab_size=embedding.shape[0],
         hidden_size=width,
         intermediate_size=int(entry("feed_forward_length")),
@@ -190,6 +174,6 @@ def gguf_config(path: Path, header: GgufHeader) -> ModelConfig:
         qkv_bias="blk.0.attn_q.bias" in header.tensors,
         attention_bias="blk.0.attn_output.bias" in header.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in header.tensors,
-        qk_norm=family == "qwen3",
+        qk_norm=own.qk_norm,
         sliding_window=int(entry("attention.sliding_window", 0)) or None,
     )

@@ -5,6 +5,7 @@ Tensor names are those of Hugging Face checkpoints; every source maps its own na
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,8 +14,18 @@ import numpy as np
 
 from qjax.errors import InputError, ModelFileError, listed
 from qjax.models.config import ModelConfig
+from qjax.models.families import family, paths
 
-__all__ = ["DTYPES", "WeightSource", "check_source", "leaf_shapes", "read_block", "read_edges", "tensor_shapes"]
+__all__ = [
+    "DTYPES",
+    "WeightSource",
+    "check_source",
+    "leaf_shapes",
+    "read_block",
+    "read_edges",
+    "tensor_leaves",
+    "tensor_shapes",
+]
 
 Params = Any  # a pytree of numpy arrays as documented in qjax.models.transformer
 
@@ -24,7 +35,6 @@ DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
 }
 _HEAD = "lm_head.weight"
-_EDGES = {"model.embed_tokens.weight": "embed", "model.norm.weight": "norm", _HEAD: "head"}
 _SHOWN = 6  # how many problems one message lists
 
 
@@ -59,63 +69,34 @@ class WeightSource(Protocol):
         ...
 
 
-def _block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    width, middle = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (width,),
-        "post_attention_layernorm.weight": (width,),
-    }
-    for name, out, biased in (
-        ("q_proj", queries, config.qkv_bias or config.attention_bias),
-        ("k_proj", keys, config.qkv_bias or config.attention_bias),
-        ("v_proj", keys, config.qkv_bias or config.attention_bias),
-    ):
-        shapes[f"self_attn.{name}.weight"] = (out, width)
-        if biased:
-            shapes[f"self_attn.{name}.bias"] = (out,)
-    shapes["self_attn.o_proj.weight"] = (width, queries)
-    if config.attention_bias:
-        shapes["self_attn.o_proj.bias"] = (width,)
-    if config.qk_norm:
-        shapes |= {"self_attn.q_norm.weight": (config.head_dim,), "self_attn.k_norm.weight": (config.head_dim,)}
-    for name, out, inner in (("gate_proj", middle, width), ("up_proj", middle, width), ("down_proj", width, middle)):
-        shapes[f"mlp.{name}.weight"] = (out, inner)
-        if config.mlp_bias:
-            shapes[f"mlp.{name}.bias"] = (out,)
-    return shapes
-
-
-def _edge_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
-        "model.norm.weight": (config.hidden_size,),
-    }
-    if not config.tie_embeddings:
-        shapes[_HEAD] = (config.vocab_size, config.hidden_size)
-    return shapes
-
-
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a model of this configuration has."""
-    block = _block_shapes(config)
-    return _edge_shapes(config) | {
-        f"model.layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in block.items()
-    }
-
-
-def _place(name: str) -> tuple[str, ...]:
-    """Where a block's tensor lies in its parameters: norms are arrays, linears have a weight and perhaps a bias."""
-    *parts, kind = name.split(".")
-    norm = len(parts) == 1 or parts[-1] in ("q_norm", "k_norm")
-    return tuple(parts) if norm else (*parts, kind)
+    own = family(config)
+    edges = {name: shape for name, (_, shape) in own.edge_tensors(config).items()}
+    block = own.block_tensors(config)
+    prefixes = [own.prefix.format(index=index) for index in range(config.num_layers)]
+    return edges | {prefix + name: shape for prefix in prefixes for name, shape in block.items()}
 
 
 def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Path (`blocks/0/mlp/up_proj/weight`, `embed`) and shape of every leaf that a model's parameters have."""
-    block = {"/".join(_place(name)): shape for name, shape in _block_shapes(config).items()}
-    shapes = {_EDGES[name]: shape for name, shape in _edge_shapes(config).items()}
+    own = family(config)
+    tensors = own.block_tensors(config)
+    block = {"/".join(path): tensors[name] for name, path in paths(tensors).items()}
+    shapes = dict(own.edge_tensors(config).values())
     return shapes | {f"blocks/{i}/{path}": shape for i in range(config.num_layers) for path, shape in block.items()}
+
+
+def tensor_leaves(config: ModelConfig) -> dict[str, str]:
+    """The path of the leaf that every tensor becomes, by its name."""
+    own = family(config)
+    edges = {name: path for name, (path, _) in own.edge_tensors(config).items()}
+    places = paths(own.block_tensors(config))
+    return edges | {
+        f"{own.prefix.format(index=i)}{name}": f"blocks/{i}/{'/'.join(path)}"
+        for i in range(config.num_layers)
+        for name, path in places.items()
+    }
 
 
 def check_source(source: WeightSource, config: ModelConfig) -> None:
@@ -177,25 +158,24 @@ def read_block(source: WeightSource, config: ModelConfig, index: int, dtype: str
     """
     if not 0 <= index < config.num_layers:
         raise InputError(f"block {index} does not exist: the model has blocks 0 to {config.num_layers - 1}")
-    target = resolve_dtype(dtype)
-    parameters: dict[str, Any] = {"self_attn": {}, "mlp": {}}
-    for name in _block_shapes(config):
-        values = _read(source, f"model.layers.{index}.{name}", target)
-        *groups, last = _place(name)
-        node = parameters
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = values
+    target, own = resolve_dtype(dtype), family(config)
+    parameters: dict[str, Any] = {}
+    for name, path in paths(own.block_tensors(config)).items():
+        _put(parameters, path, _read(source, own.prefix.format(index=index) + name, target))
     return parameters
 
 
 def read_edges(source: WeightSource, config: ModelConfig, dtype: str = "float32") -> Params:
-    """What is outside the blocks: `{"embed": [vocab, width], "norm": [width], "head": [vocab, width] unless tied}`."""
+    """What is outside the blocks: `{"embed", "norm", "head" unless tied}`, arrays or dictionaries of them."""
     target = resolve_dtype(dtype)
-    parameters = {
-        "embed": _read(source, "model.embed_tokens.weight", target),
-        "norm": _read(source, "model.norm.weight", target),
-    }
-    if not config.tie_embeddings:
-        parameters["head"] = _read(source, _HEAD, target)
-    return parameters
+    parameters: dict[str, Any] = {}
+    for name, (path, _) in family(config).edge_tensors(config).items():
+        _put(parameters, path.split("/"), _read(source, name, target))
+    return {"norm": {}, **parameters}  # a family may have nothing behind its blocks
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: np.ndarray) -> None:
+    *groups, last = path
+    for group in groups:
+        tree = tree.setdefault(group, {})
+    tree[last] = value
