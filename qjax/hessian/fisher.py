@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qjax.errors import InputError
+from qjax.linalg.symmetric import mirror
 
 __all__ = ["alignment", "exact_fisher"]
 
@@ -15,13 +16,13 @@ _LARGEST = 4096
 def exact_fisher(gradients: Float[np.ndarray, "samples m n"]) -> Float[np.ndarray, "mn mn"]:
     """`𝓗 = mean vec(G) vec(G)ᵀ` in float64, vec by rows: `vec(E)ᵀ (H_out ⊗ H_in) vec(E) = tr(H_out E H_in Eᵀ)`.
 
-    Raises InputError for a layer of more than 4096 weights (128 MiB).
+    Exactly symmetric. Raises InputError for a layer of more than 4096 weights (128 MiB).
     """
     samples, m, n = gradients.shape
     if m * n > _LARGEST:
         raise InputError(f"an exact Fisher block of {m} × {n} weights is too large; at most {_LARGEST} weights")
     flat = gradients.reshape(samples, m * n).astype(np.float64)
-    return flat.T @ flat / samples
+    return mirror(flat.T @ flat / samples)
 
 
 def alignment(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.gram.triangle import mirrored
 from qjax.errors import InputError
 from qjax.hessian.labels import label_gradient
 from qjax.linalg.kronecker import Hessian
@@ -84,7 +85,7 @@ def gradient_terms(
     gram_x = jnp.einsum("btn,bsn->bts", weighted_x, x, precision=_precise)
     gram_g = jnp.einsum("btm,bsm->bts", weighted_g, g, precision=_precise)
     whole = jnp.einsum("btm,btn->bmn", g, x, precision=_precise).reshape(x.shape[0], -1)
-    return jnp.sum(gram_x * gram_g, axis=(1, 2)), jnp.matmul(whole, whole.T, precision=_precise)
+    return jnp.sum(gram_x * gram_g, axis=(1, 2)), mirrored(jnp.matmul(whole, whole.T, precision=_precise))
 
 
 def measure_fit(

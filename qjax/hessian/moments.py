@@ -16,6 +16,7 @@ from jaxtyping import Array
 from pallas_kernels.gram import gram
 from qjax.errors import NumericsError
 from qjax.linalg.kronecker import Hessian
+from qjax.linalg.symmetric import mirror
 from qjax.models.config import ModelConfig
 from qjax.models.structure import structure
 from qjax.models.transformer import block_inputs
@@ -219,7 +220,8 @@ def reduced(moments: Moments, *, mesh: Mesh) -> tuple[dict[str, Array], dict[str
 def finish(moments: Moments, count: int, mesh: Mesh) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """(means of the sums over `count` tokens as float32 on the host, first sequence that is not finite by site).
 
-    The running sums are freed.
+    Second moments are exactly symmetric: their lower triangle is what counts, as in the store. The running sums are
+    freed.
     """
     sums, bad = reduced(moments, mesh=mesh)
     bad = jax.device_get(bad)
@@ -233,6 +235,8 @@ def finish(moments: Moments, count: int, mesh: Mesh) -> tuple[dict[str, np.ndarr
         for start in range(0, len(total), _ROWS):  # a few rows at a time: in float64 the whole is twice as large
             rows = slice(start, start + _ROWS)
             means[name][rows] = total[rows].astype(np.float64) / count
+        if not name.endswith(cross("")):
+            mirror(means[name])
     first: dict[str, int] = {}
     for name, number in bad.items():
         site = name.removesuffix(cross(""))

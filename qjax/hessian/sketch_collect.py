@@ -18,6 +18,7 @@ from qjax.hessian.labels import label_gradient
 from qjax.hessian.moments import NONE, block_hessians_and_outputs, kahan
 from qjax.hessian.sketch import Sketch, assembled, increments, row_blocks
 from qjax.linalg.kronecker import Hessian
+from qjax.linalg.symmetric import mirror
 from qjax.models.config import ModelConfig
 from qjax.models.structure import structure
 from qjax.models.transformer import embed, head, probed
@@ -260,11 +261,11 @@ def finish_sums(
 
 
 def _normal(total: np.ndarray) -> np.ndarray:
-    exact = np.tril(total.astype(np.float64))
+    exact = total.astype(np.float64)
     mean = np.trace(exact) / len(exact)
     if mean > 0:
         exact /= mean
-    return (exact + np.tril(exact, -1).T).astype(np.float32)
+    return mirror(exact.astype(np.float32))
 
 
 def collect_sketch(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from qjax.errors import ArtifactError
 from qjax.hessian.moments import block_hessians_and_outputs
 from qjax.linalg.kronecker import Hessian
+from qjax.linalg.symmetric import mirror
 from qjax.models.config import ModelConfig
 from qjax.runtime.atomic import read_safetensors, verified_metadata, write_safetensors
 from qjax.runtime.distributed import together
@@ -39,9 +40,9 @@ def unpack_triangle(values: np.ndarray) -> np.ndarray:
         raise ArtifactError(
             f"{values.size} values are not the triangle of a symmetric matrix; the Hessian file is damaged"
         )
-    matrix = np.zeros((n, n), values.dtype)
+    matrix = np.empty((n, n), values.dtype)
     matrix[np.tril_indices(n)] = values
-    return matrix + np.tril(matrix, -1).T
+    return mirror(matrix)
 
 
 def _readable(metadata: Mapping[str, str]) -> bool:

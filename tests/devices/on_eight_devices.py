@@ -80,12 +80,20 @@ def identical(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
+def symmetric(hessians):
+    """Whether all factors equal their transposes to the last bit."""
+    factors = [f for h in hessians.values() for f in (h.input, h.output) if f is not None]
+    return all(np.array_equal(f, np.transpose(f)) for f in factors)
+
+
 def moments(model, tokens, meshes):
     """E[x xᵀ] of sequences whose number no mesh divides."""
     one = hessian.collect(model, tokens, batch=2)
-    FOUND["moments"] = {name: distance(hessian.collect(model, tokens, batch=2, mesh=m), one) for name, m in meshes}
+    found = {name: hessian.collect(model, tokens, batch=2, mesh=m) for name, m in meshes}
+    FOUND["moments"] = {name: distance(hessians, one) for name, hessians in found.items()}
+    FOUND["symmetric"] = {name: symmetric(hessians) for name, hessians in found.items()}
     eight = dict(meshes)["4x2"]
-    twice = [hessian.collect(model, tokens, batch=2, mesh=eight) for _ in range(2)]
+    twice = [found["4x2"], hessian.collect(model, tokens, batch=2, mesh=eight)]
     FOUND["moments twice"] = identical(*twice)
     FOUND["moments tokens"] = [h.tokens for h in twice[0].values()] == [tokens.size] * 14
 
@@ -96,6 +104,7 @@ def moments(model, tokens, meshes):
     )
     (ours, y), (theirs, other) = pair(Spread(len(x), 2, eight)), pair(None)
     FOUND["two streams"] = distance(ours, theirs)
+    FOUND["symmetric"]["two streams"] = symmetric(ours)
     FOUND["outputs"] = float(np.max(np.abs(y - other)))
 
     spread = Spread(len(x), 2, eight)
@@ -116,7 +125,8 @@ def sketches(model, tokens, eight):
     """Both factors of both sketches; labels must not depend on where a sequence is computed."""
     for name in ("sketch_a", "sketch_b"):
         one = hessian.collect(model, tokens, name, batch=2)
-        FOUND[name] = distance(hessian.collect(model, tokens, name, batch=2, mesh=eight), one)
+        found = hessian.collect(model, tokens, name, batch=2, mesh=eight)
+        FOUND[name], FOUND["symmetric"][name] = distance(found, one), symmetric(found)
     spread = Spread(len(tokens), 2, eight)
     parameters, table = spread.whole((model.params["blocks"][0], model.params["embed"]))
     top, step = spread.whole(head(model.params)), next(iter(spread.feed(tokens)))

@@ -40,6 +40,11 @@ def test_hessians_are_those_of_one_device(found):
     assert found["outputs"] <= 1e-5  # activations of order 1, computed in another batch
 
 
+def test_hessians_are_symmetric_to_the_last_bit(found):
+    assert found["symmetric"].keys() == {"1x1", "3x1", "4x2", "8x1", "two streams", "sketch_a", "sketch_b"}
+    assert all(found["symmetric"].values())
+
+
 def test_the_same_mesh_gives_the_same_bits(found):
     assert found["moments twice"]
 

@@ -31,9 +31,18 @@ def test_the_rectangle_holds_every_tile_once(tiles):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_reference(dtype):
-    x = rows_of(Spec(70, 300), dtype)
+@pytest.mark.parametrize("n", [1, 32, 37, 48, 172, 300])
+def test_reference(n, dtype):
+    x = rows_of(Spec(70, n), dtype)
     check(jax.jit(gram)(x), x)
+
+
+@pytest.mark.parametrize("n", [32, 37, 48, 172])
+@pytest.mark.parametrize("kernel", [pallas_tpu, pallas_mosaic_gpu], ids=["tpu", "gpu"])
+def test_interpreted_widths_that_are_no_whole_tile(kernel, n):
+    x = rows_of(Spec(40, n), jnp.float32)
+    interpreter = ladder.tpu_interpreter() if kernel is pallas_tpu else ladder.gpu_interpreter()
+    check(kernel.gram(x, interpret=interpreter), x)
 
 
 @pytest.mark.parametrize(
