@@ -30,6 +30,7 @@ _PACKAGES = (
     "tokenizers",
 )
 _ABSENT = "(absent)"
+_VECTORS = ("avx512f", "avx2", "avx", "sse4_2")
 
 
 def _check_keys(value: Any, where: str) -> None:
@@ -88,17 +89,26 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _cpu_model() -> str:
+def _of_processor(field: str) -> str:
+    """What Linux says of the first processor, "" where it says nothing."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")
+
+
+def _instruction_set() -> str:
+    """The widest vectors of an x86 processor, "avx512f" to "sse4_2"; the architecture of others."""
+    flags = _of_processor("flags").split()
+    return next((name for name in _VECTORS if name in flags), platform.machine())
 
 
 def device() -> dict[str, Any]:
-    """The machine: JAX platform, kind and number of devices, processes, usable CPU cores and model, memory in bytes."""
+    """The machine: JAX platform, kind and number of devices, processes, CPU, memory in bytes.
+
+    Of the CPU the cores that may be used, model and instruction set: sums on it depend on the first and the last.
+    """
     devices = jax.devices()
     return {
         "platform": devices[0].platform,
@@ -106,12 +116,17 @@ def device() -> dict[str, Any]:
         "count": len(devices),
         "processes": jax.process_count(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "cpu_model": _cpu_model(),
+        "cpu_model": _of_processor("model name") or platform.processor() or platform.machine(),
+        "instruction_set": _instruction_set(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
 def identity(model_sha256: str) -> str:
-    """What a stored result of running a model depends on besides its inputs: the model, JAX and the kind of device."""
+    """What a stored result of running a model depends on besides its inputs: the model, JAX and the platform.
+
+    Not what decides the last bits of its sums alone: mesh, instruction set and number of cores. What was computed first
+    is kept and shared, also by machines that would add up otherwise.
+    """
     return f"{model_sha256}-{jax.__version__}-{jax.default_backend()}"

@@ -69,3 +69,27 @@ def test_versions_and_device_are_json_and_describe_this_process():
     assert device["count"] == jax.device_count()
     assert device["cpu_cores"] >= 1
     assert device["memory_bytes"] > 2**28
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model name\t: A\nflags\t\t: fpu sse4_2 avx avx2 fma\n\nmodel name\t: B\nflags\t: avx512f\n", ("A", "avx2")),
+        ("model name\t: C\nflags\t\t: avx512vl avx512f avx2 avx sse4_2\n", ("C", "avx512f")),
+        ("model name\t: D\nvmx flags\t: avx512f\nflags\t\t: fpu sse4_2\n", ("D", "sse4_2")),
+        ("Features\t: fp asimd\n", ("some processor", "aarch64")),
+        (None, ("some processor", "aarch64")),
+    ],
+)
+def test_the_processor_is_what_linux_says_of_it(monkeypatch, text, expected):
+    def read_text(path):
+        assert str(path) == "/proc/cpuinfo"
+        if text is None:
+            raise FileNotFoundError(path)
+        return text
+
+    monkeypatch.setattr(fingerprint.pathlib.Path, "read_text", read_text)
+    monkeypatch.setattr(platform, "processor", lambda: "some processor")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    found = fingerprint.device()
+    assert (found["cpu_model"], found["instruction_set"]) == expected
