@@ -34,10 +34,21 @@ SPREAD := -n $(WORKERS) --dist worksteal
 SHORT := linalg evaluate rounding codebooks hessian/test_collect.py models/test_cached.py models/test_linear.py \
   pallas_kernels/test_mosaic_gpu.py pallas_kernels/test_gram.py incoherence
 
-.PHONY: help demo test test-short test-gpu-aot test-tpu-aot lint typecheck format bench clean venv
+# What rests on how a processor adds up, and the part of it that .ci/run does under every instruction set.
+SUMS := hessian linalg rounding properties pipeline
+SUMS_SHORT := hessian/test_symmetry.py hessian/test_collect.py linalg/test_symmetric.py linalg/test_cholesky.py \
+  linalg/test_ldl.py linalg/test_damping.py rounding/test_correction.py rounding/test_gptq_groups.py
+# What .ci/run's machine does not do of itself: AVX2 where it has AVX-512, and SSE4.2.
+OTHER_ISAS := $(if $(shell grep -m1 -o avx512f /proc/cpuinfo 2>/dev/null),AVX2) SSE4_2
+# XLA's flag limits the programs alone: their matrix products are oneDNN's, factorisations and NumPy's products OpenBLAS'.
+ISA_AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
+ISA_SSE4_2 := ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem
+
+.PHONY: help demo test test-short test-isa test-isa-short test-isa-AVX2 test-isa-SSE4_2 test-gpu-aot test-tpu-aot \
+  lint typecheck format bench clean venv
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 venv: $(STAMP) ## make the virtual environment
 
@@ -65,6 +76,16 @@ test: lint typecheck ## lint, format check, type check and all tests
 
 test-short: $(STAMP) ## the tests of the mathematics only, without the slow ones
 	$(PYTEST) $(SPREAD) -m 'not slow' $(wildcard $(SHORT:%=tests/%)) $(ARGS)
+
+test-isa: test-isa-AVX2 test-isa-SSE4_2 ## the mathematics with the instructions of other x86 processors
+
+test-isa-short: SUMS := $(SUMS_SHORT)
+test-isa-short: $(OTHER_ISAS:%=test-isa-%) ## a short part of that, for .ci/run
+
+# Compiled programs in a folder of their own: one instruction set must never be handed those of another.
+test-isa-AVX2 test-isa-SSE4_2: test-isa-%: $(STAMP)
+	export XLA_FLAGS="--xla_cpu_max_isa=$* $$XLA_FLAGS" JAX_COMPILATION_CACHE_DIR='$(CURDIR)/.jax_cache/$*' $(ISA_$*); \
+	$(PYTEST) $(SPREAD) $(SUMS:%=tests/%) $(ARGS)
 
 test-tpu-aot: $(STAMP) ## compile the TPU kernels for v5e and v6e with libtpu, without a TPU
 	@$(BIN)/python -c 'import libtpu' 2>/dev/null || { echo 'make: needs libtpu (a wheel of 0.7 GB):' \
