@@ -14,6 +14,7 @@
 
 # %%
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,8 @@ from flax import struct
 import qjax
 from qjax.codebooks import CODEBOOKS
 from qjax.codebooks.scalar import ScalarCodebook
-from qjax.codebooks.scaling import identity
 from qjax.linalg import damped_factor
-from qjax.rounding.base import ROUNDINGS, check_shapes, finish
+from qjax.rounding.base import ROUNDINGS, Coded, RoundingAlgorithm
 from qjax.rounding.sweep import merge_codes
 
 # %% [markdown]
@@ -59,21 +59,21 @@ if "powers_of_two" not in CODEBOOKS:  # a notebook's cell may run twice
 
 # %% [markdown]
 # ## A rounding: LDLQ that listens to half of its feedback
-# A frozen dataclass whose call takes (weight, hessian, codebook) and gives `Rounded`; `finish` decodes the codes,
-# so that the values are exactly what a decoder will see. `strength` 0 is plain rounding, 1 is LDLQ; between them
-# one sees what feedback is worth.
+# A frozen dataclass with one method, `round`: from a problem (weight, hessian, codebook, scaling, damping, key) to
+# codes. The base class checks shapes before it, and decodes the codes after it, so that the values are exactly what
+# a decoder will see. `strength` 0 is plain rounding, 1 is LDLQ; between them one sees what feedback is worth.
 
 
 # %%
 @dataclasses.dataclass(frozen=True)
-class PartialFeedback:
+class PartialFeedback(RoundingAlgorithm):
+    name: ClassVar[str] = "partial_feedback"
     strength: float = 0.5
 
-    def __call__(self, weight, hessian, codebook, *, scaling=None, damping=0.01, key=None):
-        check_shapes(weight, hessian, codebook)
-        scaling = identity() if scaling is None else scaling
+    def round(self, problem):
+        weight, codebook, scaling = problem.weight, problem.codebook, problem.scaling
         (_, width), columns = codebook.tile, weight.shape[1]
-        factor = damped_factor(hessian.input.astype(weight.dtype), damping, width)
+        factor = damped_factor(problem.input_hessian, problem.damping, width)
         feedback = (factor.lower - jnp.eye(columns, dtype=weight.dtype)) * self.strength
 
         def step(error, start):  # one tile's columns; a scan, because a Python loop would compile every column anew
@@ -86,10 +86,7 @@ class PartialFeedback:
             return jax.lax.dynamic_update_slice_in_dim(error, own - values, start, axis=1), codes
 
         _, codes = jax.lax.scan(step, jnp.zeros_like(weight), jnp.arange(0, columns, width), reverse=True)
-        return finish(merge_codes(codes), codebook, scaling, weight.dtype, None, factor.damping, factor.ok)
-
-    def spec(self):
-        return {"name": "partial_feedback", **dataclasses.asdict(self)}
+        return Coded(merge_codes(codes), factor.damping, factor.ok)
 
 
 if "partial_feedback" not in ROUNDINGS:

@@ -1,6 +1,6 @@
 """Rounding algorithms: from a weight matrix, a Hessian and a codebook to codes."""
 
-from qjax.rounding.base import ROUNDINGS, Rounded, Rounding
+from qjax.rounding.base import ROUNDINGS, Coded, Problem, Rounded, Rounding, RoundingAlgorithm
 from qjax.rounding.descent import Greedy
 from qjax.rounding.gptq import GPTQ
 from qjax.rounding.guarded import GuardedLDLQ
@@ -14,11 +14,14 @@ __all__ = [
     "LDLQ",
     "ROUNDINGS",
     "YAQA",
+    "Coded",
     "Greedy",
     "GuardedLDLQ",
     "Nearest",
+    "Problem",
     "Rounded",
     "Rounding",
+    "RoundingAlgorithm",
     "Stochastic",
     "make",
     "proxy_loss",

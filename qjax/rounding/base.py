@@ -1,13 +1,13 @@
-"""The rounding contract and what every rounding algorithm shares."""
+"""The contract of roundings, and the base class that does once what every algorithm needs besides its mathematics."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import struct
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from qjax.codebooks.base import Codebook
@@ -16,7 +16,7 @@ from qjax.errors import InputError
 from qjax.linalg.kronecker import Hessian
 from qjax.registry import Registry
 
-__all__ = ["ROUNDINGS", "Rounded", "Rounding", "column_block", "decode", "encode_columns", "finish"]
+__all__ = ["ROUNDINGS", "Coded", "Problem", "Rounded", "Rounding", "RoundingAlgorithm", "check_shapes"]
 
 
 @struct.dataclass
@@ -73,18 +73,130 @@ class Rounding(Protocol):
 ROUNDINGS: Registry[Rounding] = Registry("rounding")
 
 
-def column_block(codebook: Codebook, block: int | None, columns: int) -> int:
-    """The number of columns that are rounded together: `block`, or the width of the codebook's tile.
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The arguments of one rounding, checked and completed.
 
-    Raises InputError when the block is not a multiple of the tile's width or does not divide the number of columns.
+    Attributes:
+      weight: W `[out, in]`, made of whole tiles of the codebook.
+      hessian: H_in `[in, in]`, and H_out `[out, out]` or None.
+      codebook: the finite set of tiles.
+      scaling: scales and zeros; the identity where none were given.
+      damping: asked for, relative to the mean diagonal of H.
+      key: of a randomised algorithm, None for the others.
     """
-    width = codebook.tile[1]
-    block = width if block is None else block
-    if block < 1 or block % width:
-        raise InputError(f"rounding.block is {block}; it must be a multiple of the codebook's tile width {width}")
-    if columns % block:
-        raise InputError(f"rounding.block is {block} and the matrix has {columns} columns; the block must divide them")
-    return block
+
+    weight: Float[Array, "out in"]
+    hessian: Hessian
+    codebook: Codebook
+    scaling: Scaling
+    damping: Array | float
+    key: Array | None
+
+    @property
+    def input_hessian(self) -> Float[Array, "in in"]:
+        """H_in in the dtype of the weight."""
+        return self.hessian.input.astype(self.weight.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """The result of an algorithm's mathematics: codes, of which `RoundingAlgorithm` makes the values of `Rounded`.
+
+    Attributes:
+      codes: the codebook's codes, of the columns in the order of `permutation`.
+      damping: multiple of the mean diagonal that was added to H_in.
+      ok: whether H could be factored.
+      permutation: as in `Rounded`.
+      start: the codes before the coordinate-descent passes, or None without passes.
+      scaling: scales fitted on the way, None for those of the problem.
+      output_damping: as in `Rounded`.
+    """
+
+    codes: Shaped[Array, "..."]
+    damping: Array | float = 0.0
+    ok: Array | bool = True
+    permutation: Array | None = None
+    start: Shaped[Array, "..."] | None = None
+    scaling: Scaling | None = None
+    output_damping: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundingAlgorithm(abc.ABC):
+    """Base class of roundings: checks, default scaling, key, decoded values and `spec`; a subclass adds `round`.
+
+    A subclass is a frozen dataclass whose fields are its options, checked in `__post_init__`.
+
+    Attributes:
+      name: the registered name.
+    """
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def round(self, problem: Problem) -> Coded:
+        """Codes for the weight of `problem`. Raises InputError for a codebook that the algorithm cannot use."""
+
+    @property
+    def independent_rows(self) -> bool:
+        """Whether every row (of tiles) is rounded as if alone, so that rows may be split over devices."""
+        return False
+
+    @property
+    def randomised_by(self) -> str | None:
+        """The setting that makes the algorithm draw random numbers and need a key; None where it draws none."""
+        return None
+
+    def __call__(
+        self,
+        weight: Float[Array, "out in"],
+        hessian: Hessian,
+        codebook: Codebook,
+        *,
+        scaling: Scaling | None = None,
+        damping: Array | float = 0.01,
+        key: Array | None = None,
+    ) -> Rounded:
+        """Round `weight` [out, in].
+
+        Raises InputError for shapes that are not whole tiles or do not belong together, for a codebook or options that
+        the algorithm refuses, and for a randomised algorithm without a key.
+        """
+        check_shapes(weight, hessian, codebook)
+        if self.randomised_by is None:
+            key = None
+        elif key is None:
+            raise InputError(f"{self.randomised_by} is randomised and needs key=jax.random.key(seed)")
+        scaling = identity() if scaling is None else scaling
+        problem = Problem(weight, hessian, codebook, scaling, damping, key)
+        return _rounded(problem, self.round(problem))
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments of `make` that build this algorithm again."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+
+def _rounded(problem: Problem, coded: Coded) -> Rounded:
+    """The whole result; `values` are exactly what a decoder will see, not a running difference."""
+    dtype = problem.weight.dtype
+    scaling = problem.scaling if coded.scaling is None else coded.scaling
+
+    def seen(codes: Array) -> Array:
+        values = scaling.denormalize(problem.codebook.dequantize(codes).astype(dtype))
+        return values if coded.permutation is None else jnp.take(values, jnp.argsort(coded.permutation), axis=1)
+
+    values = seen(coded.codes)
+    return Rounded(
+        values=values,
+        codes=coded.codes,
+        scaling=scaling,
+        permutation=coded.permutation,
+        damping=jnp.asarray(coded.damping, dtype),
+        ok=jnp.asarray(coded.ok) & jnp.all(jnp.isfinite(values)),
+        start=None if coded.start is None else seen(coded.start),
+        output_damping=None if coded.output_damping is None else jnp.asarray(coded.output_damping, dtype),
+    )
 
 
 def check_shapes(weight: Array, hessian: Hessian, codebook: Codebook) -> None:
@@ -108,61 +220,3 @@ def check_shapes(weight: Array, hessian: Hessian, codebook: Codebook) -> None:
             f"a matrix of shape ({out}, {columns}) is not made of whole {rows}×{width} tiles; "
             "pad it (qjax.quantize_matrix does) or choose another codebook"
         )
-
-
-def encode_columns(
-    target: Float[Array, "m g"], codebook: Codebook, scale: Array, zero: Array
-) -> tuple[Float[Array, "m g"], Array]:
-    """Nearest codewords of some columns under their (scale, zero): (values, codes)."""
-    codes = codebook.quantize(target / scale + zero)
-    return (codebook.dequantize(codes).astype(target.dtype) - zero) * scale, codes
-
-
-def decode(codes: Array, codebook: Codebook, scaling: Scaling, dtype: DTypeLike) -> Float[Array, "m n"]:
-    """The values of all codes of a matrix."""
-    return scaling.denormalize(codebook.dequantize(codes).astype(dtype))
-
-
-def finish(
-    codes: Array,
-    codebook: Codebook,
-    scaling: Scaling | None,
-    dtype: DTypeLike,
-    permutation: Array | None = None,
-    damping: Array | float = 0.0,
-    ok: Array | bool = True,
-    start: Array | None = None,
-) -> Rounded:
-    """Assemble the result; `values` is exactly what a decoder will see, not a running difference.
-
-    `start` are the codes before the coordinate-descent passes, if there were any.
-    """
-    scaling = identity() if scaling is None else scaling
-
-    def seen(codes: Array) -> Array:
-        values = decode(codes, codebook, scaling, dtype)
-        return values if permutation is None else jnp.take(values, jnp.argsort(permutation), axis=1)
-
-    values = seen(codes)
-    ok = jnp.asarray(ok) & jnp.all(jnp.isfinite(values))
-    before = None if start is None else seen(start)
-    return Rounded(values, codes, scaling, permutation, jnp.asarray(damping, dtype), ok, before)
-
-
-def spec_of(name: str, algorithm: Any) -> dict[str, Any]:
-    """`{"name": name, **fields}` of a frozen dataclass."""
-    return {"name": name, **dataclasses.asdict(algorithm)}
-
-
-def require_key(key: Array | None, what: str) -> Array:
-    """The key, or InputError saying that `what` needs one."""
-    if key is None:
-        raise InputError(f"{what} is randomised and needs key=jax.random.key(seed)")
-    return key
-
-
-def reorder(
-    weight: Float[Array, "m n"], hessian: Float[Array, "n n"], order: Array
-) -> tuple[Float[Array, "m n"], Float[Array, "n n"]]:
-    """(W, H) with the columns of W, and the rows and columns of H, in `order`."""
-    return jnp.take(weight, order, axis=1), jnp.take(jnp.take(hessian, order, axis=0), order, axis=1)

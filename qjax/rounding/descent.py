@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from qjax.codebooks.base import Codebook
-from qjax.codebooks.scaling import Scaling, identity
+from qjax.codebooks.scaling import Scaling
 from qjax.errors import InputError
 from qjax.linalg.damping import damped_factor, normalise
-from qjax.linalg.kronecker import Hessian
 from qjax.linalg.ldl import factor_blocks, invert_blocks, times_blocks
 from qjax.linalg.precision import precise
-from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, column_block, encode_columns, finish, reorder, spec_of
+from qjax.rounding.base import ROUNDINGS, Coded, Problem, RoundingAlgorithm
+from qjax.rounding.columns import column_block, encode_columns, reorder
 from qjax.rounding.sweep import Sweep, merge_codes, resweep, widths
 
 __all__ = ["Greedy", "check_passes", "coupling", "damped", "descend", "split_codes"]
@@ -126,7 +126,7 @@ def descend(
 
 @ROUNDINGS.register("greedy")
 @dataclasses.dataclass(frozen=True)
-class Greedy:
+class Greedy(RoundingAlgorithm):
     """Coordinate descent from the nearest codewords (QuIP's `allbal`; see `descend`).
 
     Attributes:
@@ -135,6 +135,7 @@ class Greedy:
       block: columns rounded together; None means the codebook's tile width.
     """
 
+    name: ClassVar[str] = "greedy"
     passes: int = 9
     order: str = "descending"
     block: int | None = None
@@ -149,23 +150,13 @@ class Greedy:
         """Rows may be rounded apart."""
         return True
 
-    def __call__(
-        self,
-        weight: Float[Array, "out in"],
-        hessian: Hessian,
-        codebook: Codebook,
-        *,
-        scaling: Scaling | None = None,
-        damping: Array | float = 0.01,
-        key: Array | None = None,
-    ) -> Rounded:
-        """Round `weight` [out, in]. Raises InputError for shapes that are not whole tiles or blocks."""
-        check_shapes(weight, hessian, codebook)
+    def round(self, problem: Problem) -> Coded:
+        """Codes after the passes, `start` the nearest ones. Raises InputError for a block that does not fit."""
+        weight, codebook, scaling = problem.weight, problem.codebook, problem.scaling
         columns = weight.shape[1]
         block = column_block(codebook, self.block, columns)
-        scaling = identity() if scaling is None else scaling
-        h = hessian.input.astype(weight.dtype)
-        factor = damped_factor(h, damping, block)
+        h = problem.input_hessian
+        factor = damped_factor(h, problem.damping, block)
         h = damped(h, factor.damping)
         nearest = codebook.quantize(scaling.normalize(weight))
         codes = split_codes(nearest, columns // block)
@@ -178,8 +169,4 @@ class Greedy:
             codes = jnp.take(codes, places, axis=0)
             codes = descend(weight, codes, h, codebook, scaling, passes=self.passes, index=index)
             codes = jnp.take(codes, jnp.argsort(places), axis=0)
-        return finish(merge_codes(codes), codebook, scaling, weight.dtype, None, factor.damping, factor.ok, nearest)
-
-    def spec(self) -> dict[str, Any]:
-        """Arguments of `make`."""
-        return spec_of("greedy", self)
+        return Coded(merge_codes(codes), factor.damping, factor.ok, start=nearest)

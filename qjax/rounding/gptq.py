@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qjax.codebooks.base import Codebook
-from qjax.codebooks.scaling import ScaleRule, Scaling, fit, identity
+from qjax.codebooks.scaling import ScaleRule, Scaling, fit
 from qjax.errors import InputError
 from qjax.linalg.cholesky import invert_lower
 from qjax.linalg.damping import damped_factor
-from qjax.linalg.kronecker import Hessian
-from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, encode_columns, finish, reorder, spec_of
-from qjax.rounding.ldlq import place
+from qjax.rounding.base import ROUNDINGS, Coded, Problem, RoundingAlgorithm
+from qjax.rounding.columns import compact, encode_columns, place, reorder
 from qjax.rounding.sweep import Sweep, merge_codes, sweep, widths
 
 __all__ = ["GPTQ", "inverse_factor"]
@@ -34,7 +32,7 @@ def inverse_factor(hessian: Float[Array, "n n"], damping: Array | float) -> tupl
 
 @ROUNDINGS.register("gptq")
 @dataclasses.dataclass(frozen=True)
-class GPTQ:
+class GPTQ(RoundingAlgorithm):
     """GPTQ: left to right, `q_i = Q(w_i)`, `e = (w_i − q_i) / U_ii`, `w_j ← w_j − e U_ij` for j > i.
 
     Source: GPTQ (2210.17323), algorithm 1.
@@ -47,6 +45,7 @@ class GPTQ:
       rule: how group scales are fitted when they are not static; set by `quantize_matrix`.
     """
 
+    name: ClassVar[str] = "gptq"
     order: str = "natural"
     static_groups: bool = False
     rule: ScaleRule | None = None
@@ -61,24 +60,14 @@ class GPTQ:
         grouped = self.rule is not None and self.rule.granularity == "group" and self.rule.method != "minmax"
         return self.static_groups or not grouped
 
-    def __call__(
-        self,
-        weight: Float[Array, "out in"],
-        hessian: Hessian,
-        codebook: Codebook,
-        *,
-        scaling: Scaling | None = None,
-        damping: Array | float = 0.01,
-        key: Array | None = None,
-    ) -> Rounded:
-        """Round `weight` [out, in] with a codebook of tiles one column wide. Raises InputError for wider ones."""
-        check_shapes(weight, hessian, codebook)
+    def round(self, problem: Problem) -> Coded:
+        """Codes of a codebook with tiles one column wide. Raises InputError for wider ones."""
+        weight, codebook, scaling = problem.weight, problem.codebook, problem.scaling
         if codebook.tile[1] != 1:
             raise InputError(
                 f"rounding=gptq rounds column by column and the tiles of this codebook are {codebook.tile}; "
                 "use rounding=ldlq"
             )
-        scaling = identity() if scaling is None else scaling
         columns, rule = weight.shape[1], self.rule
         group = scaling.group if rule is not None and not self.static_groups else None
         if group is not None and columns % group:
@@ -86,12 +75,12 @@ class GPTQ:
                 f"scale.group_size is {group} and the matrix has {columns} columns; "
                 "choose a divisor, or rounding.static_groups=true"
             )
-        h = hessian.input.astype(weight.dtype)
+        h = problem.input_hessian
         order = None
         if self.order == "descending":
             order = jnp.argsort(-jnp.diagonal(h))
             weight, h = reorder(weight, h, order)
-        upper, used, ok = inverse_factor(h, damping)
+        upper, used, ok = inverse_factor(h, problem.damping)
         pivot, unit, scales = jnp.diagonal(upper), scaling.unit, scaling.at
         index, _ = place(order, columns, codebook, scaling)
 
@@ -114,17 +103,13 @@ class GPTQ:
             scale, zero = (jnp.moveaxis(x[..., 0], 0, 1) for x in groups)
             zero = None if scaling.zero is None else zero.astype(jnp.uint8)
             scaling = Scaling(scaling.unit, (scale / scaling.unit.astype(scale.dtype)).astype(jnp.float16), zero, group)
-            return finish(codes, codebook, scaling, weight.dtype, None if order is None else _compact(order), used, ok)
+            return Coded(codes, used, ok, permutation=None if order is None else compact(order), scaling=scaling)
         if order is not None:
             codes = jnp.take(codes, jnp.argsort(order), axis=1)
-        return finish(codes, codebook, scaling, weight.dtype, None, used, ok)
+        return Coded(codes, used, ok)
 
     def spec(self) -> dict[str, Any]:
         """Arguments of `make` (the scale rule is the run's, not the algorithm's)."""
-        spec = spec_of("gptq", self)
+        spec = super().spec()
         spec.pop("rule")
         return spec
-
-
-def _compact(order: Array) -> Array:
-    return order.astype(jnp.uint16 if order.shape[0] <= 2**16 else jnp.uint32)

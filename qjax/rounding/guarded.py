@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qjax.codebooks.base import Codebook
-from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
 from qjax.linalg.damping import damped_factor
-from qjax.linalg.kronecker import Hessian
-from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, finish, require_key, spec_of
+from qjax.rounding.base import ROUNDINGS, Coded, Problem, RoundingAlgorithm
 from qjax.rounding.descent import damped
 from qjax.rounding.ldlq import feedback_codes
 from qjax.rounding.sweep import merge_codes
@@ -25,7 +22,7 @@ __all__ = ["GuardedLDLQ", "bounded_noise"]
 
 @ROUNDINGS.register("ldlq_guarded")
 @dataclasses.dataclass(frozen=True)
-class GuardedLDLQ:
+class GuardedLDLQ(RoundingAlgorithm):
     """LDLQ with `L = (I + Z)⁻¹`, Z from `bounded_noise`: the clamp-guarded variant with a bound on finite grids.
 
     The published iteration `ŵ ← clamp(⌊ŵ + (w − ŵ)L + u⌋)` ends where every column has seen the final errors of those
@@ -35,10 +32,12 @@ class GuardedLDLQ:
     Attributes:
       slack: c; a column of Z has at most the norm √c, so rounding noise on one weight at most √(1 + c) times that of
         one rounding. A large c gives LDLQ itself.
-      iterations, rho: of ADMM.
+      iterations: of ADMM.
+      rho: the penalty of ADMM.
       stochastic: the theorem's unbiased rounding (needs a key); False rounds to the nearest, which is usually better.
     """
 
+    name: ClassVar[str] = "ldlq_guarded"
     slack: float = 1.0
     iterations: int = 100
     rho: float = 0.1
@@ -59,37 +58,27 @@ class GuardedLDLQ:
         """Whether rows may be rounded apart; the random numbers of stochastic rounding are drawn for whole columns."""
         return not self.stochastic
 
-    def __call__(
-        self,
-        weight: Float[Array, "out in"],
-        hessian: Hessian,
-        codebook: Codebook,
-        *,
-        scaling: Scaling | None = None,
-        damping: Array | float = 0.01,
-        key: Array | None = None,
-    ) -> Rounded:
-        """Round `weight` [out, in] with a codebook of 1×1 tiles. Raises InputError for others, or without a key."""
-        check_shapes(weight, hessian, codebook)
+    @property
+    def randomised_by(self) -> str | None:
+        """The option `stochastic`."""
+        return "rounding=ldlq_guarded (stochastic=true)" if self.stochastic else None
+
+    def round(self, problem: Problem) -> Coded:
+        """Codes of a codebook with 1×1 tiles. Raises InputError for others."""
+        weight, codebook = problem.weight, problem.codebook
         if codebook.tile != (1, 1):
             raise InputError(
                 f"rounding=ldlq_guarded is for finite scalar grids and the tiles of this codebook are {codebook.tile}; "
                 "use rounding=ldlq"
             )
-        key = require_key(key, "rounding=ldlq_guarded (stochastic=true)") if self.stochastic else None
-        scaling = identity() if scaling is None else scaling
         n = weight.shape[1]
-        h = hessian.input.astype(weight.dtype)
-        factor = damped_factor(h, damping)
+        h = problem.input_hessian
+        factor = damped_factor(h, problem.damping)
         noise = bounded_noise(damped(h, factor.damping), self.slack**0.5, self.rho, self.iterations)
         eye = jnp.eye(n, dtype=weight.dtype)
         lower = jax.lax.linalg.triangular_solve(eye + noise, eye, left_side=True, lower=True, unit_diagonal=True)
-        codes = feedback_codes(weight, lower, codebook, scaling, block=1, index=jnp.arange(n), key=key)
-        return finish(merge_codes(codes), codebook, scaling, weight.dtype, None, factor.damping, factor.ok)
-
-    def spec(self) -> dict[str, Any]:
-        """Arguments of `make`."""
-        return spec_of("ldlq_guarded", self)
+        codes = feedback_codes(weight, lower, codebook, problem.scaling, block=1, index=jnp.arange(n), key=problem.key)
+        return Coded(merge_codes(codes), factor.damping, factor.ok)
 
 
 @functools.partial(jax.jit, static_argnames=("iterations",))

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qjax.codebooks.base import Codebook
-from qjax.codebooks.scaling import Scaling, identity
+from qjax.codebooks.scaling import Scaling
 from qjax.errors import InputError
 from qjax.linalg.damping import damped_factor
-from qjax.linalg.kronecker import Hessian
-from qjax.rounding.base import (
-    ROUNDINGS,
-    Rounded,
-    check_shapes,
-    column_block,
-    encode_columns,
-    finish,
-    reorder,
-    require_key,
-    spec_of,
-)
+from qjax.rounding.base import ROUNDINGS, Coded, Problem, RoundingAlgorithm
+from qjax.rounding.columns import column_block, encode_columns, place, reorder
 from qjax.rounding.descent import check_passes, damped, descend
 from qjax.rounding.nearest import stochastic_codes
 from qjax.rounding.sweep import Sweep, merge_codes, sweep, widths
 
-__all__ = ["LDLQ", "feedback_codes", "place"]
+__all__ = ["LDLQ", "feedback_codes"]
 
 
 @ROUNDINGS.register("ldlq")
 @dataclasses.dataclass(frozen=True)
-class LDLQ:
+class LDLQ(RoundingAlgorithm):
     """Block LDLQ: `Ŵ_k = Q(W_k + Σ_{j>k} (W_j − Ŵ_j) L_jk)`, right to left, `H = L D Lᵀ` with L unit block-lower.
 
     With nearest rounding it is optimal among linear-feedback roundings: `tr(E H Eᵀ) = tr(η D ηᵀ)`, η = E L the
@@ -48,6 +38,7 @@ class LDLQ:
       passes: the most passes of coordinate descent that follow, see `descend` (QuIP: 1 to 9; QuIP#: 10).
     """
 
+    name: ClassVar[str] = "ldlq"
     block: int | None = None
     order: str = "natural"
     stochastic: bool = False
@@ -63,30 +54,24 @@ class LDLQ:
         """Whether rows may be rounded apart; the random numbers of stochastic rounding are drawn for whole columns."""
         return not self.stochastic
 
-    def __call__(
-        self,
-        weight: Float[Array, "out in"],
-        hessian: Hessian,
-        codebook: Codebook,
-        *,
-        scaling: Scaling | None = None,
-        damping: Array | float = 0.01,
-        key: Array | None = None,
-    ) -> Rounded:
-        """Round `weight` [out, in]. Raises InputError for shapes that are not whole tiles or blocks."""
-        check_shapes(weight, hessian, codebook)
+    @property
+    def randomised_by(self) -> str | None:
+        """The option `stochastic`."""
+        return "rounding.stochastic" if self.stochastic else None
+
+    def round(self, problem: Problem) -> Coded:
+        """Codes by feedback, then by passes. Raises InputError for a block or an order that does not fit."""
+        weight, codebook, scaling = problem.weight, problem.codebook, problem.scaling
         columns = weight.shape[1]
         block = column_block(codebook, self.block, columns)
-        key = require_key(key, "rounding.stochastic") if self.stochastic else None
-        scaling = identity() if scaling is None else scaling
-        h = hessian.input.astype(weight.dtype)
+        h = problem.input_hessian
         order = None
         if self.order == "ascending":
             order = jnp.argsort(jnp.diagonal(h))
             weight, h = reorder(weight, h, order)
-        factor = damped_factor(h, damping, block)
+        factor = damped_factor(h, problem.damping, block)
         index, permutation = place(order, columns, codebook, scaling)
-        codes = feedback_codes(weight, factor.lower, codebook, scaling, block=block, index=index, key=key)
+        codes = feedback_codes(weight, factor.lower, codebook, scaling, block=block, index=index, key=problem.key)
 
         def placed(codes: Array) -> Array:
             codes = merge_codes(codes)
@@ -96,11 +81,7 @@ class LDLQ:
         if self.passes:
             start, h = placed(codes), damped(h, factor.damping)
             codes = descend(weight, codes, h, codebook, scaling, passes=self.passes, index=index)
-        return finish(placed(codes), codebook, scaling, weight.dtype, permutation, factor.damping, factor.ok, start)
-
-    def spec(self) -> dict[str, Any]:
-        """Arguments of `make`."""
-        return spec_of("ldlq", self)
+        return Coded(placed(codes), factor.damping, factor.ok, permutation=permutation, start=start)
 
 
 def feedback_codes(
@@ -128,23 +109,3 @@ def feedback_codes(
         return part - values.T, codes
 
     return sweep(Sweep(leaf, reverse=True), widths(weight.shape[1], block), weight, lower)[0]
-
-
-def place(order: Array | None, columns: int, codebook: Codebook, scaling: Scaling) -> tuple[Array, Array | None]:
-    """(column index for scales, permutation to store) of codes made in `order` (None: natural).
-
-    Codes of a tile one column wide are put back into the natural order afterwards, so nothing is stored; wider tiles
-    keep their order. Raises InputError for wide tiles with scales per column group, which would need both
-    orders at once.
-    """
-    if order is None:
-        return jnp.arange(columns), None
-    if codebook.tile[1] == 1:
-        return order, None
-    if scaling.group is not None:
-        raise InputError(
-            f"scale.granularity=group cannot be combined with a column order for the {codebook.tile} tiles "
-            "of this codebook; "
-            "use rounding.order=natural or one scale per row or matrix"
-        )
-    return order, order.astype(jnp.uint16 if columns <= 2**16 else jnp.uint32)

@@ -3,73 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from qjax.codebooks.base import Codebook
-from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
-from qjax.linalg.kronecker import Hessian
-from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, finish, require_key, spec_of
+from qjax.rounding.base import ROUNDINGS, Coded, Problem, RoundingAlgorithm
 
-__all__ = ["Nearest", "Stochastic"]
+__all__ = ["Nearest", "Stochastic", "stochastic_codes"]
 
 
 @ROUNDINGS.register("nearest")
 @dataclasses.dataclass(frozen=True)
-class Nearest:
+class Nearest(RoundingAlgorithm):
     """`Ŵ = Q(W)`: every tile to its nearest codeword."""
+
+    name: ClassVar[str] = "nearest"
 
     @property
     def independent_rows(self) -> bool:
         """Rows may be rounded apart."""
         return True
 
-    def __call__(
-        self,
-        weight: Float[Array, "out in"],
-        hessian: Hessian,
-        codebook: Codebook,
-        *,
-        scaling: Scaling | None = None,
-        damping: Array | float = 0.0,
-        key: Array | None = None,
-    ) -> Rounded:
-        """Round `weight`; the Hessian is not used."""
-        check_shapes(weight, hessian, codebook)
-        codes = codebook.quantize((scaling or identity()).normalize(weight))
-        return finish(codes, codebook, scaling, weight.dtype)
-
-    def spec(self) -> dict[str, Any]:
-        """Arguments of `make`."""
-        return spec_of("nearest", self)
+    def round(self, problem: Problem) -> Coded:
+        """Nearest codewords; the Hessian is not used."""
+        return Coded(problem.codebook.quantize(problem.scaling.normalize(problem.weight)))
 
 
 @ROUNDINGS.register("stochastic")
 @dataclasses.dataclass(frozen=True)
-class Stochastic:
+class Stochastic(RoundingAlgorithm):
     """`Ŵ = floor(W + u)`, u ~ U[0, 1): unbiased rounding to one of the two neighbouring levels (scalar codebooks)."""
 
-    def __call__(
-        self,
-        weight: Float[Array, "out in"],
-        hessian: Hessian,
-        codebook: Codebook,
-        *,
-        scaling: Scaling | None = None,
-        damping: Array | float = 0.0,
-        key: Array | None = None,
-    ) -> Rounded:
-        """Round `weight` with the randomness of `key`; the Hessian is not used."""
-        check_shapes(weight, hessian, codebook)
-        key = require_key(key, "rounding=stochastic")
-        codes = stochastic_codes((scaling or identity()).normalize(weight), codebook, key)
-        return finish(codes, codebook, scaling, weight.dtype)
+    name: ClassVar[str] = "stochastic"
 
-    def spec(self) -> dict[str, Any]:
-        """Arguments of `make`."""
-        return spec_of("stochastic", self)
+    @property
+    def randomised_by(self) -> str:
+        """The algorithm itself."""
+        return "rounding=stochastic"
+
+    def round(self, problem: Problem) -> Coded:
+        """Stochastic codes; the Hessian is not used."""
+        assert problem.key is not None
+        return Coded(stochastic_codes(problem.scaling.normalize(problem.weight), problem.codebook, problem.key))
 
 
 def stochastic_codes(x: Array, codebook: Codebook, key: Array) -> Array:

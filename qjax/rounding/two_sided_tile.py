@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from qjax.codebooks.base import Codebook
 from qjax.linalg.precision import precise
-from qjax.rounding.base import encode_columns
+from qjax.rounding.columns import encode_columns
 
 __all__ = ["round_tiles"]
 

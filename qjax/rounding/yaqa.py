@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from typing import ClassVar
 
 from qjax.codebooks.base import Codebook
-from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
 from qjax.linalg.damping import damped_factor
-from qjax.linalg.kronecker import Hessian
-from qjax.rounding.base import ROUNDINGS, Rounded, check_shapes, column_block, finish, spec_of
+from qjax.rounding.base import ROUNDINGS, Coded, Problem, RoundingAlgorithm
+from qjax.rounding.columns import column_block
 from qjax.rounding.ldlq import LDLQ
 from qjax.rounding.two_sided import two_sided_codes
 
@@ -22,7 +18,7 @@ __all__ = ["YAQA"]
 
 @ROUNDINGS.register("yaqa")
 @dataclasses.dataclass(frozen=True)
-class YAQA:
+class YAQA(RoundingAlgorithm):
     """Two-sided LDLQ: `Ŵ = Q(W + L_out'ᵀ E L_in' + L_out'ᵀ E + E L_in')`, `H = L D Lᵀ` of both factors, L' = L − I.
 
     Its loss is `tr(H_out E H_in Eᵀ) = tr(D_out η D_in ηᵀ)` with η = L_outᵀ E L_in what each tile is rounded by
@@ -37,6 +33,7 @@ class YAQA:
         tile is one codeword of several rows, else 2 of about 32×128 weights.
     """
 
+    name: ClassVar[str] = "yaqa"
     block: int | None = None
     rows: int | None = None
     output_damping: float | None = None
@@ -48,35 +45,24 @@ class YAQA:
         if self.output_damping is not None and not self.output_damping >= 0:
             raise InputError(f"rounding.output_damping is {self.output_damping}; it is at least 0, or null")
 
-    def __call__(
-        self,
-        weight: Float[Array, "out in"],
-        hessian: Hessian,
-        codebook: Codebook,
-        *,
-        scaling: Scaling | None = None,
-        damping: Array | float = 0.01,
-        key: Array | None = None,
-    ) -> Rounded:
-        """Round `weight` [out, in]. Raises InputError for shapes that are not whole tiles or blocks."""
-        if hessian.output is None:
-            return LDLQ(block=self.block)(weight, hessian, codebook, scaling=scaling, damping=damping, key=key)
-        check_shapes(weight, hessian, codebook)
+    def round(self, problem: Problem) -> Coded:
+        """Codes by two-sided feedback. Raises InputError for a block or rows that do not fit."""
+        if problem.hessian.output is None:
+            return LDLQ(block=self.block).round(problem)
+        weight, codebook, damping = problem.weight, problem.codebook, problem.damping
         block = column_block(codebook, self.block, weight.shape[1])
         rows = _row_block(codebook, self.rows, weight.shape[0])
-        scaling = identity() if scaling is None else scaling
-        right = damped_factor(hessian.input.astype(weight.dtype), damping, block)
+        right = damped_factor(problem.input_hessian, damping, block)
         left = damped_factor(
-            hessian.output.astype(weight.dtype), damping if self.output_damping is None else self.output_damping, rows
+            problem.hessian.output.astype(weight.dtype),
+            damping if self.output_damping is None else self.output_damping,
+            rows,
         )
         chunk = (16 if codebook.tile[0] > 1 else 2) if self.chunk is None else self.chunk
-        codes = two_sided_codes(weight, right.lower, left.lower, codebook, scaling, rows=rows, block=block, chunk=chunk)
-        rounded = finish(codes, codebook, scaling, weight.dtype, None, right.damping, right.ok & left.ok)
-        return dataclasses.replace(rounded, output_damping=jnp.asarray(left.damping, weight.dtype))
-
-    def spec(self) -> dict[str, Any]:
-        """Arguments of `make`."""
-        return spec_of("yaqa", self)
+        codes = two_sided_codes(
+            weight, right.lower, left.lower, codebook, problem.scaling, rows=rows, block=block, chunk=chunk
+        )
+        return Coded(codes, right.damping, right.ok & left.ok, output_damping=left.damping)
 
 
 def _row_block(codebook: Codebook, rows: int | None, total: int) -> int:
