@@ -1,4 +1,4 @@
-"""What every entry point shares: errors without tracebacks, the compilation cache, and settings as plain objects."""
+"""Common part of the entry points: errors without tracebacks, the compilation cache, settings as plain objects."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs |
 
 
 def tuning_line(report: Mapping[str, Any]) -> str:
-    """What tuning did, in a line."""
+    """The results of tuning, in a line."""
     before = report.get("before")
     known = "" if before is None else f"before: KL {before['kl_mean']:.4f}, perplexity {before['perplexity']:.2f}; "
     share = report.get("recovered")

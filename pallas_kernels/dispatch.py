@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the first for the backend that can, always ending in XLA.
+"""Choice of the implementation of an operation: the first that can run on the backend, always ending in XLA.
 
 On a GPU there are two kernels of some operations, "pallas_gpu" (Triton) and "mosaic_gpu". With `implementation=None`
 Triton's runs where this jax has that backend and the kernel takes the shapes, for it runs on all GPUs since Ampere, and

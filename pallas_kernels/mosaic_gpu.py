@@ -19,11 +19,11 @@ except ImportError:  # a jaxlib without it
 __all__ = ["MULTIPROCESSORS", "multiprocessors", "parameters", "plgpu", "tiled", "unavailable"]
 
 MULTIPROCESSORS = 132
-"""Of an H100 and an H200: what is assumed where there is no device to ask, as when a program is exported."""
+"""Of an H100 and an H200; assumed where there is no device to ask, as when a program is exported."""
 
 
 def unavailable() -> str | None:
-    """Why no Mosaic GPU kernel can run with this jax on the default device, None when one can."""
+    """The reason why no Mosaic GPU kernel can run with this jax on the default device, None when one can."""
     if plgpu is None:
         return "this jax has no Pallas Mosaic GPU backend"
     capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
@@ -44,7 +44,7 @@ def parameters() -> Any:
 
 
 def tiled(itemsize: int, columns: int) -> tuple[Any, Any]:
-    """How a matrix lies in shared memory for wgmma and without bank conflicts: tiles of 8 rows, 16-byte units swizzled.
+    """Layout of a matrix in shared memory for wgmma, without bank conflicts: tiles of 8 rows, 16-byte units swizzled.
 
     `columns` of `itemsize` bytes are a multiple of the swizzled width: 128, 64 or 32 bytes, the widest that divides.
     """

@@ -32,7 +32,7 @@ __all__ = ["Instructions", "parameters", "unavailable"]
 
 
 def unavailable() -> str | None:
-    """Why no Triton kernel can run with this jax, None when one can."""
+    """The reason why no Triton kernel can run with this jax, None when one can."""
     return "this jax has no Pallas Triton backend" if triton is None else None
 
 

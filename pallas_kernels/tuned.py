@@ -23,7 +23,7 @@ PATH = pathlib.Path(__file__).resolve().parent / "tuned.json"
 
 
 def device_kind() -> str:
-    """What JAX calls the default device's kind."""
+    """JAX's name for the kind of the default device."""
     return jax.devices()[0].device_kind
 
 

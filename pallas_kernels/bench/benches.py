@@ -211,7 +211,7 @@ def _time_search(spec: searches.Spec, settings: Settings) -> Case:
 
 
 def _time_gram(spec: grams.Spec, settings: Settings) -> Case:
-    """The lower triangle by every kernel and by XLA, beside XLA's whole product: what decides whether it is used."""
+    """The lower triangle by every kernel and by XLA, beside XLA's whole product; decides whether it is used."""
     flops = spec.rows * spec.n * (spec.n + 1)
     make = lambda key: jax.random.normal(key, (spec.rows, spec.n), jnp.bfloat16)  # noqa: E731
     rows = ring(make, 2 * spec.rows * spec.n, settings.ring_bytes)

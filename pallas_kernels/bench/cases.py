@@ -1,4 +1,4 @@
-"""Random operands of every operation, and what dense weights cost on the same shapes."""
+"""Random operands of every operation, and the cost of dense weights on the same shapes."""
 
 from __future__ import annotations
 

@@ -108,5 +108,5 @@ def checks() -> Iterator[tuple[str, Callable[[], tuple[str, float, float]]]]:
 
 
 def gram_kernels(dtype: Any) -> list[str]:
-    """What computes a triangle here: kernels first, XLA's block rows last."""
+    """The implementations of a triangle that can run here: kernels first, XLA's block rows last."""
     return [*gram.available(dtype), "xla"]

@@ -1,4 +1,4 @@
-"""What the device can do at most, measured in the same run: bytes per second, integer operations per second."""
+"""Upper limits of the device, measured in the same run: bytes per second, integer operations per second."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Rooflines:
     Attributes:
       bytes_per_second: read and written by `y = x + 1` over an array beyond the caches.
       integer_ops_per_second: shifts, exclusive ors and 32-bit multiplications of a long dependent string of each.
-      chain_seconds: per call, what making calls dependent costs by itself.
+      chain_seconds: the cost, per call, of making calls dependent on each other.
     """
 
     bytes_per_second: float
@@ -103,7 +103,7 @@ def decode_ops(weight: PackedMatrix) -> dict[str, float]:
 
 
 def kernel_ops(x: Any, weight: PackedMatrix) -> dict[str, float]:
-    """The same of the loop over blocks of the Triton kernel, all that it does for a weight: also multiplying.
+    """Operations per weight of the Triton kernel's loop over blocks: decoding, scaling and multiplying.
 
     Each row of an instruction named in PTX counts as one, but moves; `pallas_gpu` must be the kernel that runs.
     """
@@ -118,7 +118,7 @@ def kernel_ops(x: Any, weight: PackedMatrix) -> dict[str, float]:
 
 
 def row_ops(weight: PackedMatrix) -> dict[str, float]:
-    """The same of the Mosaic GPU kernel's own decoder, which leaves the scale to the sums unless there are groups."""
+    """Operations per weight of the Mosaic GPU kernel's own decoder, which scales sums unless there are groups."""
     rows = jax.eval_shape(to_rows, weight)
     first = jax.ShapeDtypeStruct((rows.first.shape[2], ROWS), jnp.uint32)
     rest = jax.ShapeDtypeStruct((weight.bits - 1, LANES, ROWS), jnp.uint32)

@@ -1,4 +1,4 @@
-"""What a run of the suite does."""
+"""Settings of a run of the suite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Settings"]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to run.
+    """Settings of a run of the suite.
 
     Attributes:
       seconds: after which no new case begins.

@@ -42,7 +42,7 @@ class Measured:
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median of the repeats."""
         return statistics.median(self.seconds)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def chained(step: Callable[[Any, Any], Any], x: Any, weights: Sequence[Any], **o
 
 
 def attempt(function: Callable[[], Any]) -> Any:
-    """What the function returns, or the exception that it raised."""
+    """The result of the function, or the exception that it raised."""
     try:
         return function()
     except Exception as error:

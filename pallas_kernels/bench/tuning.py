@@ -73,7 +73,7 @@ def mosaic_first(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[s
 
 
 def packed_shape(spec: Spec) -> Any:
-    """A packed matrix of shapes: what its key is made of."""
+    """A packed matrix of shapes, of which its key is made."""
     return jax.eval_shape(functools.partial(packed, spec), jax.random.key(0))
 
 

@@ -38,7 +38,7 @@ _RUN: dict[str, Callable[..., Array]] = {
 
 
 def _obstacles(batch: int, dtype: Any, weight: PackedMatrix | RowMatrix) -> dict[str, Callable[[], str | None]]:
-    """By kernel, the first choice first, what says why it cannot run."""
+    """By kernel, the first choice first, the function that gives the reason why it cannot run."""
     kernels: dict[str, Callable[[], str | None]] = dict.fromkeys(
         ("pallas_gpu", "pallas_tpu"), lambda: "the matrix is arranged for mosaic_gpu"
     )

@@ -49,12 +49,12 @@ def _computed(parts: Sequence[Array], following: Array | None, weight: PackedMat
 
 
 def static(weight: PackedMatrix) -> PackedMatrix:
-    """The same with shapes for arrays: what a kernel closes over."""
+    """The matrix with shapes in place of arrays, for a kernel to close over."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), weight)
 
 
 def scale_line(weight: PackedMatrix, j: int) -> int:
-    """Which of the block's rows of scales is slab j's."""
+    """The index of slab j's row among the block's rows of scales."""
     return j * ROWS * weight.scale.shape[1] // BLOCK
 
 

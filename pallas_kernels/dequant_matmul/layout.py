@@ -56,13 +56,18 @@ class PackedMatrix:
 
     Attributes:
       words: uint32 `[blocks, 16 bits, out']`.
-      scale, offset: `[1, 1, out']` per row; `[blocks, 512 / group, out']` for groups within a block;
+      scale: `[1, 1, out']` per row; `[blocks, 512 / group, out']` for groups within a block;
         `[in' / group, 1, out']` for groups of whole blocks.
-      bits: of a code, 1 to 8.  shape: (out, in).  group: inputs per scale, None is a whole row.
-      code, L: of a trellis or a lattice, None for a scalar grid.
+      offset: likewise.
+      bits: of a code, 1 to 8.
+      shape: (out, in).
+      group: inputs per scale, None is a whole row.
+      code: name of a trellis or lattice code, None for a scalar grid.
+      L: bits of a trellis state, 0 without a trellis.
       V: inputs per state of a trellis.
-      table, entries: uint32 `[lines, 128]` of a code with a table (see `tables`), shared by matrices; entries of HYB's.
+      entries: of HYB's table.
       residual: the factor on a lattice's second stage.
+      table: uint32 `[lines, 128]` of a code with a table (see `tables`), shared by matrices.
     """
 
     words: Any

@@ -30,7 +30,7 @@ __all__ = ["DEFAULT", "MULTIPLIED", "candidates", "key", "matmul", "obstacle", "
 DEFAULT = {"tile": 128, "strips": 2, "warps": 8, "stages": 3, "programs": 264}
 """Outputs of a program, strips of a tile, warps, pipeline stages, programs to aim for: two per multiprocessor."""
 ROWS_DEFAULT = {"tile": 64, "strips": 1, "warps": 4, "stages": 3, "programs": 528}
-"""The same for 3 to 16 rows."""
+"""`DEFAULT` for 3 to 16 rows."""
 MULTIPLIED = 2
 """Rows up to which weights are multiplied by multiply-adds: with more the tensor cores are faster (measured, H200)."""
 CANDIDATES = tuple(
@@ -38,25 +38,25 @@ CANDIDATES = tuple(
     for programs in (264, 528, 132)
     for tile, strips, warps in ((128, 4, 8), (128, 2, 8), (64, 2, 8), (128, 2, 16), (64, 1, 8), (32, 1, 4), (64, 2, 4))
 )
-"""What tuning tries for few rows."""
+"""The blocks that tuning tries for few rows."""
 ROWS_CANDIDATES = tuple(
     {"tile": tile, "warps": warps, "stages": stages, "programs": programs}
     for programs in (264, 528)
     for tile, warps in ((64, 4), (32, 4), (32, 2), (128, 4), (128, 8))
     for stages in (3, 2)
 )
-"""The same for 3 to 16 rows."""
+"""The blocks that tuning tries for 3 to 16 rows."""
 
 
 def key(batch: int, weight: PackedMatrix) -> str:
-    """Under which tuned blocks are kept: code, bits, rows, tiles of 1024 outputs and inputs."""
+    """Key of the tuned blocks: code, bits, rows, tiles of 1024 outputs and inputs."""
     shape = "x".join(str(-(-n // 1024)) for n in weight.padded)
     rows = {1: "one row", 16: "16 rows"}.get(rows_of(batch), "2 rows")
     return f"{weight.code or 'grid'} {weight.bits} bits, {rows}, {shape}"
 
 
 def candidates(batch: int) -> tuple[dict[str, int], ...]:
-    """What tuning tries for so many rows."""
+    """The blocks that tuning tries for `batch` rows."""
     return CANDIDATES if batch <= MULTIPLIED else ROWS_CANDIDATES
 
 
@@ -66,7 +66,7 @@ def rows_of(batch: int) -> int:
 
 
 def obstacle(batch: int, weight: PackedMatrix) -> str | None:
-    """Why the product with `batch` rows cannot run, None when it can."""
+    """The reason why the product with `batch` rows cannot run, None when it can."""
     if batch > 16:
         return f"it streams the weights for at most 16 rows, found {batch}"
     return unavailable()

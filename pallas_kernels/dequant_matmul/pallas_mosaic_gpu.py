@@ -41,19 +41,19 @@ CANDIDATES = tuple(
     for stages in (2, 3, 4)
     for programs in (2, 4, 8)
 )
-"""What tuning tries."""
+"""The blocks that tuning tries."""
 _SHARED = 200 << 10
 """Bytes of shared memory that a program may take."""
 
 
 def key(batch: int, weight: PackedMatrix | RowMatrix) -> str:
-    """Under which tuned blocks are kept: code, bits, one row or several, tiles of 1024 outputs and inputs."""
+    """Key of the tuned blocks: code, bits, one row or several, tiles of 1024 outputs and inputs."""
     shape = "x".join(str(-(-n // 1024)) for n in weight.padded)
     return f"{weight.code or 'grid'} {weight.bits} bits, {'one row' if batch == 1 else '16 rows'}, {shape}"
 
 
 def cannot(batch: int, dtype: Any, weight: PackedMatrix | RowMatrix) -> str | None:
-    """Why the product is not one that this kernel computes, on any device; None when it is."""
+    """The reason why this kernel does not compute the product, on any device; None when it does."""
     if isinstance(weight, PackedMatrix) and weight.table is not None:
         return f"code {weight.code!r} looks values up, and Mosaic GPU has no gather; the Triton kernel has"
     if batch > COLUMNS:
@@ -64,7 +64,7 @@ def cannot(batch: int, dtype: Any, weight: PackedMatrix | RowMatrix) -> str | No
 
 
 def obstacle(batch: int, dtype: Any, weight: PackedMatrix | RowMatrix) -> str | None:
-    """Why the product with `batch` rows of `dtype` cannot run here, None when it can."""
+    """The reason why the product with `batch` rows of `dtype` cannot run here, None when it can."""
     return cannot(batch, dtype, weight) or unavailable()
 
 

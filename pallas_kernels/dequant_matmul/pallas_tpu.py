@@ -26,13 +26,13 @@ _X_BYTES = 4 << 20
 DEFAULT = {"tile": 1024}
 """Outputs of a step at most."""
 CANDIDATES = tuple({"tile": tile} for tile in (256, 512, 1024, 2048))
-"""What tuning tries."""
+"""The blocks that tuning tries."""
 _LOOKUP_TILE = 256
 """Outputs of a step at most for a code with a table, whose look-ups are written out for every 128 lanes."""
 
 
 def obstacle(batch: int, dtype: Any, weight: PackedMatrix) -> str | None:
-    """Why the product with `batch` rows of `dtype` cannot run, None when it can."""
+    """The reason why the product with `batch` rows of `dtype` cannot run, None when it can."""
     for name, own in (("x", dtype), ("scales", weight.scale.dtype), ("offsets", weight.offset.dtype)):
         if own == jnp.float16:
             return f"a TPU has no float16, found {name} of it; use float32 or bfloat16"
@@ -44,7 +44,7 @@ def obstacle(batch: int, dtype: Any, weight: PackedMatrix) -> str | None:
 
 
 def key(weight: PackedMatrix) -> str:
-    """Under which tuned blocks are kept: the code, its bits, the tiles of 1024 outputs and inputs."""
+    """Key of the tuned blocks: the code, its bits, the tiles of 1024 outputs and inputs."""
     shape = "x".join(str(-(-n // 1024)) for n in weight.padded)
     return f"{weight.code or 'grid'} {weight.bits} bits, {shape}"
 

@@ -1,4 +1,4 @@
-"""Decode-then-multiply on XLA: the oracle, the fallback, and what runs for many rows."""
+"""Decode-then-multiply on XLA: the oracle, the fallback, and the implementation for many rows."""
 
 from __future__ import annotations
 

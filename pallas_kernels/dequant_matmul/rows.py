@@ -40,8 +40,13 @@ class RowMatrix:
     Attributes:
       first: uint32 `[tiles, blocks, 128, 16]`, the first piece of every block; of a trellis `[…, 136, 16]`.
       rest: uint32 `[tiles, blocks, bits − 1, 128, 16]`, the other pieces; None for one bit.
-      scale, offset: as in a `PackedMatrix`, the outputs in their natural order.
-      bits, shape, group, code, L: as in a `PackedMatrix`.
+      scale: as in a `PackedMatrix`, the outputs in their natural order.
+      offset: likewise.
+      bits: as in a `PackedMatrix`.
+      shape: likewise.
+      group: likewise.
+      code: likewise.
+      L: likewise.
     """
 
     first: Any
@@ -77,7 +82,7 @@ class RowMatrix:
 
 
 def to_rows(weight: PackedMatrix) -> RowMatrix:
-    """The same matrix as the Mosaic GPU kernel reads it. Done once, when a model is loaded.
+    """A packed matrix in the order in which the Mosaic GPU kernel reads it. Done once, when a model is loaded.
 
     Raises KernelError for a code with a table.
     """

@@ -103,7 +103,7 @@ def half_values(code: str, states: UInt32[Array, "..."]) -> Float[Array, "..."]:
 
 
 def unit(code: str) -> float:
-    """What `half_values` are multiples of."""
+    """The unit of `half_values`: all are whole multiples of it."""
     return float(_BYTE_SCALE) if code == "1mad" else 1.0
 
 

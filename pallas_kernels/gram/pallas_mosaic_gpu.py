@@ -26,7 +26,7 @@ STAGES = {1: 4, 3: 2}
 
 
 def obstacle(dtype: Any) -> str | None:
-    """Why the product cannot run here, None when it can."""
+    """The reason why the product cannot run here, None when it can."""
     return unavailable()
 
 

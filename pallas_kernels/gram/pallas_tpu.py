@@ -18,7 +18,7 @@ _LANES = 128
 
 
 def obstacle(dtype: Any) -> str | None:
-    """Why the product cannot run, None when it can."""
+    """The reason why the product cannot run, None when it can."""
     return "a TPU has no float16; use float32 or bfloat16" if dtype == jnp.float16 else None
 
 

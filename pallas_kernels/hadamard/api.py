@@ -21,7 +21,7 @@ _RUN = {**{name: kernel.hadamard for name, kernel in _KERNELS.items()}, "xla": r
 
 
 def _obstacles(block: int, dtype: Any) -> dict[str, Callable[[], str | None]]:
-    """By kernel, the first choice first, what says why it cannot run."""
+    """By kernel, the first choice first, the function that gives the reason why it cannot run."""
     kernels: dict[str, Callable[[], str | None]] = {
         name: functools.partial(kernel.obstacle, block, dtype) for name, kernel in _KERNELS.items()
     }

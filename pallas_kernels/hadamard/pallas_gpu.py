@@ -26,7 +26,7 @@ _ROWS = 64
 
 
 def obstacle(block: int, dtype: Any) -> str | None:
-    """Why the transform of order `block` cannot run, None when it can."""
+    """The reason why the transform of order `block` cannot run, None when it can."""
     if not 16 <= block <= 2**15:
         return f"a program's tile has orders 16 to {2**15}, found {block}"
     return unavailable()

@@ -30,14 +30,14 @@ _SMALL = 128
 
 
 def cannot(block: int) -> str | None:
-    """Why the transform of order `block` is not one that this kernel computes, on any device; None when it is."""
+    """The reason why this kernel computes no transform of order `block`, on any device; None when it does."""
     if not 16 <= block <= _SMALL * ROWS:
         return f"a tile has orders 16 to {_SMALL * ROWS}, found {block}"
     return None
 
 
 def obstacle(block: int, dtype: Any) -> str | None:
-    """Why the transform of order `block` cannot run here, None when it can."""
+    """The reason why the transform of order `block` cannot run here, None when it can."""
     return cannot(block) or unavailable()
 
 

@@ -26,7 +26,7 @@ _VALUES = 2**17
 
 
 def obstacle(block: int, dtype: Any) -> str | None:
-    """Why the transform of order `block` cannot run, None when it can."""
+    """The reason why the transform of order `block` cannot run, None when it can."""
     if dtype == jnp.float16:
         return "a TPU has no float16; use float32 or bfloat16"
     if not _LANES <= block <= 2**15:

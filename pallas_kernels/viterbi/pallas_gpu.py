@@ -25,7 +25,7 @@ _LANES = 32
 
 
 def obstacle(states: int, b: int) -> str | None:
-    """Why the search of a trellis of `states` states with b bits a step cannot run, None when it can."""
+    """The reason why the search of a trellis of `states` states with b bits a step cannot run, None when it can."""
     edges, fan = states >> b, 2**b
     if b > 4:
         return f"its D² = {fan * fan} tables per step are written out, and {b} bits a step are too many; at most 4"

@@ -96,7 +96,7 @@ def model(folder: str, reference: str, tokens: int = 32, repeats: int = 3) -> di
 
 
 def verdict(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What is asked of decoding on a CPU, one line each: a speed-up, and for a model a share of the weights' bytes."""
+    """Targets of decoding on a CPU, one line each: a speed-up, and for a model a share of the weights' bytes."""
     found = []
     for result in results:
         asked = result["asked"]

@@ -1,4 +1,4 @@
-"""Timing compiled programs side by side, so that what else the machine does falls on all of them alike."""
+"""Timing of compiled programs side by side, so that other load of the machine falls on all of them alike."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Program:
 
     Attributes:
       call: runs it once and waits for its results.
-      trace_seconds: Python tracing and lowering.  compile_seconds: XLA's compiler.
+      trace_seconds: Python tracing and lowering.
+      compile_seconds: XLA's compiler.
       temporary_bytes: memory it needs besides arguments and results; None where the backend does not say.
     """
 
@@ -43,7 +44,7 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median of the repeats."""
         return statistics.median(self.seconds)
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def interleaved(
 
 
 def surroundings(load_before: Sequence[float] | None = None) -> dict[str, Any]:
-    """What the numbers hold for: device, versions, and the load average (1, 5, 15 minutes) before and now."""
+    """Conditions of a measurement: device, versions, and the load average (1, 5, 15 minutes) before and now."""
     return {
         "device": device(),
         "versions": versions(),

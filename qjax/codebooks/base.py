@@ -44,7 +44,7 @@ class Codebook(Protocol):
         ...
 
     def spec(self) -> dict[str, Any]:
-        """What `make(**spec)` needs to build this codebook again (JSON values only)."""
+        """Arguments of `make` that build this codebook again (JSON values only)."""
         ...
 
 

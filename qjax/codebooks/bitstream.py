@@ -13,7 +13,7 @@ __all__ = ["pack_bits", "packed_words", "unpack_bits"]
 
 
 def packed_words(count: int, bits: int) -> int:
-    """How many 32-bit words hold `count` codes of `bits` bits: `ceil(count·bits / 32)`."""
+    """The number of 32-bit words that hold `count` codes of `bits` bits: `ceil(count·bits / 32)`."""
     return -(-count * bits // 32)
 
 

@@ -43,7 +43,7 @@ NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 """The bit of the sign byte, and the nibble of the table entry, that coordinate i owns."""
 
 MAX_CANDIDATES = 4 * (len(BALL) + 1)
-"""How many codewords near a tile `E8P.candidates` can rank."""
+"""The most codewords near a tile that `E8P.candidates` can rank."""
 
 # The three coordinates of magnitude ½ in each of the 29 magnitude vectors of squared norm 12, in table order; the other
 # five are 3/2. Any 29 of the 56 would do as well: these are those of published checkpoints.

@@ -122,7 +122,7 @@ def magnitude_levels(option: Array, rank: Coordinates) -> list[Array]:
 
 
 def count_magnitudes(dim: int, budget: int = _BUDGET) -> int:
-    """How many magnitude vectors of length `dim` cost at most `budget`, where a 3/2 costs 1 and a 5/2 costs 3.
+    """The number of magnitude vectors of length `dim` that cost at most `budget`; a 3/2 costs 1 and a 5/2 costs 3.
 
     `Σ_i C(dim, i)` over the number i ≤ budget of 3/2, plus `dim · Σ_i C(dim − 1, i)` over i ≤ budget − 3; budget ≤ 5.
     """

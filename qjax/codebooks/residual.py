@@ -41,8 +41,9 @@ class ResidualE8P(VectorCodebook):
 
     Attributes:
       residual_scale: r, the factor on the first stage's error.
-      beam: how many first-stage codewords are tried per tile; 1 is stage by stage.
-      first, second: the codebooks of the stages.
+      beam: number of first-stage codewords that are tried per tile; 1 is stage by stage.
+      first: the codebook of the first stage.
+      second: the codebook of the second stage.
     """
 
     dim = 8

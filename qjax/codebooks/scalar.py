@@ -29,7 +29,13 @@ __all__ = ["LevelCodebook", "ScalarCodebook", "UniformCodebook", "grid", "half_i
 
 @struct.dataclass
 class ScalarCodebook:
-    """What all scalar codebooks share: 1×1 tiles, uint8 codes in row-major order, `bits` bits each."""
+    """Base class of scalar codebooks: 1×1 tiles, uint8 codes in row-major order, `bits` bits each.
+
+    Attributes:
+      name: the registered name.
+      bits: bits per weight.
+      rms: the input RMS that the codebook is meant for.
+    """
 
     name: str = struct.field(pytree_node=False)
     bits: int = struct.field(pytree_node=False)

@@ -24,12 +24,13 @@ _GRANULARITIES = ("matrix", "row", "group")
 
 @dataclasses.dataclass(frozen=True)
 class ScaleRule:
-    """How scales are chosen; static and hashable.
+    """The rule by which scales are chosen; static and hashable.
 
     Attributes:
       method: "rms": `scale = RMS(w) / rms`; "minmax": the affine grid of GPTQ (`grid` codebook only);
         "search": as "rms", with the factor among `candidates` that gives the least proxy loss after rounding.
-      granularity: one scale for the "matrix", for every "row", or for every "group" of `group_size` columns of a row.
+      granularity: one scale for the "matrix", for every "row", or for every "group" of columns of a row.
+      group_size: columns of a group; None without groups.
       rms: the input RMS that the codebook sees; None means the codebook's own.
       candidates: factors on `rms` that "search" tries.
       shrink_steps: for "minmax": how many shrunken ranges (1 − i/100) are tried for the least `Σ|error|^2.4`;

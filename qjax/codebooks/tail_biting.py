@@ -52,7 +52,7 @@ def tail_biting(
 def one_pass_tail_biting(
     x: Float[Array, "steps V batch"], lut: Float[Array, "states V"], b: int, overlap: int | None = None
 ) -> Int[Array, "steps batch"]:
-    """As `tail_biting`, from one pass over the last `overlap` steps (None: all) and then the whole sequence.
+    """States of a tail-biting path from one pass over the last `overlap` steps (None: all) and the whole sequence.
 
     At the end of the sequence nearly all survivors share the edge e they had at its beginning, so the survivor that
     ends in e is a path that begins in it: the best one from e to e. Where one begins elsewhere, in e', the last

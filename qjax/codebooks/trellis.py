@@ -36,9 +36,14 @@ class Trellis:
     L-bit window that begins at bit t·K·V of the tile's circular string of `256 K` bits, most significant bit first.
 
     Attributes:
-      name: the registered name.  bits: K.  rms: the input RMS.
-      L: bits of a state.  V: weights per step.  code: what a state stands for (see `trellis_codes`).
-      Q: log₂ of the entries of HYB's table.  seed: of a table.
+      name: the registered name.
+      bits: K.
+      rms: the input RMS.
+      L: bits of a state.
+      V: weights per step.
+      code: the name of the map from states to values (see `trellis_codes`).
+      Q: log₂ of the entries of HYB's table.
+      seed: of a table.
       overlap: steps on either side of the seam that the first pass of tail-biting reads; None is all of them.
       budget_mib: memory for the back-pointers of a batch of tiles; a GPU kernel uses 32 times as much.
       search: "two_pass" (QTIP's algorithm 4) or "one_pass" (see `viterbi`).

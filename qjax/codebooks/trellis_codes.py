@@ -1,4 +1,4 @@
-"""What a trellis state stands for: the computed codes of QTIP and EXL3, and codes with a table.
+"""Values of trellis states: the computed codes of QTIP and EXL3, and codes with a table.
 
 Every function maps states (integers in [0, 2^L)) to values with a trailing axis of V values per step. All arithmetic is
 exact: 32-bit integers that wrap around, and float16 sums formed in float32 (where they are exact) and rounded once.

@@ -1,4 +1,4 @@
-"""What the lattice codebooks share: one code per `1 × dim` tile, and tables of half-integers in four bits each."""
+"""Base class of the lattice codebooks, one code per `1 × dim` tile; tables of half-integers in four bits each."""
 
 from __future__ import annotations
 

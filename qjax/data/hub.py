@@ -18,9 +18,12 @@ Opener = Callable[[str, str | None, str, str | None], Iterable[Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Where a paper's calibration and evaluation text comes from and how its windows are cut.
+    """A paper's source of calibration and evaluation text, and the way its windows are cut.
 
     Attributes:
+      path: the dataset's name on the hub.
+      name: its configuration, or None.
+      calibration: split (and file) of the calibration rows.
       evaluation: split (and file) of the evaluation rows, or None: the last rows of the calibration split.
       packing: "stream" (rows joined by blank lines), "document_first" or "document_random" (a window of every row that
         is long enough).

@@ -93,10 +93,13 @@ def load(
       source: "pydoc", "kjv", "text", "jsonl", "hf", "tokens" (their options are `options`), or "mixture" with
         `parts={name: {"source": …, "weight": 1.0, …}}`.
       tokenizer: needed by every source of text; "tokens" can do with `vocab_size` (and `bos_id`) instead.
-      calibration_sequences, evaluation_sequences: how many windows; None takes all there are.
+      calibration_sequences: number of windows; None takes all there are.
+      evaluation_sequences: likewise.
       length: tokens per window, BOS included.
       bos: "none"; "sequence": every window begins with BOS; "document": every document does.
-      windows, evaluation_windows: "random" (the seed's permutation; for evaluation a constant seed), "even" or "first".
+      seed: of the random choices among calibration windows.
+      windows: choice of the calibration windows: "random" (the seed's permutation), "even" or "first".
+      evaluation_windows: likewise; "random" has a constant seed.
       packing: "stream" cuts the joined documents without gap or overlap; "document_first" and "document_random" take
         one window of every document that is long enough. None: as the source's protocol says, else "stream".
 

@@ -17,7 +17,7 @@ __all__ = ["TokenSplit", "TokenStream", "Tokenizer", "check_disjoint", "check_vo
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the data layer needs of a tokenizer. `encode` adds no special tokens: the BOS policy decides about those."""
+    """A tokenizer as the data layer uses it. `encode` adds no special tokens: the BOS policy decides about those."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -68,6 +68,8 @@ class TokenSplit:
     """Calibration and evaluation windows that share no window.
 
     Attributes:
+      calibration: windows to calibrate on.
+      evaluation: windows to evaluate on.
       domains: the evaluation windows by domain; one entry, unless the source is a mixture.
     """
 
@@ -77,7 +79,7 @@ class TokenSplit:
 
     @property
     def rows(self) -> dict[str, np.ndarray]:
-        """Which rows of the evaluation windows belong to each domain."""
+        """The rows of the evaluation windows that belong to each domain."""
         sizes = [stream.sequences for stream in self.domains.values()]
         order = interleave([np.full((size, 1), index) for index, size in enumerate(sizes)])[:, 0]
         return {name: np.flatnonzero(order == index) for index, name in enumerate(self.domains)}

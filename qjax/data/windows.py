@@ -18,7 +18,15 @@ __all__ = ["Plan", "stream_of"]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How ids become windows, the same for both halves (options as in `load`, resolved and checked)."""
+    """The options by which ids become windows, the same for both halves, as in `load`, resolved and checked.
+
+    Attributes:
+      length: tokens per window, BOS included.
+      bos: "none", "sequence" or "document".
+      bos_id: the id of BOS, None where there is none.
+      packing: "stream", "document_first" or "document_random".
+      vocab_size: ids are below it.
+    """
 
     length: int
     bos: str

@@ -1,4 +1,4 @@
-"""Percentile bootstrap over sequences: how far a number could move with other evaluation windows."""
+"""Percentile bootstrap over sequences: the uncertainty of a number from the choice of evaluation windows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Interval = tuple[float, float]
 
 
 def resample_counts(sequences: int, resamples: int, seed: int) -> Int[np.ndarray, "resamples sequences"]:
-    """How often every sequence occurs in each bootstrap sample: `sequences` draws with replacement.
+    """Occurrences of every sequence in each bootstrap sample: `sequences` draws with replacement.
 
     Computed from Philox words, so that a seed gives the same samples for every version of numpy.
     """

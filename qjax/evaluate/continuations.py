@@ -1,4 +1,4 @@
-"""Log-likelihoods of given continuations: what multiple-choice tasks compare."""
+"""Log-likelihoods of given continuations, which multiple-choice tasks compare."""
 
 from __future__ import annotations
 

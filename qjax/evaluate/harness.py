@@ -25,7 +25,7 @@ _MOST_NEW_TOKENS = 256  # what the harness' own models generate unless a task sa
 
 
 class HarnessModel(_TemplateLM):
-    """`Model` as the harness wants it.
+    """A `Model` behind the interface of the harness.
 
     Attributes:
       model: with the parameters to evaluate.

@@ -86,14 +86,18 @@ def token_metrics(
     config: ModelConfig,
     mesh: Mesh | None = None,
 ) -> dict[str, Float[Array, "batch length-1"] | Bool[Array, "batch length-1"]]:
-    """What the reference p and the model q say about every next token of every window.
+    """Losses of the reference p and the model q, and their divergence, for every next token of every window.
 
     Position t reads tokens 0…t and predicts `targets[t]` (token t+1). Per position: `nll_reference = -log p(target)`,
     `nll = -log q(target)` and `kl = KL(p ‖ q)` in nats, `agree = (argmax p = argmax q)`. Softmax in float32.
 
     Args:
-      reference_head, head: parameters of the last step as returned by `transformer.head`.
-      reference_hidden, hidden: states after the last block, before the final norm.
+      reference_head: parameters of the last step of p, as returned by `transformer.head`.
+      head: likewise, of q.
+      reference_hidden: states of p after the last block, before the final norm.
+      hidden: likewise, of q.
+      targets: ids of the next tokens.
+      config: of the model.
       mesh: where the heads lie, if on a mesh; batches are split over its axis "data".
 
     A non-finite logit shows as a non-finite `nll` or `kl` of its position. Logits exist for one chunk of positions at a

@@ -21,9 +21,10 @@ class EvaluationReport:
     Every interval is a 95% percentile bootstrap over sequences. Divergences are in nats per predicted token.
 
     Attributes:
-      tokens_evaluation: tokens read, `sequences · context_length`; `tokens_scored` of them are predicted, all but the
-        first of each window.
-      bos: the BOS policy of the windows.  stride: source tokens from one window to the next.
+      tokens_evaluation: tokens read, `sequences · context_length`.
+      tokens_scored: tokens predicted, all but the first of each window.
+      stride: source tokens from one window to the next.
+      bos: the BOS policy of the windows.
       tokens_sha256: identity of the windows.
       domains: the numbers of each domain of a mixture, empty for a single source.
     """

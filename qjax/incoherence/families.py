@@ -137,7 +137,7 @@ class Incoherence(abc.ABC):
         return jax.eval_shape(draw)
 
     def spec(self) -> dict[str, Any]:
-        """What `make(**spec)` needs to build this again (JSON values only)."""
+        """Arguments of `make` that build this family again (JSON values only)."""
         return {"name": self.name, **dataclasses.asdict(self)}
 
 

@@ -42,7 +42,7 @@ def _inverse(lower: Float[Array, "b b"]) -> Float[Array, "b b"]:
 
 
 def _blocked_cholesky(matrix: Array, shift: Array, block: int) -> Array:
-    """The blocks of a whole number of `block` columns in one loop, what is left of them after it.
+    """Cholesky factor by blocks: whole blocks of `block` columns in one loop, the remaining columns after it.
 
     A switch holds, for every place of the loop, the products of that place's exact sizes; all else is in the program
     once. (Unrolled, the program of 8192 columns took minutes to compile and hundreds of megabytes to keep.)
@@ -51,7 +51,7 @@ def _blocked_cholesky(matrix: Array, shift: Array, block: int) -> Array:
     count = n // block
 
     def unexplained(start: int) -> Callable[[Array, Array, Array], Array]:
-        """The panel `[n, block]` that starts at `start`, zeros above, less what the finished columns explain."""
+        """The panel `[n, block]` that starts at `start`, zeros above, minus its part in the finished columns."""
 
         def panel(column: Array, row: Array, factor: Array) -> Array:
             found = (column[start:] + row[:, start:].T) / 2
@@ -100,7 +100,7 @@ def _corner(panel: Array, shift: Array) -> Array:
 
 
 def _blocked_inverse(lower: Array, block: int) -> Array:
-    """As `_blocked_cholesky`, block row after block row."""
+    """Inverse of a lower triangular matrix by blocks: as `_blocked_cholesky`, block row after block row."""
     n = lower.shape[0]
     count = n // block
 

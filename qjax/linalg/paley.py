@@ -14,7 +14,7 @@ __all__ = ["paley_matrix", "paley_type"]
 
 
 def paley_type(order: int) -> Literal["I", "II"] | None:
-    """Which construction gives `order`: "I" (order q+1, q ≡ 3 mod 4), else "II" (2(q+1), q ≡ 1 mod 4), else None."""
+    """The construction that gives `order`: "I" (order q+1, q ≡ 3 mod 4), else "II" (2(q+1), q ≡ 1 mod 4), else None."""
     if order % 4:
         return None
     if prime_power(order - 1) is not None:  # q = order − 1 ≡ 3 mod 4 as 4 divides the order

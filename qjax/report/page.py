@@ -87,7 +87,7 @@ def page(runs: Sequence[Run], skipped: Sequence[Skipped]) -> str:
 
 
 def _lost(skipped: Sequence[Skipped]) -> str:
-    """What is unfinished or failed, and why; nothing when all is well."""
+    """List of the unfinished and failed runs with reasons; nothing when there are none."""
     lost = "".join(f"<li>{html.escape(f'{item.path}: {item.reason}')}</li>" for item in skipped)
     return f"<h2>Unfinished or failed</h2><ul>{lost}</ul>" if lost else ""
 

@@ -99,7 +99,7 @@ def find(sources: str | os.PathLike[str] | Sequence[str]) -> list[pathlib.Path]:
 
 
 def _fault(results: Any) -> str | None:
-    """What is wrong with the content of a results.json, or None."""
+    """The first fault in the content of a results.json, or None."""
     if not isinstance(results, Mapping):
         return f"results.json holds {type(results).__name__}, not an object"
     bits = results.get("bits_per_weight")
@@ -160,7 +160,7 @@ def _settings(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _failure(file: pathlib.Path) -> str:
-    """What a job of a sweep said when it ended: "not possible: …" or "failed: …"."""
+    """The last message of a job of a sweep: "not possible: …" or "failed: …"."""
     try:
         content = read_json(file)
         return f"{content['status']}: {content['error']}"
@@ -169,7 +169,7 @@ def _failure(file: pathlib.Path) -> str:
 
 
 def _progress(path: pathlib.Path) -> str:
-    """How many matrices and blocks an unfinished run has stored, and when the last one was."""
+    """Progress of an unfinished run: numbers of stored matrices and blocks, and the time of the last one."""
     files = list((path / "layers").glob("*.safetensors"))
     if not files:
         return ", no matrix is stored"

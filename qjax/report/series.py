@@ -1,4 +1,4 @@
-"""Runs as series of points, and where their labels go: what the figure shows, without drawing it."""
+"""Runs as series of points and places of their labels: the content of the figure, without drawing it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison as a table of text cells: what differs between the runs, and what came of it."""
+"""The comparison as a table of text cells: the settings that differ between runs, and their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Targets that make up for the errors of the blocks before: what a matrix should be when its inputs have changed."""
+"""Targets that make up for the errors of the blocks before: the best matrix for inputs that have changed."""
 
 from __future__ import annotations
 

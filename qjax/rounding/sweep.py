@@ -61,10 +61,14 @@ def _fits(width: int, group: int | None) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """How to sweep: the leaf, the direction, and what to compute when a block of a certain width is entered.
+    """Plan of a sweep.
 
-    `enter(weightᵀ, targetᵀ, start)` runs for blocks of width `enter_width` and its result replaces the leaf's context
-    (GPTQ fits a group's scale on the weights as compensated so far); its results are returned stacked.
+    Attributes:
+      leaf: rounds one column block.
+      reverse: from right to left.
+      enter_width: the width of the blocks for which `enter` runs, None for none.
+      enter: `enter(weightᵀ, targetᵀ, start)`, whose result replaces the leaf's context (GPTQ fits a group's scale on
+        the weights as compensated so far); its results are returned stacked.
     """
 
     leaf: Leaf
@@ -138,7 +142,7 @@ def sweep(
         return codes, inside
 
     def feedback(start: int) -> Callable[[Array, Array], Array]:
-        """What the finished columns, all after (or before) this piece, add to its targets."""
+        """Feedback of the finished columns, all after (or before) this piece, to its targets."""
         finished = slice(start + top, count) if plan.reverse else slice(0, start)
 
         def product(matrix: Array, error: Array) -> Array:

@@ -90,7 +90,7 @@ def two_sided_codes(
     square_in, square_out = (field[1], field[1]), (field[0], field[0])
 
     def from_right(j: int) -> Callable[[Array, Array], Array]:
-        """What the finished fields to the right of column j of fields feed back to row i of them, in one product."""
+        """Feedback of the finished fields to the right of column j of fields, to row i of them, in one product."""
         start = (j + 1) * field[1]
 
         def product(error: Array, i: Array) -> Array:
@@ -102,7 +102,7 @@ def two_sided_codes(
         return product
 
     def from_below(i: int) -> Callable[[Array, Array], Array]:
-        """The same from below row i of fields, to column j of them."""
+        """Feedback of the finished fields below row i of fields, to column j of them, in one product."""
         stop = i * field[0]
 
         def product(g: Array, j: Array) -> Array:

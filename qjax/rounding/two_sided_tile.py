@@ -110,7 +110,7 @@ def round_tiles(
         upward = jnp.stack([jnp.stack(row, axis=1) for row in upward], axis=1)
 
     def later(x: Array) -> Array:
-        """Row block i gets what row block i − 1 has."""
+        """x moved on by one row block: row block i has the values of row block i − 1."""
         return jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
 
     def step(state: tuple[Array, Array], t: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:

@@ -1,1 +1,1 @@
-"""What a run needs besides mathematics: durable files, a lock, fingerprints, measurements, progress and trackers."""
+"""Services of a run besides its mathematics: durable files, a lock, fingerprints, measurements, progress, trackers."""

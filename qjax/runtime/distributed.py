@@ -23,11 +23,12 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class DistributedSettings:
-    """Who takes part. Without a coordinator the program is one process.
+    """Settings of a group of processes. Without a coordinator the program is one process.
 
     Attributes:
       coordinator: "host:port" of process 0, the same in all processes.
-      processes: how many there are.  process: which one this is, 0 to processes − 1.
+      processes: the number of processes.
+      process: the index of this one, 0 to processes − 1.
       start_s: seconds to wait for all processes at the start.
       heartbeat_s: seconds without a sign of life after which a process counts as dead and ends the others.
 
@@ -167,7 +168,7 @@ def _from(source: int, data: bytes) -> bytes:
 
 
 def lost(error: BaseException) -> str:
-    """What to say when an operation between processes failed, which is how the end of one shows in the others."""
+    """The message for an operation between processes that failed, which is how the end of one shows in the others."""
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return (
         f"process {jax.process_index()} of {jax.process_count()}: another process is gone or cannot be reached "

@@ -1,4 +1,4 @@
-"""What a run depends on, as JSON and as one hash."""
+"""Fingerprint of a run: everything it depends on, as JSON and as one hash."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def device() -> dict[str, Any]:
 
 
 def identity(model_sha256: str) -> str:
-    """What a stored result of running a model depends on besides its inputs: the model, JAX and the platform.
+    """Identity of a stored result of running a model, besides its inputs: the model, JAX and the platform.
 
     Not what decides the last bits of its sums alone: mesh, instruction set and number of cores. What was computed first
     is kept and shared, also by machines that would add up otherwise.

@@ -41,7 +41,7 @@ def leading(path: pathlib.Path) -> Iterator[None]:
 
 
 def visible(file: pathlib.Path) -> None:
-    """Raises RunError, in all processes, when one of them does not see a file that process 0 has written."""
+    """Check that all processes see a file that process 0 has written. Raises RunError, in all, when one does not."""
 
     def check() -> None:
         if not file.exists():

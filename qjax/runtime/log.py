@@ -1,4 +1,4 @@
-"""The log of a run: what happened, and Python's stacks when native code crashes."""
+"""The log of a run: its events, and Python's stacks when native code crashes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def log_to(path: pathlib.Path) -> logging.Handler:
 
 
 def crashes_to(path: pathlib.Path) -> IO[str] | None:
-    """Where Python's stacks go when native code crashes; None when someone else (a test runner) takes them already."""
+    """The file that gets Python's stacks when native code crashes; None when a test runner takes them already."""
     if faulthandler.is_enabled():
         return None
     file = path.open("a")

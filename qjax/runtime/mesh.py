@@ -19,12 +19,12 @@ AXES = ("data", "model")
 EACH = PartitionSpec(AXES)
 """The first axis is split over all devices of the mesh."""
 WHOLE = PartitionSpec()
-"""The same on every device."""
+"""A whole copy on every device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """How many devices each axis has: `data · model` in all.
+    """The number of devices of each axis, `data · model` in all.
 
     Attributes:
       data: devices over which sequences and rows are split; None takes all that there are.

@@ -61,7 +61,7 @@ class CompileCounter:
 
     @property
     def count(self) -> int:
-        """How many programs were made."""
+        """The number of programs made."""
         return len(self.programs)
 
     def __enter__(self) -> CompileCounter:

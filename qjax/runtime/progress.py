@@ -33,7 +33,7 @@ _log = logging.getLogger("qjax")
 
 @runtime_checkable
 class Stream(Protocol):
-    """What is needed of a text stream."""
+    """A text stream that can be written to."""
 
     def write(self, text: str, /) -> object:
         """Take some text."""

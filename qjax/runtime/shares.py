@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def shares(costs: Mapping[str, float], count: int) -> dict[str, int]:
-    """Which of `count` places gets each task: the costliest first, each to the place with the least so far.
+    """The place, of `count`, of each task: the costliest first, each to the place with the least so far.
 
     Depends on nothing but the arguments, so that all processes come to the same answer.
     """

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go while it runs: JSON lines, Weights & Biases, or nowhere."""
+"""Trackers, which record the numbers of a run while it runs: JSON lines, Weights & Biases, or none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Tracker(Protocol):
-    """What every tracker does. None of the methods raises for a failure of the service behind it."""
+    """The contract of trackers. None of the methods raises for a failure of the service behind it."""
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Record numbers of one step (a layer, an update)."""
@@ -61,7 +61,7 @@ def _plain(value: Any) -> Any:
 
 @TRACKERS.register("none")
 class NoTracker:
-    """Keeps nothing. The arguments are those of the others."""
+    """A tracker that records nothing. The arguments are those of the others."""
 
     def __init__(
         self,

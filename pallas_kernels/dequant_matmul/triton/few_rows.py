@@ -102,7 +102,7 @@ def grid(x_ref: Any, own: Program) -> Sums:
 
 
 def code(x_ref: Any, own: Program) -> Sums:
-    """The same of a trellis or a lattice."""
+    """`x Wᵀ` of a trellis or a lattice, likewise."""
     weight, ops, rows = own.weight, own.ops, x_ref.shape[0]
     inputs = jax.lax.broadcasted_iota(jnp.int32, (ROWS,), 0) * SLABS
 

@@ -1,4 +1,4 @@
-"""What the bodies of the Triton kernel share: where the words and scales of a program are, and how they are read."""
+"""Common part of the bodies of the Triton kernel: the places of a program's words and scales, and their reading."""
 
 from __future__ import annotations
 

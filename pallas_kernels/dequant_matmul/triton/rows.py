@@ -56,7 +56,7 @@ def grid(x_ref: Any, own: Program) -> Array:
 
 
 def code(x_ref: Any, own: Program) -> Array:
-    """The same of a trellis or a lattice; values are rounded to the dtype of x, mul1's to bfloat16 directly."""
+    """`x Wᵀ` of a trellis or a lattice, likewise; values are rounded to the dtype of x, mul1's to bfloat16 directly."""
     weight, rows, dtype = own.weight, x_ref.shape[1], x_ref.dtype
     centred = weight.code == "mul1" and dtype == jnp.bfloat16
 
