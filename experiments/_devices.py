@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pathlib
 import re
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, MutableMapping, Sequence
 
 from qjax.errors import RunError
+from qjax.runtime.lock import FileLock
 
 __all__ = ["available", "claim", "show_only"]
 
@@ -19,7 +19,7 @@ PARALLEL = (
     "joblib",
     "submitit_local",
 )  # launchers that start processes on this machine; Slurm hands out devices itself
-_held: dict[str, int] = {}  # device -> descriptor of its lock, for the life of the process
+_held: dict[str, FileLock] = {}  # device -> its lock, for the life of the process
 
 
 def available(environment: MutableMapping[str, str], root: pathlib.Path = pathlib.Path("/")) -> tuple[str, list[str]]:
@@ -74,8 +74,9 @@ def claim(
 ) -> str | None:
     """Take a device for this process: `cuda:1`; None for a launcher of one process, or where there is no choice.
 
-    The kernel holds the lock (flock), so a killed job frees its device. More jobs than devices wait for their turn.
-    A process that has a device keeps it, which a launcher that reuses processes needs. Raises RunError after `wait_s`.
+    The kernel holds the lock, so a killed job frees its device. More jobs than devices wait for their turn.
+    A process that has a device keeps it, which a launcher that reuses processes needs. Raises RunError after `wait_s`,
+    or where the locks cannot be made.
     """
     if launcher not in PARALLEL:
         return None
@@ -85,7 +86,6 @@ def claim(
     if len(devices) < 2:
         return None
     place = folder or pathlib.Path(tempfile.gettempdir()) / f"qjax-devices-{os.getuid()}"
-    place.mkdir(parents=True, exist_ok=True)
     device = _take(place, platform, devices, wait_s, say)
     show_only(platform, device, environment)
     return f"{platform}:{device}"
@@ -95,15 +95,18 @@ def _take(place: pathlib.Path, platform: str, devices: Sequence[str], wait_s: fl
     end, told = time.monotonic() + wait_s, False
     while True:
         for device in devices:
-            file = place / f"{socket.gethostname()}-{platform}-{re.sub(r'[^0-9A-Za-z-]', '_', device)}.lock"
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            name = f"{socket.gethostname()}-{platform}-{re.sub(r'[^0-9A-Za-z-]', '_', device)}.lock"
+            lock = FileLock(place / name)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(descriptor)
-                continue
-            _held[f"{platform}:{device}"] = descriptor
-            return device
+                free = lock.acquire(wait=False)
+            except OSError as error:
+                raise RunError(
+                    f"{lock.file}: devices cannot be shared out ({error.strerror}); set TMPDIR to a folder on a local "
+                    "disk that you can write, or use one job at a time"
+                ) from error
+            if free:
+                _held[f"{platform}:{device}"] = lock
+                return device
         if time.monotonic() > end:
             raise RunError(f"none of the {len(devices)} {platform} devices became free in {wait_s:.0f} s ({place})")
         if not told:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import pathlib
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from qjax.errors import RunError
+from qjax.runtime.lock import lock_descriptor
 
 __all__ = ["explained", "open_atomic", "remove_leftovers"]
 
@@ -58,14 +58,6 @@ def explained(path: pathlib.Path, size: int | None) -> Iterator[None]:
         raise RunError(f"{path}: could not write{needs}{has}: {_REMEDIES[error.errno]}") from error
 
 
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _open_temporary(path: pathlib.Path) -> tuple[int, pathlib.Path]:
     """A new locked file beside `path`; the lock tells a file being written from what a killed process left."""
     while True:
@@ -75,7 +67,7 @@ def _open_temporary(path: pathlib.Path) -> tuple[int, pathlib.Path]:
         except FileExistsError:  # a leftover of a dead process that had the same number
             continue
         # Another process may have taken the file for a leftover before it was locked.
-        if _locked(descriptor) and temporary.exists():
+        if lock_descriptor(descriptor) and temporary.exists():
             return descriptor, temporary
         os.close(descriptor)
 
@@ -124,7 +116,7 @@ def remove_leftovers(folder: Path) -> list[pathlib.Path]:
     removed = []
     for temporary in sorted(pathlib.Path(folder).rglob(f".*{_SUFFIX}")):
         with contextlib.suppress(FileNotFoundError), temporary.open("rb") as file:
-            if _locked(file.fileno()):
+            if lock_descriptor(file.fileno()):
                 temporary.unlink()
                 removed.append(temporary)
     return removed

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from qjax.errors import InputError, NumericsError, RunError
 from qjax.models.config import ModelConfig
+from qjax.runtime.lock import RunLock
 from qjax.training.step import Schedule, TrainState, batch_at, initial_state, sum_loss, train_step
 
 __all__ = ["Progress", "Result", "Task", "held_out_loss", "train"]
@@ -112,7 +111,7 @@ def train(
     """
     if checkpoint_every < 1:
         raise InputError(f"checkpoint_every is {checkpoint_every}; it must be at least 1")
-    with _alone(folder):
+    with RunLock(folder):
         _check_fingerprint(folder, task)
         # Two checkpoints are kept: the newest is complete before the one before it goes.
         keep: Any = ocp.training.preservation_policies.LatestN(2)
@@ -172,17 +171,6 @@ def _restore(store: ocp.training.Checkpointer, step: int, like: TrainState) -> t
     saved: Any = store.load(step, jax.tree.map(abstract, {"state": like, "best": like.params}))
     log: Any = store.metadata(step).custom_metadata
     return saved["state"], jax.device_get(saved["best"]), dict(log)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{folder} is in use by another training run; choose another out or wait for it") from None
-        yield
 
 
 def _check_fingerprint(folder: Path, task: Task) -> None:

@@ -1,10 +1,11 @@
 """Costly stories that several tests look at, told once for all workers."""
 
-import fcntl
 import json
 import os
 
 import pytest
+
+from qjax.runtime.lock import FileLock
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +21,7 @@ def once(tmp_path_factory):
         folder = shared / name
         folder.mkdir(exist_ok=True)
         file = folder / "told.json"
-        with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(folder / "lock"):
             if not file.exists():
                 text = json.dumps(tell(folder))
                 file.write_text(text)

@@ -60,17 +60,20 @@ def test_every_process_gets_its_own_device_and_the_next_one_waits(tmp_path, monk
     assert claimed() == ("cuda:4", "4") and claimed() == ("cuda:7", "7")
     with pytest.raises(RunError, match="none of the 2 cuda devices became free"):
         claimed(wait_s=0.0)
-    os.close(held[0]["cuda:4"])  # as at the end of the first process, however it ends
+    held[0]["cuda:4"].release()  # as at the end of the first process, however it ends
     assert claimed() == ("cuda:4", "4")
     assert (
         _devices.claim("joblib", environment={}, folder=tmp_path) == "cuda:4"
     )  # a process that is used again keeps it
     for own in held[1:]:
-        for descriptor in own.values():
-            os.close(descriptor)
+        for lock in own.values():
+            lock.release()
     monkeypatch.setattr(_devices, "_held", {})
     assert _devices.claim("basic", environment={"CUDA_VISIBLE_DEVICES": "4,7"}, folder=tmp_path) is None
     assert _devices.claim("submitit_slurm", environment={"CUDA_VISIBLE_DEVICES": "4,7"}, folder=tmp_path) is None
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="devices cannot be shared out .*TMPDIR"):
+        _devices.claim("joblib", environment={"CUDA_VISIBLE_DEVICES": "4,7"}, folder=tmp_path / "file")
 
 
 COMMON = "debug=fast rounding=nearest hessian=original evaluate=none tracker=none"

@@ -1,7 +1,9 @@
-"""Two processes and one run directory."""
+"""Locks between processes: a run directory, turns, shared holders, file systems that cannot lock."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import pathlib
 import signal
@@ -12,12 +14,12 @@ import threading
 import pytest
 
 from qjax.errors import RunError
-from qjax.runtime.lock import RunLock, turn
+from qjax.runtime.lock import FileLock, RunLock, turn
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
-from qjax.runtime.lock import RunLock, turn
+from qjax.runtime.lock import RunLock
 with RunLock(sys.argv[1]):
     print("locked", flush=True)
     time.sleep(60)
@@ -84,3 +86,47 @@ def test_turns_are_taken_one_after_the_other(tmp_path):
     with turn(tmp_path / "file" / "entry.lock"):  # where nothing can be locked, work is done twice at worst
         order.append("alone")
     assert order[-1] == "alone"
+
+
+def test_shared_holders_exclude_an_exclusive_one_and_the_other_way_round(tmp_path):
+    file = tmp_path / "deep" / "entry.lock"
+    readers = [FileLock(file, shared=True) for _ in range(2)]
+    writer = FileLock(file)
+    assert all(reader.acquire(wait=False) for reader in readers)
+    assert not writer.acquire(wait=False)
+    assert writer.holder() == "another process"
+    readers[0].release()
+    assert not writer.acquire(wait=False)
+    readers[1].release()
+    assert writer.acquire(wait=False)
+    assert not readers[0].acquire(wait=False)
+    assert readers[0].holder().startswith(f"process {os.getpid()} on ")
+    writer.release()
+    writer.release()  # what is not held is not released
+    assert file.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(errno.ENOLCK, "its file system cannot lock files .* local disk"), (errno.EIO, "cannot be used as a run dir")],
+)
+def test_a_file_system_that_cannot_lock_is_named_and_holds_up_no_turn(tmp_path, monkeypatch, code, message):
+    def refused(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(RunError, match=message), RunLock(tmp_path):
+        pass
+    with turn(tmp_path / "entry.lock"):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_full_disk_leaves_the_holder_without_a_name_and_the_lock_held(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with RunLock(tmp_path), pytest.raises(RunError, match="in use by another process"), RunLock(tmp_path):
+        pass
