@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from jaxtyping import Float
 
 from qjax.errors import RunError
 from qjax.runtime.distributed import every, together
+from qjax.runtime.durable import replacing
 from qjax.runtime.lock import turn
 
 __all__ = ["TeacherCache"]
@@ -30,7 +29,7 @@ class TeacherCache:
     """Entries `[sequences, length, width]` float32, addressed by the model's fingerprint and the hash of the tokens.
 
     An entry is an array file and a record with the SHA-256 of its values; the record is written last and marks it
-    complete. Each file is written aside and renamed, so concurrent runs of a sweep see whole files only.
+    complete. Each file is replaced whole, so concurrent runs of a sweep see whole files only.
     """
 
     def __init__(self, folder: str | Path):
@@ -68,10 +67,10 @@ class TeacherCache:
         states = np.ascontiguousarray(compute(), dtype=np.float32)
         facts = {"model_fingerprint": model_fingerprint, "tokens_sha256": tokens_sha256, "shape": list(states.shape)}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(f"{name}.npy", lambda file: np.save(file, states, allow_pickle=False))
-            record = json.dumps({**facts, "sha256": _digest(states)}, indent=1)
-            self._write(f"{name}.json", lambda file: file.write(record.encode()))
+            with replacing(self.folder / f"{name}.npy") as file:
+                np.save(file, states, allow_pickle=False)
+            with replacing(self.folder / f"{name}.json") as file:
+                file.write(json.dumps({**facts, "sha256": _digest(states)}, indent=1).encode())
         except OSError as error:
             raise RunError(
                 f"{self.folder}: the reference's hidden states ({states.nbytes / 1e6:.0f} MB) cannot be stored "
@@ -106,18 +105,6 @@ class TeacherCache:
             reason = str(error)
         log.warning("%s is damaged (%s); the reference's hidden states are computed again", array, reason)
         return None
-
-    def _write(self, name: str, write: Callable) -> None:
-        descriptor, scratch = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, self.folder / name)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
 
 
 def _digest(states: np.ndarray) -> str:

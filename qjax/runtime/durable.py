@@ -1,4 +1,4 @@
-"""Durable files: a reader finds the old content, the new content or an error; never half of a file."""
+"""Durable files and folders: a reader finds the old content, the new content or an error; never a half of it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from types import TracebackType
 from typing import BinaryIO
 
 from qjax.errors import RunError
 from qjax.runtime.lock import lock_descriptor
 
-__all__ = ["explained", "open_atomic", "remove_leftovers"]
+__all__ = ["WholeFolder", "explained", "open_atomic", "remove_leftovers", "replacing"]
 
 Path = str | os.PathLike[str]
 
@@ -72,8 +73,8 @@ def _open_temporary(path: pathlib.Path) -> tuple[int, pathlib.Path]:
         os.close(descriptor)
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -84,31 +85,41 @@ def _sync_folder(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def open_atomic(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write that replaces `path`, durably, when the block ends without an error.
 
     Order: temporary file in the same folder, flush, fsync, rename, fsync of the folder. Missing folders are made.
-    `size` in bytes is what the caller is about to write, for the message. Raises RunError for a full, failing,
-    read-only or forbidden disk; `path` then keeps its old content.
+    Raises OSError when it cannot be written; `path` then keeps its old content.
     """
     path = pathlib.Path(path)
-    with explained(path, size):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = _open_temporary(path)
-        file = os.fdopen(descriptor, "wb")
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            with contextlib.suppress(OSError):  # closing flushes again, and fails again on a full disk
-                file.close()
-            raise
-        file.close()
-        _sync_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = _open_temporary(path)
+    file = os.fdopen(descriptor, "wb")
+    try:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        with contextlib.suppress(OSError):  # closing flushes again, and fails again on a full disk
+            file.close()
+        raise
+    file.close()
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def open_atomic(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
+    """`replacing`, with an error that says what to do.
+
+    `size` in bytes is what the caller is about to write, for the message. Raises RunError for a full, failing,
+    read-only or forbidden disk.
+    """
+    path = pathlib.Path(path)
+    with explained(path, size), replacing(path) as file:
+        yield file
 
 
 def remove_leftovers(folder: Path) -> list[pathlib.Path]:
@@ -120,3 +131,96 @@ def remove_leftovers(folder: Path) -> list[pathlib.Path]:
                 temporary.unlink()
                 removed.append(temporary)
     return removed
+
+
+class WholeFolder:
+    """A folder that takes its name when it is whole: context manager over the one to write into, which replaces `path`.
+
+    A folder cannot be renamed onto a full one, so the old one is set aside for the moment between two renames. A
+    process that is killed leaves `path` old or new, or, between the two, set aside under `retired`; the next `begin`
+    puts that back and removes what is left over. The processes of a group have one of them call `begin` and `complete`.
+    Raises OSError when it cannot be written, RunError while another process writes it; `path` then stays as it was.
+
+    Attributes:
+      path: the folder to be.
+      staging: the folder to write into, beside it.
+      retired: the name of the old one between the two renames.
+    """
+
+    def __init__(self, path: Path):
+        self.path = pathlib.Path(path).absolute()
+        self.staging = self.path.with_name(self.path.name + ".tmp")
+        self.retired = self.path.with_name(self.path.name + ".old")
+        self._descriptor: int | None = None
+
+    def begin(self) -> pathlib.Path:
+        """Make `staging`, empty and locked; returns it. The lock tells it from what a killed process left."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.staging.exists():
+            if not self._lock():
+                raise RunError(
+                    f"{self.path}: another process is writing it; wait until it ends, or choose another name"
+                )
+            self._unlock()
+            shutil.rmtree(self.staging)
+        if self.retired.exists():
+            if self.path.exists():
+                shutil.rmtree(self.retired)
+            else:
+                os.replace(self.retired, self.path)
+        self.staging.mkdir()
+        self._lock()
+        return self.staging
+
+    def complete(self) -> None:
+        """Give `staging` its name once all of it is on the disk."""
+        for place, _, names in os.walk(self.staging):
+            for name in names:
+                _sync(pathlib.Path(place, name))
+            _sync(pathlib.Path(place))
+        replaced = self.path.exists()
+        if replaced:
+            os.replace(self.path, self.retired)
+        try:
+            os.replace(self.staging, self.path)
+        except OSError:
+            if replaced:
+                os.replace(self.retired, self.path)
+            raise
+        _sync(self.path.parent)
+        self._unlock()
+        shutil.rmtree(self.retired, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove `staging`; `path` stays as it was."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self._unlock()
+
+    def _lock(self) -> bool:
+        """Whether no other process writes `staging`; where folders cannot be locked it is taken for left over."""
+        self._descriptor = os.open(self.staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):
+            if not lock_descriptor(self._descriptor):
+                self._unlock()
+                return False
+        return True
+
+    def _unlock(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> pathlib.Path:
+        return self.begin()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.discard()
+            return
+        try:
+            self.complete()
+        except BaseException:
+            self.discard()
+            raise

