@@ -1,4 +1,4 @@
-"""The comparison as one self-contained HTML page: charts, a sortable table, settings of every run, what failed."""
+"""The comparison as one self-contained HTML page: figure, charts, sortable table, settings of every run, failures."""
 
 from __future__ import annotations
 
@@ -6,28 +6,22 @@ import html
 import json
 from collections.abc import Sequence
 
-from qjax.report.charts import bars, heat_map, layer_losses, legend, method, scatter
+from qjax.report.charts import bars, heat_map, layer_losses
+from qjax.report.inline import figure
 from qjax.report.runs import Run, Skipped
 from qjax.report.table import comparison, ordered
 
 __all__ = ["page"]
 
-_STYLE = """:root{color-scheme:light dark;--ink:#1b1b1b;--paper:#fff;--rule:#d5d5d5;--mark:#0b5cad;
---c0:#0072b2;--c1:#d55e00;--c2:#007a5a;--c3:#a8487f;--c4:#8a6d00;--c5:#5b6470;--c6:#6a4fc1;--c7:#b3261e}
-@media(prefers-color-scheme:dark){:root{--ink:#ececec;--paper:#15181c;--rule:#444b54;--mark:#7ab8ff;
---c0:#56b4e9;--c1:#ff9d57;--c2:#3fd0a4;--c3:#e59cc6;--c4:#f0d24b;--c5:#b4bcc7;--c6:#b7a4ff;--c7:#ff8a80}}
+_STYLE = """:root{color-scheme:light dark;--ink:#1b1b1b;--paper:#fff;--rule:#d5d5d5;--mark:#0b5cad}
+@media(prefers-color-scheme:dark){:root{--ink:#ececec;--paper:#15181c;--rule:#444b54;--mark:#7ab8ff}}
 body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--paper);
 margin:0 auto;padding:1rem;max-width:90rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,360px),1fr));gap:1rem}
-figure{margin:0;display:flex;flex-direction:column;justify-content:space-between}
-figure svg{width:100%;max-width:560px}svg text{fill:currentColor;font-size:12px}
-.grid{stroke:var(--rule)}.bar{stroke-width:2;opacity:.65}.mark{stroke:var(--paper)}
-.bound{stroke:currentColor;stroke-dasharray:5 4;fill:none}.scroll{overflow-x:auto}
-.legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;padding:0}.legend svg{margin-right:.4rem}
-.heat{max-width:none}.heat text{font-size:10px}.heat rect{fill:var(--mark)}
+.scroll{overflow-x:auto}figure{margin:0}figure svg{width:100%;min-width:60rem}
+.heat text{fill:currentColor;font-size:10px}.heat rect{fill:var(--mark)}
 table{border-collapse:collapse}td,th{padding:.25rem .6rem;border-bottom:1px solid var(--rule);
 white-space:nowrap;text-align:left}.bars th{font-weight:400}
-.track span{display:flex;width:14rem;height:.8rem}.track i{background:var(--own);height:100%}
+.track span{display:flex;width:14rem;height:.8rem}.track i{background:var(--mark);height:100%}
 th button{font:inherit;color:inherit;background:none;border:0;padding:0;cursor:pointer}
 li,summary{overflow-wrap:anywhere}
 pre{overflow-x:auto}a{color:var(--mark)}input{font:inherit;max-width:100%}"""
@@ -47,12 +41,6 @@ def page(runs: Sequence[Run], skipped: Sequence[Skipped]) -> str:
         return _document(f"<p>0 finished, {len(skipped)} unfinished or failed</p>{_lost(skipped)}", "")
     runs = ordered(runs)
     table = comparison(runs)
-    methods = list(dict.fromkeys(method(run) for run in runs))
-    charts = [
-        scatter(runs, methods, "kl_mean", "KL(original ‖ quantised), nats per token, 95% intervals"),
-        scatter(runs, methods, "perplexity", "perplexity, 95% intervals"),
-        scatter(runs, methods, "weight_mse_mean", "mean of ‖E‖² / ‖W‖², dashed: Shannon bound 2^(−2R)", shannon=True),
-    ]
     losses = [layer_losses(run.path) for run in runs]
     seen = sorted(value for own in losses for row in own.values() for value in row.values() if value > 0)
     low, high = (seen[len(seen) // 50], seen[-1 - len(seen) // 50]) if seen else (0.0, 0.0)  # outliers take no contrast
@@ -75,13 +63,13 @@ def page(runs: Sequence[Run], skipped: Sequence[Skipped]) -> str:
     )
     return _document(
         f"<p>{len(runs)} finished, {len(skipped)} unfinished or failed</p>{_lost(skipped)}"
-        f'<div class="charts">{"".join(charts)}</div>{legend(methods)}<h2>Runs</h2>'
+        f"{figure(runs)}<h2>Runs</h2>"
         '<label>Filter <input id="filter"></label>'
         '<div class="scroll" tabindex="0" role="region" aria-label="table of runs">'
         f'<table id="runs"><thead><tr>{head}</tr>'
         f"</thead><tbody>{rows}</tbody></table></div>"
         + (f"<h2>Relative proxy loss by layer, {low:.2g} to {high:.2g}</h2>{maps}" if maps else "")
-        + f"<h2>Time and memory</h2>{bars(runs, methods)}<h2>Settings</h2>{details}",
+        + f"<h2>Time and memory</h2>{bars(runs)}<h2>Settings</h2>{details}",
         f"<script>{_SCRIPT}</script>",
     )
 

@@ -11,18 +11,30 @@ from typing import Any
 from qjax.report.runs import Run
 from qjax.report.table import differing, ordered
 
-__all__ = ["PANELS", "Point", "Series", "label_positions", "limits", "series", "ticks", "varied_bits"]
+__all__ = [
+    "PANELS",
+    "WEIGHT_ERROR",
+    "Point",
+    "Series",
+    "label_positions",
+    "limits",
+    "series",
+    "ticks",
+    "varied_bits",
+]
 
 PANELS = (("kl_mean", "KL(original ‖ quantised), nats per token"), ("perplexity", "perplexity"))
+WEIGHT_ERROR = ("weight_mse_mean", "mean of ‖E‖² / ‖W‖², dashed: Shannon bound 2^(−2R)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One run in one panel: bits per weight, the metric, and its interval or None."""
+    """One run in one panel: bits per weight, the metric, its interval or None, and the run's name."""
 
     bits: float
     value: float
     interval: tuple[float, float] | None
+    run: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +63,7 @@ def _point(run: Run, metric: str) -> Point | None:
     if value is None or not math.isfinite(value) or value <= 0:
         return None
     finite = interval is not None and all(math.isfinite(bound) and bound > 0 for bound in interval)
-    return Point(run.results["bits_per_weight"], value, interval if finite else None)
+    return Point(run.results["bits_per_weight"], value, interval if finite else None, run.name)
 
 
 def _plain(value: Any) -> str:
@@ -94,7 +106,7 @@ def series(runs: Sequence[Run], *, join_bits: bool = True) -> list[Series]:
     for members in groups.values():
         points = {
             metric: tuple(sorted(filter(None, (_point(run, metric) for run in members)), key=lambda point: point.bits))
-            for metric, _ in PANELS
+            for metric, _ in (*PANELS, WEIGHT_ERROR)
         }
         first = members[0]
         # A run that differs in many settings is better known by its directory than by a list of them.

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from qjax.errors import InputError
 from qjax.report import Run
-from qjax.report.figure import draw
-from qjax.report.series import label_positions, limits, series, ticks, varied_bits
+from qjax.report.figure import _drawn, _style, draw
+from qjax.report.series import WEIGHT_ERROR, label_positions, limits, series, ticks, varied_bits
 
 
 def run(rounding, bits, kl=0.9, perplexity=30.0, **settings):
@@ -95,6 +95,19 @@ def test_both_files_are_drawn(tmp_path, runs):
 def test_the_same_runs_give_the_same_bytes(tmp_path):
     first, second = draw(sweep(), tmp_path / "a"), draw(sweep(), tmp_path / "b")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_the_bound_of_the_weights_error_is_drawn_at_two_to_the_minus_two_bits(tmp_path):
+    def with_error(bits):
+        made = run("ldlq", bits)
+        return Run(made.name, made.path, made.settings, {**made.results, "weight_mse_mean": 0.2 * 4.0 ** (2 - bits)})
+
+    with _style():
+        (axes,) = _drawn([with_error(2), with_error(4)], [WEIGHT_ERROR]).axes
+        bound = next(line for line in axes.lines if line.get_linestyle() == "--" and len(line.get_xdata()) == 2)
+        assert list(bound.get_ydata()) == pytest.approx([2.0 ** (-2 * 2.02), 2.0 ** (-2 * 4.02)])
+        (axes,) = _drawn([with_error(2)], [WEIGHT_ERROR]).axes
+        assert any(text.get_text() == "bound 0.06079" for text in axes.texts)
 
 
 def test_runs_without_evaluation_have_no_figure(tmp_path):

@@ -3,8 +3,10 @@
 import html.parser
 import pathlib
 import re
+import sys
 
 from qjax.report import Run, Skipped
+from qjax.report.figure import INK
 from qjax.report.page import page
 
 
@@ -47,14 +49,35 @@ def test_time_and_memory():
     assert 'width:25.00%;opacity:0.76" title="hessians 2.0 s"' in text and "8 s" in text and "2.00 GiB" in text
 
 
-def test_methods_are_told_apart_and_near_points_stand_side_by_side():
-    runs = [
-        Run(
-            f"r{i}", pathlib.Path("a"), {"rounding": r, "codebook": "e8p"}, {"bits_per_weight": 2.0, "kl_mean": 0.5 + i}
-        )
-        for i, r in enumerate(["ldlq", "gptq", "ldlq"])
+def three_runs():
+    methods = ("ldlq", "gptq", "ldlq")
+    return [
+        Run(f"r{i}\x01", pathlib.Path("a"), {"rounding": r}, {"bits_per_weight": 2.0, "kl_mean": 0.5 + i})
+        for i, r in enumerate(methods)
     ]
-    text = page(runs, [])
-    places = re.findall(r'translate\(([\d.]+) [\d.]+\)" style="fill:(var\(--c\d\))" data-value', text)
-    assert len({x for x, _ in places}) == 3 and sorted(colour for _, colour in places).count("var(--c0)") in (1, 2)
-    assert text.count("ldlq · e8p</li>") == text.count("gptq · e8p</li>") == 1
+
+
+def test_every_run_has_a_place_in_the_figure_that_says_its_numbers_and_leads_to_its_settings():
+    text = page(three_runs(), [])
+    places = re.findall(r'<a href="(#run-\d)" aria-label="([^"]+)" data-value="([^"]+)"><title>([^<]+)</title>', text)
+    assert sorted(value for _, _, value, _ in places) == ["0.5", "1.5", "2.5"]
+    for target, label, value, title in places:
+        run = next(run for run in three_runs() if run.results["kl_mean"] == float(value))
+        assert label == title and re.fullmatch(rf"{run.name}: 2\.000 bits, {value}0*", label)
+        assert f'<details id="{target[1:]}"><summary>{run.name}</summary>' in text
+    marks = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)" [^>]*opacity: 0', text)
+    assert len(set(marks)) == 3
+    colours = re.findall(r"fill: (#0072b2|#d55e00)", text)  # of the roundings ldlq and gptq
+    assert colours.count("#0072b2") > colours.count("#d55e00") > 0
+
+
+def test_the_figure_has_the_colours_of_the_theme_and_the_same_bytes_every_time():
+    text = page([made()], [])
+    assert "fill: currentColor" in text and "var(--paper)" in text and INK not in text
+    assert "<metadata" not in text and text == page([made()], [])
+
+
+def test_without_matplotlib_a_sentence_stands_in_the_figures_place(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = page([made()], [])
+    assert "<p>the figure needs matplotlib: pip install &#x27;qjax[plots]&#x27;" in text and "0.8317" in text
