@@ -11,14 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from tokenizers import Tokenizer
 
 import qjax
 from experiments._entry import entry
 from qjax.errors import RunError
 from qjax.models.checkpoints.export import rounded, write_directory
 from qjax.models.config import ModelConfig
-from qjax.training.completion import complete
-from qjax.training.loop import Progress, Task, held_out_loss, train
+from qjax.models.generate import generate
+from qjax.models.sampling import Sampling
+from qjax.training.loop import Step
+from qjax.training.pretrain import Task, held_out_loss, train
 from qjax.training.step import Schedule
 from qjax.training.text import (
     END_OF_TEXT,
@@ -51,20 +54,28 @@ class Lines:
     def __init__(self, every: int):
         self.every = every
 
-    def __call__(self, progress: Progress) -> None:
-        if sys.stdout.isatty() or progress.held_out is not None or progress.step % self.every == 0:
-            line = (
-                f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  {_clock(progress.seconds_left)} left"
-            )
-            if progress.held_out is not None:
-                line += f"  held-out {progress.held_out:.4f}"
-            rewritten = sys.stdout.isatty() and progress.held_out is None
+    def __call__(self, done: Step) -> None:
+        if sys.stdout.isatty() or done.validation is not None or done.step % self.every == 0:
+            left = _clock((done.steps - done.step) * done.seconds / done.step)
+            line = f"step {done.step}/{done.steps}  loss {done.loss:.4f}  {left} left"
+            if done.validation is not None:
+                line += f"  held-out {done.validation:.4f}"
+            rewritten = sys.stdout.isatty() and done.validation is None
             print(f"\r\033[K{line}" if sys.stdout.isatty() else line, end="" if rewritten else "\n", flush=True)
 
 
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"
+
+
+def sample(
+    params: Any, config: ModelConfig, tokenizer: Tokenizer, prompt: str, tokens: int, temperature: float, seed: int
+) -> str:
+    """The prompt and up to `tokens` more; it ends early before a new document."""
+    ids, sampling = tokenizer.encode(prompt).ids, Sampling(temperature=temperature, seed=seed)
+    new = generate(params, config, ids, tokens, eos_id=END_OF_TEXT_ID, sampling=sampling)
+    return tokenizer.decode([*ids, *new.tolist()])
 
 
 def run(options: DictConfig) -> Path:
@@ -133,7 +144,7 @@ def run(options: DictConfig) -> Path:
             {
                 "prompt": prompt,
                 "temperature": heat,
-                "text": complete(params, config, tokenizer, prompt, 60, heat, options.seed),
+                "text": sample(params, config, tokenizer, prompt, 60, heat, options.seed),
             }
             for prompt in PROMPTS
             for heat in (0.0, 0.7)

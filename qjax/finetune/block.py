@@ -20,12 +20,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qjax.errors import InputError
-from qjax.finetune.loop import windows_at
 from qjax.finetune.optimizer import Optimizer
 from qjax.finetune.parameters import dense_folded, named_leaves, stored_block
 from qjax.finetune.rules import RateRule, assign
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
+from qjax.training.order import windows_at
 
 __all__ = ["BlockReport", "BlockSettings", "tune_block"]
 

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from qjax.data import TokenStream
 from qjax.errors import InputError
 from qjax.finetune import latent, lora
-from qjax.finetune.checkpoint import Checkpoints
 from qjax.finetune.edges import by_name
 from qjax.finetune.loop import Options, Result, Step, Task, tune
 from qjax.finetune.optimizer import Optimizer
@@ -31,6 +30,7 @@ from qjax.models import Model
 from qjax.models.transformer import head
 from qjax.runtime.mesh import fetched
 from qjax.runtime.monitor import peak_memory_bytes
+from qjax.training.checkpoint import Checkpoints
 
 __all__ = ["Settings", "Tuned", "end_to_end", "movement"]
 

@@ -1,11 +1,10 @@
-"""Tune a model to the end of a schedule: batches, validation, the best so far, checkpoints."""
+"""Tuning of a model to the end of a schedule: its batches, its step, its validation."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,15 +14,16 @@ import numpy as np
 from jaxtyping import Int
 
 from qjax.errors import InputError
-from qjax.finetune.checkpoint import Checkpoints
 from qjax.finetune.optimizer import Optimizer
 from qjax.finetune.parameters import Trainable
 from qjax.finetune.sharding import Parts, check_mesh
 from qjax.finetune.step import Options, train_step, validation_step
 from qjax.models.config import ModelConfig
-from qjax.runtime.mesh import fetched
+from qjax.training.checkpoint import Checkpoints
+from qjax.training.loop import Plan, Step, run_steps
+from qjax.training.order import windows_at
 
-__all__ = ["Options", "Result", "Step", "Task", "tune", "windows_at"]
+__all__ = ["Options", "Result", "Step", "Task", "tune"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +68,6 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """After a step; `validation` where it was computed. The loss is a mean over positions, in nats."""
-
-    step: int
-    steps: int
-    loss: float
-    validation: float | None
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Result:
     """The tuned parameters with the least validation loss, and how the run went.
 
@@ -94,24 +83,6 @@ class Result:
     stopped: str | None
     tokens: int
     seconds: float
-
-
-def windows_at(position: int, count: int, windows: int, seed: int) -> Int[np.ndarray, " count"]:
-    """Indices `position … position + count` of an endless reading in which every epoch is shuffled anew.
-
-    Philox's raw output is stable over numpy versions, permutations made from it are not promised.
-    """
-    found = []
-    for index in range(position, position + count):
-        epoch, place = divmod(index, windows)
-        found.append(_order(seed, epoch, windows)[place])
-    return np.array(found, np.int64)
-
-
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, windows: int) -> np.ndarray:
-    raw = np.asarray(np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(windows))
-    return np.argsort(raw, kind="stable")
 
 
 def validation_loss(task: Task, tuned: Mapping[str, Any]) -> float:
@@ -149,9 +120,16 @@ def _copied(tree: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "parts"))
-def _initial(tuned: Any, optimizer: Optimizer, parts: Parts) -> Any:
+def _initial_in_parts(tuned: Any, optimizer: Optimizer, parts: Parts) -> Any:
     """The optimiser's state in parts, never whole on one device."""
     return parts.kept(optimizer.init(tuned))
+
+
+def _initial_state(task: Task) -> dict[str, Any]:
+    tuned = _copied(dict(task.model.tuned))  # the step donates its buffers
+    if task.parts is None:
+        return {"tuned": tuned, "optimizer": task.optimizer.init(tuned)}
+    return {"tuned": tuned, "optimizer": _initial_in_parts(tuned, task.optimizer, task.parts)}
 
 
 def tune(
@@ -161,32 +139,11 @@ def tune(
 
     A loss or gradient that is not finite ends the run early: `stopped` names the step, the best so far is returned.
     """
-    optimizer, model = task.optimizer, task.model
-    tuned = _copied(dict(model.tuned))  # the step donates its buffers
-    if task.parts is None:
-        state: Any = {"tuned": tuned, "optimizer": optimizer.init(tuned)}
-    else:
-        state = {"tuned": tuned, "optimizer": _initial(tuned, optimizer, task.parts)}
-    best: Any = fetched(tuned)
-    log: dict[str, Any] = {"step": 0, "recent": [], "history": [], "best": 0, "stopped": None, "seconds": 0.0}
-    found = None if checkpoints is None else checkpoints.restore({"state": state, "best": tuned})
-    if found is not None:
-        state, best, log = found[0]["state"], fetched(found[0]["best"]), found[1]
-    begun, before = time.monotonic(), log["seconds"]
+    model = task.model
 
-    def keep() -> None:
-        log["seconds"] = before + time.monotonic() - begun
-        if checkpoints is not None:
-            checkpoints.save(log["step"], {"state": state, "best": best}, log)
-
-    if not log["history"]:
-        log["history"].append([0, None, validation_loss(task, state["tuned"])])
-        if not math.isfinite(log["history"][0][2]):
-            log["stopped"] = f"step 0: the validation loss is {log['history'][0][2]} before any tuning"
-    while log["step"] < optimizer.steps and log["stopped"] is None:
-        step = log["step"] + 1
-        tokens, targets = _batch(task, log["step"] * task.batch * task.accumulate)
-        state, loss, norm = train_step(
+    def step(state: Any, before: int) -> tuple[Any, Any, Any]:
+        tokens, targets = _batch(task, before * task.batch * task.accumulate)
+        return train_step(
             state,
             model.frozen,
             model.rates,
@@ -196,28 +153,19 @@ def tune(
             layout=model.layout,
             config=task.config,
             options=task.options,
-            optimizer=optimizer,
+            optimizer=task.optimizer,
             parts=task.parts,
         )
-        loss, norm = float(loss), float(norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            log["stopped"] = (
-                f"step {step}: the loss is {loss} and its gradient's norm {norm}; the best parameters, of step "
-                f"{log['best']}, are kept; use lower rates or a smaller clip"
-            )
-            break
-        log["step"] = step
-        log["recent"].append(loss)
-        validation = None
-        if step % task.validate_every == 0 or step == optimizer.steps:
-            validation = validation_loss(task, state["tuned"])
-            log["history"].append([step, float(np.mean(log["recent"])), validation])
-            log["recent"] = []
-            if validation <= min(entry[2] for entry in log["history"]):
-                log["best"], best = step, fetched(state["tuned"])
-        log["seconds"] = before + time.monotonic() - begun
-        if step % task.checkpoint_every == 0 or step == optimizer.steps:
-            keep()
-        report(Step(step, optimizer.steps, loss, validation, log["seconds"]))
-    per_step = task.batch * task.accumulate * task.tokens.shape[1]
-    return Result(best, log["best"], log["history"], log["stopped"], log["step"] * per_step, log["seconds"])
+
+    plan = Plan(
+        steps=task.optimizer.steps,
+        validate_every=task.validate_every,
+        checkpoint_every=task.checkpoint_every,
+        validate_first=True,
+        keep_best=False,
+        advice="use lower rates or a smaller clip",
+    )
+    validation = functools.partial(validation_loss, task)
+    ran = run_steps(_initial_state(task), lambda state: state["tuned"], step, validation, plan, checkpoints, report)
+    tokens = ran.steps * task.batch * task.accumulate * task.tokens.shape[1]
+    return Result(ran.params, ran.best_step, ran.history, ran.stopped, tokens, ran.seconds)

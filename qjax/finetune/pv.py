@@ -22,13 +22,14 @@ from qjax.finetune import e2e, latent
 from qjax.finetune.discrete import downhill, inner, largest, moved, smoothness, tiled
 from qjax.finetune.e2e import Tuned, end_to_end
 from qjax.finetune.edges import by_name
-from qjax.finetune.loop import Step, windows_at
+from qjax.finetune.loop import Step
 from qjax.finetune.lora import mapped
 from qjax.finetune.parameters import Trainable, layer_value, tunable, view
 from qjax.finetune.step import batch_loss
 from qjax.finetune.targets import targets
 from qjax.models import Model
 from qjax.models.transformer import head
+from qjax.training.order import windows_at
 
 __all__ = ["Problem", "Settings", "alternate", "move_codes"]
 

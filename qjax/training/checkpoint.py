@@ -1,4 +1,4 @@
-"""Checkpoints of a tuning run: parameters, optimiser state and the best so far, by orbax."""
+"""Checkpoints of a training or tuning run: parameters, optimiser state and the best so far, by orbax."""
 
 from __future__ import annotations
 
@@ -25,24 +25,34 @@ _log = logging.getLogger("qjax")
 class Checkpoints:
     """The two newest states in a folder that belongs to one task; the newest is whole before the one before it goes."""
 
-    def __init__(self, folder: str | pathlib.Path, task: str):
-        """Open `folder` for the task with this digest. Raises RunError when it holds another task's."""
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        task: str,
+        *,
+        kind: str = "fine-tuning",
+        remedy: str = "resume=false to remove it",
+    ):
+        """Open `folder` for the task with this digest. Raises RunError when it holds another task's.
+
+        `kind` of task and `remedy` are words of the message.
+        """
         from orbax.checkpoint import v1 as ocp
 
         self.folder = pathlib.Path(folder).absolute()
-        together(lambda: self._claim(task))
+        together(lambda: self._claim(task, kind, remedy))
         keep: Any = ocp.training.preservation_policies.LatestN(2)
         self._store = ocp.training.Checkpointer(
             str(self.folder / "steps"), preservation_policy=keep, cleanup_tmp_directories=True
         )
 
-    def _claim(self, task: str) -> None:
+    def _claim(self, task: str, kind: str, remedy: str) -> None:
         mark = self.folder / "task.json"
         found = self._task(mark) if mark.exists() else None
         if found is not None and found != task:
             raise RunError(
-                f"{self.folder} holds the fine-tuning of another model, text or configuration ({found[:12]}, this "
-                f"one is {task[:12]}); choose another out=, or resume=false to remove it"
+                f"{self.folder} holds the {kind} of another model, text or configuration ({found[:12]}, this "
+                f"one is {task[:12]}); choose another out=, or {remedy}"
             )
         if mark.exists() and found is None:  # torn or damaged: what it marked cannot be told apart any more
             shutil.rmtree(self.folder)
@@ -55,7 +65,9 @@ class Checkpoints:
             sealed = {"log": log, "sha256": _digest(state, log)}
             self._store.save(step, state, force=True, custom_metadata=sealed)
         except OSError as error:
-            raise RunError(f"{self.folder}: step {step} cannot be saved ({error}); make room and run again") from error
+            raise RunError(
+                f"step {step} cannot be saved in {self.folder} ({error}); make room and run again"
+            ) from error
 
     @staticmethod
     def _task(mark: pathlib.Path) -> str | None:

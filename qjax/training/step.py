@@ -18,6 +18,7 @@ from qjax.models.config import ModelConfig
 from qjax.models.linear import replace_linears
 from qjax.models.structure import abstract_block, structure
 from qjax.models.transformer import forward
+from qjax.training.order import random_bits, windows_at
 
 __all__ = ["Schedule", "TrainState", "batch_at", "initial_state", "sum_loss", "train_step"]
 
@@ -132,24 +133,18 @@ def batch_at(
 
     Every epoch cuts the stream at another offset and visits its windows in another order; half of the windows begin
     with `first_token`, so that the model is used to streams with and without it. Raises DataError for a stream shorter
-    than two windows. Philox's raw output is stable over numpy versions, permutations made from it are not promised.
+    than two windows.
     """
     per_epoch = (len(stream) - 1) // context - 1  # one window is given to the offset
     if per_epoch < 1:
         raise DataError(f"{len(stream)} training tokens are fewer than two windows of {context}; use a shorter context")
     rows = []
-    for index in range(position, position + batch):
-        epoch, place = divmod(index, per_epoch)
-        offset, order, marked = _epoch(seed, epoch, per_epoch, context)
-        start = offset + int(order[place]) * context
+    for index, place in enumerate(windows_at(position, batch, per_epoch, seed), position):
+        epoch, visit = divmod(index, per_epoch)
+        bits = random_bits(seed, epoch, per_epoch + 1)
+        start = int(bits[-1] % np.uint64(context)) + int(place) * context
         window = np.array(stream[start : start + context + 1], np.int32)
-        if marked[place]:
+        if bits[visit] & np.uint64(1):
             window[0] = first_token
         rows.append(window)
     return np.stack(rows)
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch(seed: int, epoch: int, windows: int, context: int) -> tuple[int, np.ndarray, np.ndarray]:
-    raw = np.asarray(np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(windows + 1))
-    return int(raw[-1] % np.uint64(context)), np.argsort(raw[:-1], kind="stable"), (raw[:-1] & np.uint64(1)) == 1

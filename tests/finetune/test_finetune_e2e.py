@@ -16,6 +16,7 @@ from qjax.evaluate.compare import compare, reference_states
 from qjax.finetune import loop
 from qjax.interchange import artifact
 from qjax.job.run import run
+from qjax.training.order import windows_at
 
 SMALL = [
     "model=tiny",
@@ -174,11 +175,11 @@ def test_checkpoints_of_another_task_are_refused(tmp_path):
 
 
 def test_every_window_is_read_once_per_epoch():
-    read = loop.windows_at(0, 30, 10, seed=3)
+    read = windows_at(0, 30, 10, seed=3)
     for epoch in range(3):
         assert sorted(read[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert list(read[:10]) != list(read[10:20])
-    assert list(loop.windows_at(7, 9, 10, seed=3)) == list(read[7:16])
+    assert list(windows_at(7, 9, 10, seed=3)) == list(read[7:16])
 
 
 def test_a_frozen_layer_of_a_stack_does_not_move():

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
-from tokenizers import Tokenizer
 
 import qjax
 from qjax.data import SOURCES
 from qjax.models import generate, load
-from qjax.training.completion import complete
-from qjax.training.loop import held_out_loss
+from qjax.models.sampling import Sampling
+from qjax.training.pretrain import held_out_loss
 from qjax.training.text import windows
 
 FOLDER = Path(qjax.__file__).parent / "models" / "tiny"
@@ -92,7 +91,9 @@ def test_continuation_is_english(tiny, record):
 
 
 def test_recorded_sampling_continues_with_the_same_function(tiny, record):
-    backend = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
-    text = complete(tiny.params, tiny.config, backend, "A class is", 8, 0.7, record["seed"])
+    sampling = Sampling(temperature=0.7, seed=record["seed"])
+    prompt = tiny.tokenizer.encode("A class is")
+    new = generate(tiny.params, tiny.config, prompt, 8, eos_id=0, sampling=sampling)
+    text = "A class is" + tiny.tokenizer.decode(new)
     recorded = [s["text"] for s in record["samples"] if s["temperature"] == 0.7 and s["text"].startswith("A class is")]
     assert recorded[0].startswith(text)

@@ -13,10 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 
 import experiments.quantize as entry
 from qjax.errors import ArtifactError, QjaxError, RunError
-from qjax.finetune.checkpoint import Checkpoints
 from qjax.interchange import artifact
 from qjax.job.run import run
 from qjax.runtime.sealed import read_sealed, write_sealed
+from qjax.training.checkpoint import Checkpoints
 
 SMALL = ["model=tiny", "data.calibration_sequences=2", "data.evaluation_sequences=1", "data.length=16", "tracker=none"]
 SMALL += ["rounding=nearest", "incoherence=none", "hessian=original", "evaluate.sanity_perplexity=null"]
