@@ -25,7 +25,7 @@ from experiments._refusals import explain
 from experiments._sweep import Sweep
 from qjax.errors import QjaxError
 from qjax.runtime.distributed import DistributedSettings, initialise, leads, lost
-from qjax.runtime.memory import keep_freed_memory
+from qjax.runtime.freed_memory import keep_between_steps
 from qjax.runtime.mesh import MeshSettings
 
 __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "join", "mesh_of", "mesh_or_none", "plain"]
@@ -79,7 +79,7 @@ def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[Dict
 
         @functools.wraps(function)
         def started() -> None:
-            keep_freed_memory()
+            keep_between_steps()
             with Sweep() if sweeps else contextlib.nullcontext():
                 _plainly(program, config_name)
 

@@ -35,9 +35,10 @@ from qjax.pipeline.quantize_model import QuantizedModel, quantize_model
 from qjax.pipeline.records import Records
 from qjax.runtime.distributed import every, leads, together
 from qjax.runtime.fingerprint import versions
+from qjax.runtime.freed_memory import give_back, giving_back
 from qjax.runtime.group import leading, visible
 from qjax.runtime.log import crashes_to, log_to
-from qjax.runtime.memory import forget_programs, return_freed_memory, returning_memory, shrinking
+from qjax.runtime.memory import forget_programs, shrinking
 from qjax.runtime.monitor import CompileCounter, Stopwatch, peak_memory_bytes
 from qjax.runtime.progress import Progress
 from qjax.runtime.tracker import Tracker
@@ -65,7 +66,7 @@ def run(job: Job) -> dict[str, Any] | None:
         )
     shared_out = _tuning_mesh(job, mesh)
     forget_programs()  # of the jobs before this one
-    with CompileCounter() as compiles, returning_memory(), leading(job.out):
+    with CompileCounter() as compiles, giving_back(), leading(job.out):
         watch = Stopwatch(compiles)
         with watch.stage("load"):
             files = job.inputs.files(job.model["source"])
@@ -309,7 +310,7 @@ def _quantize_by(started: _Started, batch: int, place: list[str]) -> _Rounded:
     with watch.stage("quantize"), Progress(f"quantise {job.out.name}", started.matrices) as progress:
 
         def on_layer(report: MatrixReport, found: bool) -> None:
-            return_freed_memory(grown=_GROWTH)
+            give_back(grown=_GROWTH)
             peaks[report.name] = peak_memory_bytes()
             place[0] = f"what follows {report.name}"
             progress.advance(note=f"{report.name} proxy loss {report.proxy_loss:.4f}")

@@ -1,62 +1,22 @@
-"""Memory: what is freed is given back, programs are forgotten in time; what runs out is met with smaller batches."""
+"""Memory that runs out: programs are forgotten in time, and batches become smaller."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import gc
-import os
 import pathlib
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 
 from qjax.errors import RunError
-from qjax.runtime.monitor import device_peak_memory_bytes, memory_bytes, peak_memory_bytes
+from qjax.runtime.monitor import device_peak_memory_bytes, peak_memory_bytes
 
-__all__ = [
-    "forget_programs",
-    "keep_freed_memory",
-    "out_of_memory",
-    "return_freed_memory",
-    "returning_memory",
-    "shrinking",
-]
-
-_COMPILED = "/jax/core/compile/backend_compile_duration"
+__all__ = ["forget_programs", "out_of_memory", "shrinking"]
 
 T = TypeVar("T")
-
-
-@functools.cache
-def _trim() -> Callable[[int], int] | None:
-    """The C library's `malloc_trim`, None where it has none."""
-    with contextlib.suppress(OSError, AttributeError):
-        return ctypes.CDLL(None).malloc_trim
-    return None
-
-
-class _Held:
-    """What this process held when memory was last given back."""
-
-    bytes = 0
-
-
-def return_freed_memory(grown: int = 0) -> None:
-    """Give the operating system back what this process has freed: the C library keeps it for allocations to come.
-
-    With `grown`, only when the process holds that many bytes more than after the last time: looking is a thousand times
-    cheaper than walking through all that is free.
-    """
-    trim = _trim()
-    if trim is None or (grown and memory_bytes() < _Held.bytes + grown):
-        return
-    trim(0)
-    _Held.bytes = memory_bytes()
 
 
 def mapped_regions() -> int:
@@ -83,25 +43,6 @@ def forget_programs(share: float = 0.4) -> bool:
     jax.clear_caches()
     gc.collect()
     return True
-
-
-@contextlib.contextmanager
-def returning_memory() -> Iterator[None]:
-    """While open, memory that the compiler has freed goes back to the operating system before the program runs.
-
-    The compiler needs hundreds of megabytes for a large program, in many small pieces that the arrays of the run cannot
-    use: without this, the peak is the sum of the two and not the larger one.
-    """
-
-    def on_duration(event: str, duration_secs: float, **details: Any) -> None:
-        if event == _COMPILED and duration_secs > 0.5:  # small programs leave little; a trim takes milliseconds
-            return_freed_memory()
-
-    jax.monitoring.register_event_duration_secs_listener(on_duration)
-    try:
-        yield
-    finally:
-        jax.monitoring.unregister_event_duration_listener(on_duration)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -141,25 +82,3 @@ def shrinking(step: Callable[[int], T], batch: int, where: Callable[[], str], te
         # Outside the handler, where the error and the arrays that its frames hold are gone.
         batch //= 2
         tell(f"memory is used up at {where()} ({asked}); going on with {batch} sequences per step")
-
-
-# mallopt(3) of glibc: never trim the heap's end; no mappings of their own for large arrays; one heap for all threads.
-_OPTIONS = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
-
-
-def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
-    """Let this process use freed memory again without asking the kernel; returns whether that was arranged.
-
-    On a CPU every step of a program allocates and frees its arrays. glibc maps each large one anew, and the kernel
-    clears it page by page: a ninth of a sketch's time. Kept memory is the process's peak, which it needs
-    again in the next step. Before the first large array. Only with glibc, and not where the environment tunes its
-    allocator (GLIBC_TUNABLES or MALLOC_*).
-    """
-    tuned = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in environment)
-    if tuned or not sys.platform.startswith("linux"):
-        return False
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):  # musl has a mallopt that does nothing
-        return False
-    done = [library.mallopt(option, value) for option, value in _OPTIONS.values()]
-    return all(result == 1 for result in done)

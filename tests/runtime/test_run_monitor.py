@@ -112,43 +112,7 @@ def test_a_stage_that_fails_is_booked_and_closed():
     assert watch.seconds == {"outer": 1.0, "inner": 3.0, "compile": 0.0}
 
 
-def test_what_was_freed_is_given_back_after_a_long_compilation_and_only_then(monkeypatch):
-    calls = []
-    monkeypatch.setattr(memory, "_trim", lambda: calls.append)
-    event = "/jax/core/compile/backend_compile_duration"
-    with memory.returning_memory():
-        jax.monitoring.record_event_duration_secs(event, 0.1)
-        jax.monitoring.record_event_duration_secs("/other", 9.0)
-        assert calls == []
-        jax.monitoring.record_event_duration_secs(event, 9.0)
-        assert calls == [0]
-    jax.monitoring.record_event_duration_secs(event, 9.0)
-    assert calls == [0]
-    monkeypatch.setattr(memory, "_trim", lambda: None)  # a C library without it
-    memory.return_freed_memory()
-
-
-def test_freed_memory_goes_back_to_the_system():
-    """Many small blocks below one that stays: the C library would keep them."""
-    code = """
-import ctypes
-from qjax.runtime.memory import return_freed_memory
-libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p; libc.free.argtypes = [ctypes.c_void_p]
-size = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
-blocks = [libc.malloc(60_000) for _ in range(2000)]
-for block in blocks: ctypes.memset(block, 1, 60_000)
-for block in blocks[:-1]: libc.free(block)
-before = size(); return_freed_memory(grown=1 << 30); print(before - size())
-before = size(); return_freed_memory(grown=64 << 20); print(before - size())
-"""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    kept, given_back = map(int, done.stdout.split())
-    assert kept < 1e6 and given_back > 60e6
-
-
 def test_programs_are_forgotten_before_the_regions_of_memory_are_used_up(monkeypatch):
-    from qjax.runtime import memory
 
     assert memory.mapped_regions() > 50
     double = jax.jit(lambda x: 2 * x)
