@@ -88,7 +88,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
                 mesh=mesh,
             )
         after = together(lambda: evaluated(tuned.params))
-        artifact.save(out / "artifact", model, lora.stripped(tuned.params), artifact.incoherence_spec(source))
+        artifact.save(out / "artifact", model, lora.stripped(tuned.params), source / "weights")
         save_adapters(out, tuned.params)
         results = {
             **after,

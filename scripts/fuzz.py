@@ -131,6 +131,18 @@ def damaged_json(data: bytes, rng: random.Random) -> bytes:
     return json.dumps(value).encode()
 
 
+def damaged_description(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file whose operator's description is changed as JSON is, the tensors left as they are."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    about = header.get("__metadata__", {})
+    if "spec" not in about:
+        return damaged(data, rng)
+    about["spec"] = damaged_json(about["spec"].encode(), rng).decode()
+    encoded = json.dumps(header).encode()
+    return len(encoded).to_bytes(8, "little") + encoded + data[end:]
+
+
 class Reader:
     """A folder of valid files, the files that are damaged, and what reads them."""
 
@@ -147,8 +159,10 @@ class Reader:
             data = self.valid[name]
             structured = name.endswith("json") and len(data) < 50_000 and rng.random() < 0.5
             change = damaged_json if structured else damaged
+            if self.seal is not None and name.endswith(".safetensors") and rng.random() < 0.7:
+                change = damaged_description
             (self.folder / name).write_bytes(change(data, rng))
-            sealed = self.seal is not None and name in ("model.json", "tokenizer.json") and rng.random() < 0.7
+            sealed = self.seal is not None and name != "checksums.json" and rng.random() < 0.7
             if sealed:  # as someone would who means harm
                 self.seal(self.folder)
             yield name
@@ -216,6 +230,7 @@ def _artifact(folder: pathlib.Path) -> None:
     from qjax import codebooks, incoherence, models, rounding
     from qjax.interchange import artifact
     from qjax.linalg.kronecker import Hessian
+    from qjax.matrix import LowRank, Sum
     from qjax.matrix.quantize import quantize_matrix
 
     model = models.load(REPOSITORY / "tests" / "fixtures" / "models" / "llama3")
@@ -229,10 +244,13 @@ def _artifact(folder: pathlib.Path) -> None:
         incoherence=incoherence.make("hadamard"),
         key=jax.random.key(0),
     )
-    model.params["blocks"][0]["mlp"] = {**model.params["blocks"][0]["mlp"], "down_proj": {"weight": matrix}}
+    out, inner = down.shape
+    thin = LowRank(np.ones((out, 1), np.float32), np.ones((1, inner), np.float32), 0.5)
+    mlp = model.params["blocks"][0]["mlp"]
+    model.params["blocks"][0]["mlp"] = {**mlp, "down_proj": {"weight": Sum((matrix, thin))}}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     whole = models.Model(model.config, model.params, models.Tokenizer(backend), "fuzz", "fuzz", model.fingerprint)
-    artifact.save(folder, whole, whole.params, incoherence.make("hadamard").spec())
+    artifact.save(folder, whole, whole.params)
 
 
 def readers(folder: pathlib.Path, only: str | None = None) -> list[Reader]:

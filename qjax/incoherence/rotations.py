@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Key
 
-from qjax.linalg.hadamard import block_hadamard_transform, hadamard_transform
+from qjax.errors import InputError
+from qjax.linalg.hadamard import block_hadamard_transform, hadamard_factor, hadamard_transform
 from qjax.linalg.orthogonal import TwoStage, two_stage, two_stage_transform
+from qjax.registry import Registry
 from qjax.typing import Leaf
 
-__all__ = ["Rotation", "SignedHadamard", "TwoStageOrthogonal"]
+__all__ = ["ROTATIONS", "Rotation", "SignedHadamard", "TwoStageOrthogonal"]
 
 _WORD = 32
 
@@ -31,6 +33,14 @@ class Rotation(Protocol):
     def apply_transpose(self, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         """`x @ Rᵀ`, the inverse of `apply`."""
         ...
+
+    def spec(self) -> dict[str, Any]:
+        """The name in `ROTATIONS` and the static fields as JSON values."""
+        ...
+
+
+ROTATIONS: Registry[Rotation] = Registry("rotation")
+"""What builds a rotation again from its `spec()` and its arrays; raises InputError where they do not fit together."""
 
 
 @struct.dataclass
@@ -78,6 +88,20 @@ class SignedHadamard:
         """`(x Hadᵀ) ⊙ s`."""
         return self._flip(self._transform(x, transpose=True))
 
+    def spec(self) -> dict[str, Any]:
+        """Name, size and block."""
+        return {"name": "signed_hadamard", "size": self.size, "block": self.block}
+
+
+@ROTATIONS.register("signed_hadamard")
+def _signed_hadamard(words: Leaf, size: int, block: int) -> SignedHadamard:
+    if not type(size) is type(block) is int or size < 1 or block < 1 or size % block:
+        raise InputError(f"Hadamard transforms of {block!r} in an axis of {size!r}; whole blocks fill it")
+    hadamard_factor(block)
+    if words.dtype != jnp.uint32 or words.shape != (-(-size // _WORD),):
+        raise InputError(f"the signs of {size} values are {words.dtype}{list(words.shape)}; it is a bit for each")
+    return SignedHadamard(words, size, block)
+
 
 @struct.dataclass
 class TwoStageOrthogonal:
@@ -117,3 +141,16 @@ class TwoStageOrthogonal:
     def apply_transpose(self, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         """`x @ Rᵀ`."""
         return two_stage_transform(x, self.factors(), transpose=True)
+
+    def spec(self) -> dict[str, Any]:
+        """Name, size and mode."""
+        return {"name": "two_stage_orthogonal", "size": self.size, "single": self.single}
+
+
+@ROTATIONS.register("two_stage_orthogonal")
+def _two_stage_orthogonal(seed: Leaf, size: int, single: bool) -> TwoStageOrthogonal:
+    if type(size) is not int or type(single) is not bool or size < 1:
+        raise InputError(f"a two-stage rotation of size {size!r}, single {single!r}; a whole number and a truth value")
+    if seed.dtype != jnp.uint32 or seed.shape != (2,):
+        raise InputError(f"the seed of a rotation is {seed.dtype}{list(seed.shape)}; it is uint32[2]")
+    return TwoStageOrthogonal(seed, size, single)

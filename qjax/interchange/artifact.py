@@ -1,12 +1,12 @@
-"""The on-disk quantised model: an orbax checkpoint with a manifest that versions and checksums it.
+"""The on-disk quantised model: the records of its matrices, its dense leaves, and a manifest.
 
     artifact/
-      weights/         orbax checkpoint: {leaf path: array}, packed codes and dense parameters alike
-      model.json       architecture, format version, description of every quantised matrix, SHA-256 of every leaf
+      weights/         a safetensors file per operator, which is its run's record, and one of dense leaves per block
+      model.json       architecture, format version, the paths of the operators, SHA-256 of every array
       tokenizer.json   the model's tokenizer (absent when it has none)
       checksums.json   SHA-256 of every other file, and of this list itself: verified before anything is parsed
 
-The list is written last, and the folder takes its name when it is whole.
+The list is written last, and the folder takes its name when it is whole. Artifacts of format 1 are read as well.
 """
 
 from __future__ import annotations
@@ -17,228 +17,116 @@ import json
 import os
 import pathlib
 import shutil
-import typing
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+import qjax
 from qjax.errors import ArtifactError
-from qjax.interchange.serialize import from_arrays, to_arrays
-from qjax.matrix.quantized import QuantizedMatrix
-from qjax.models.checkpoints.files import sha256_file
+from qjax.interchange import artifact_1, manifest, weights
+from qjax.interchange.checksums import CHECKSUMS, seal, verify
+from qjax.interchange.serialize import from_arrays
+from qjax.interchange.weights import named_leaves, sha256_of
+from qjax.matrix.operator import codebooks_of, is_operator
 from qjax.models.checkpoints.weights import leaf_shapes
-from qjax.models.config import ModelConfig, RopeScaling
+from qjax.models.config import ModelConfig
 from qjax.models.loading import Model
-from qjax.models.tokenizers.chat_template import ChatTemplate
-from qjax.models.tokenizers.tokenizer import Tokenizer, parsed
-from qjax.runtime.atomic import read_bytes, read_json, write_json, write_text
+from qjax.runtime.atomic import read_json
 from qjax.runtime.distributed import together
-from qjax.runtime.fingerprint import digest
+from qjax.runtime.durable import sync
 
-__all__ = ["FORMAT", "incoherence_spec", "load", "model_bytes", "save", "seal"]
+__all__ = ["FORMAT", "fingerprint", "load", "model_bytes", "save", "seal"]
 
-FORMAT = "qjax-artifact-1"
-
-
-_PIECE = 256 << 20  # bytes of leaves that are written at once: one piece for small models, some blocks for large ones
-
-
-def _leaves(params: Any) -> Iterator[tuple[str, Any]]:
-    """Dense leaves and quantised matrices by path, one block after the other: the blocks may be read as they come."""
-    for index, block in enumerate(params["blocks"]):
-        yield from _leaves_of(block, f"blocks/{index}/")
-    yield from _leaves_of({name: value for name, value in params.items() if name != "blocks"})
-
-
-def _leaves_of(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, QuantizedMatrix))
-    return ((prefix + _path(path), leaf) for path, leaf in leaves)
-
-
-def _path(path: tuple[Any, ...]) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
-
-
-def _sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+FORMAT = "qjax-artifact-2"
+_WEIGHTS = "weights"
 
 
 def model_bytes(params: Any) -> int:
     """Bytes of all parameters as stored: packed codes, scales, signs, dense leaves, and every codebook table once."""
     total, tables = 0, {}
-    for _, leaf in _leaves(params):
-        if isinstance(leaf, QuantizedMatrix):
-            total += leaf.stored_bits // 8
-            content = [_sha256(np.asarray(table)) for table in jax.tree.leaves(leaf.codebook)]
-            tables[json.dumps([leaf.codebook.spec(), content], sort_keys=True)] = leaf.table_bits // 8
-        else:
+    for _, _, leaf in named_leaves(params):
+        if not is_operator(leaf):
             total += leaf.size * leaf.dtype.itemsize
+            continue
+        total += leaf.stored_bits // 8
+        for book in codebooks_of(leaf).values():
+            own = jax.tree.leaves(book)
+            content = [sha256_of(np.asarray(table)) for table in own]
+            size = sum(table.size * table.dtype.itemsize for table in own)
+            tables[json.dumps([book.spec(), content], sort_keys=True)] = size
     return total + sum(tables.values())
 
 
-def save(path: str | pathlib.Path, model: Model, params: Any, incoherence: dict[str, Any]) -> None:
-    """Write `params` (dense leaves and QuantizedMatrix) of `model`'s architecture to `path`, replacing what is there.
+def save(path: str | pathlib.Path, model: Model, params: Any, records: str | pathlib.Path | None = None) -> None:
+    """Write `params` (dense leaves and operators) of `model`'s architecture to `path`, replacing what is there.
 
-    `incoherence` is the spec of the run's incoherence object. Written beside and renamed: `path` is always whole.
-    `params["blocks"]` is iterated once and written piece by piece, so that blocks which are read as they come
-    (`qjax.pipeline.finished`) need no more memory than a piece. All processes of a group call this with the same
+    `records` is the folder of the run's finished layers: an operator that is the same there becomes a hard link to its
+    file, or a copy where the file system has none. Written beside and renamed: `path` is always whole.
+    `params["blocks"]` is iterated once and written as it comes, so that blocks which are read one at a time
+    (`qjax.pipeline.finished`) need no more memory than one. All processes of a group call this with the same
     parameters; process 0 writes.
     """
     path = pathlib.Path(path).absolute()
+    together(lambda: _save(path, model, params, None if records is None else pathlib.Path(records)))
+
+
+def _save(path: pathlib.Path, model: Model, params: Any, records: pathlib.Path | None) -> None:
     scratch, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
-
-    def begin() -> None:
-        for leftover in (scratch, old):  # of a process that was killed here
-            shutil.rmtree(leftover, ignore_errors=True)
-        scratch.mkdir(parents=True)
-
-    together(begin)
-    matrices, hashes = _write(scratch / "weights", params, incoherence)
-    together(lambda: _complete(path, scratch, old, model, matrices, hashes))
-
-
-def _write(folder: pathlib.Path, params: Any, incoherence: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The checkpoint of all leaves; what describes the matrices, and the SHA-256 of every array.
-
-    In all processes: orbax lets one write and has the others wait.
-    """
-    from orbax.checkpoint import v1 as ocp
-
-    matrices: dict[str, Any] = {}
-    hashes: dict[str, str] = {}
-    arrays: dict[str, np.ndarray] = {}
-    size, pieces = 0, 0
-    for name, leaf in _leaves(params):
-        if isinstance(leaf, QuantizedMatrix):
-            parts, matrices[name] = to_arrays(leaf, incoherence)
-            found = {f"{name}#{part}": np.atleast_1d(value) for part, value in parts.items()}
-        else:
-            found = {name: np.asarray(leaf)}
-        hashes |= {key: _sha256(array) for key, array in found.items()}
-        arrays |= found
-        size += sum(array.nbytes for array in found.values())
-        if size >= _PIECE:
-            ocp.partial.save(str(folder), arrays)
-            arrays, size, pieces = {}, 0, pieces + 1
-    if not pieces:
-        ocp.save(str(folder), arrays)
-        return matrices, hashes
-    if arrays:
-        ocp.partial.save(str(folder), arrays)
-    ocp.partial.finalize(str(folder))
-    return matrices, hashes
-
-
-def _complete(
-    path: pathlib.Path,
-    scratch: pathlib.Path,
-    old: pathlib.Path,
-    model: Model,
-    matrices: dict[str, Any],
-    hashes: dict[str, str],
-) -> None:
-    """Everything beside the arrays, and the names changed last."""
-    tokenizer = model.tokenizer
-    if tokenizer.vocab_size:
-        write_text(scratch / "tokenizer.json", tokenizer.backend.to_str())
-    manifest = {
-        "format": FORMAT,
-        "name": model.name,
-        "description": model.description,
-        "tokenizer": {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "adds_bos": tokenizer.adds_bos},
-        "config": dataclasses.asdict(model.config),
-        "matrices": matrices,
-        "checksums": True,
-        "sha256": hashes,
-    }
-    if tokenizer.chat is not None:
-        chat = tokenizer.chat
-        manifest["chat"] = {"source": chat.source, "tokens": dict(chat.tokens), "ends": list(chat.ends)}
-    write_json(scratch / "model.json", manifest)
+    for leftover in (scratch, old):  # of a process that was killed here
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    operators, hashes = weights.write(scratch / _WEIGHTS, params, records)
+    about = {"format": FORMAT, "version": qjax.__version__, "operators": operators, "sha256": hashes}
+    manifest.write(scratch, model, about)
     seal(scratch)
     if path.exists():
         os.replace(path, old)
     os.replace(scratch, path)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _files(path: pathlib.Path) -> list[str]:
-    found = [file for file in path.rglob("*") if file.is_file() or file.is_symlink()]
-    return sorted(str(file.relative_to(path)) for file in found if file != path / "checksums.json")
+def fingerprint(path: str | pathlib.Path) -> dict[str, str]:
+    """The hash of all arrays of an artifact that was just saved, as `load` gives it, from its manifest alone."""
+    return _fingerprint(read_json(pathlib.Path(path) / manifest.MODEL))
 
 
-def seal(path: str | pathlib.Path) -> None:
-    """Write `checksums.json` of an artifact's folder."""
-    path = pathlib.Path(path)
-    table = {name: sha256_file(path / name) for name in _files(path)}
-    write_json(path / "checksums.json", {"files": table, "sha256": digest(table)})
-
-
-def _verify(path: pathlib.Path) -> None:
-    """Compare every file with the list; ArtifactError names the first that is another, missing or surplus."""
-    file = path / "checksums.json"
-    listed = read_json(file)
-    table = listed.get("files") if isinstance(listed, dict) else None
-    if not isinstance(table, dict) or digest(table) != listed.get("sha256"):
-        raise ArtifactError(f"{file}: is damaged, it does not match its own checksum; run the quantisation again")
-    if surplus := sorted(set(table) ^ set(_files(path))):
-        raise ArtifactError(f"{path}: the files {surplus[:4]} are missing or surplus; run the quantisation again")
-    for name, expected in table.items():
-        try:
-            found = sha256_file(path / name)
-        except OSError as error:
-            raise ArtifactError(f"{path / name}: cannot be read ({error.strerror}); check the disk") from error
-        if found != expected:
-            raise ArtifactError(
-                f"{path / name}: damaged: its SHA-256 is {found}, recorded was {expected}; run the quantisation again"
-            )
-
-
-def incoherence_spec(path: str | pathlib.Path) -> dict[str, Any]:
-    """The spec of the incoherence object that an artifact was saved with; {} for one without quantised matrices."""
-    file = pathlib.Path(path) / "model.json"
-    manifest = read_json(file)
-    try:
-        return next((spec["incoherence"] for spec in manifest["matrices"].values()), {})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{file}: is damaged ({error!r}); run the quantisation again") from error
+def _fingerprint(about: dict[str, Any]) -> dict[str, str]:
+    return {"sha256": hashlib.sha256(json.dumps(about["sha256"], sort_keys=True).encode()).hexdigest()}
 
 
 def load(path: str | pathlib.Path, device: bool = True) -> Model:
-    """The model of an artifact, with QuantizedMatrix leaves, on the default device or, without `device`, on the host.
+    """The model of an artifact, its operators in place, on the default device or, without `device`, on the host.
 
-    Raises ArtifactError when the folder is not a whole artifact of this format, or when an array's checksum is wrong
-    (naming it).
+    Raises ArtifactError when the folder is not a whole artifact of a known format, when an array's checksum is wrong
+    (naming it), or when this qjax cannot build one of its operators (naming its kind and the version that wrote it).
     """
-    from orbax.checkpoint import v1 as ocp
-
     path = pathlib.Path(path).absolute()
-    file = path / "model.json"
+    file = path / manifest.MODEL
     if not file.is_file():
         raise ArtifactError(
             f"{path}: no model.json; not an artifact, or a run that has not finished: "
             "give the artifact/ folder of a run"
         )
-    if (path / "checksums.json").exists():
-        _verify(path)
-    manifest = read_json(file)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise ArtifactError(f"{path}: format {found!r}; this qjax reads {FORMAT}: use the matching release")
-    if manifest.get("checksums") and not (path / "checksums.json").exists():
+    if (path / CHECKSUMS).exists():
+        verify(path)
+    about = read_json(file)
+    found = about.get("format") if isinstance(about, dict) else about
+    if found not in (FORMAT, artifact_1.FORMAT):
+        by = f", written by qjax {about['version']}" if isinstance(about, dict) and "version" in about else ""
+        raise ArtifactError(
+            f"{path}: format {found!r}{by}; this qjax reads {artifact_1.FORMAT} and {FORMAT}: use the matching release"
+        )
+    if (found == FORMAT or about.get("checksums")) and not (path / CHECKSUMS).exists():
         raise ArtifactError(f"{path}: has no checksums.json; the copy is incomplete: copy the whole folder again")
     try:
-        arrays = ocp.load(str(path / "weights"))
-    except Exception as error:  # orbax raises many kinds; all mean that the stored arrays cannot be read
-        raise ArtifactError(
-            f"{path}/weights: cannot be read ({type(error).__name__}: {error}); run the quantisation again"
-        ) from error
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}
-    try:
-        _check_arrays(path, manifest["sha256"], arrays)
-        model = _assemble(path, manifest, arrays)
+        if found == FORMAT:
+            arrays, descriptions = weights.read(path / _WEIGHTS, about["operators"])
+        else:
+            arrays, descriptions = artifact_1.read(path / _WEIGHTS, about["matrices"])
+        _check_arrays(path, about["sha256"], arrays)
+        model = _assemble(path, about, arrays, descriptions)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise ArtifactError(
             f"{file}: does not describe the arrays that are there ({type(error).__name__}: {error}); "
@@ -254,28 +142,26 @@ def _check_arrays(path: pathlib.Path, expected: dict[str, str], arrays: dict[str
             "run the quantisation again"
         )
     for name, array in arrays.items():
-        if _sha256(array) != expected[name]:
+        if sha256_of(array) != expected[name]:
             raise ArtifactError(
                 f"{path}: the array {name} does not match its checksum; the file is damaged, run the quantisation again"
             )
 
 
-def _assemble(path: pathlib.Path, manifest: dict[str, Any], arrays: dict[str, np.ndarray]) -> Model:
-    config = dict(manifest["config"])
-    if config.get("rope_scaling") is not None:
-        config["rope_scaling"] = _typed(RopeScaling, config["rope_scaling"])
-    config = _typed(ModelConfig, config)
+def _assemble(
+    path: pathlib.Path, about: dict[str, Any], arrays: dict[str, np.ndarray], descriptions: dict[str, Any]
+) -> Model:
+    config = manifest.config_of(about)
     leaves: dict[str, Any] = {}
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
         if "#" in name:
-            matrix, part = name.split("#")
-            scalar = not manifest["matrices"][matrix]["leaves"][part][1]
-            parts.setdefault(matrix, {})[part] = array.reshape(()) if scalar else array
+            place, part = name.split("#")
+            parts.setdefault(place, {})[part] = array
         else:
             leaves[name] = array
-    for name, spec in manifest["matrices"].items():
-        leaves[name] = from_arrays(parts[name], spec, f"{path}: {name}")
+    for place, description in descriptions.items():
+        leaves[place] = from_arrays(parts[place], description, f"{path}: {place}")
     _check_leaves(config, leaves)
     params: dict[str, Any] = {"blocks": [{} for _ in range(config.num_layers)]}
     for name, leaf in leaves.items():
@@ -284,27 +170,14 @@ def _assemble(path: pathlib.Path, manifest: dict[str, Any], arrays: dict[str, np
         for key in parents:
             node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
         node[last] = leaf
-    digest = hashlib.sha256(json.dumps(manifest["sha256"], sort_keys=True).encode()).hexdigest()
     return Model(
         config=config,
         params=params,
-        tokenizer=_tokenizer(path, manifest),
-        name=manifest["name"],
-        description=f"quantised from {manifest['description']}",
-        fingerprint={"sha256": digest},
+        tokenizer=manifest.tokenizer_of(path, about),
+        name=about["name"],
+        description=f"quantised from {about['description']}",
+        fingerprint=_fingerprint(about),
     )
-
-
-def _typed(kind: Any, values: dict[str, Any]) -> Any:
-    """A dataclass from JSON: every value has its field's type, and every number is positive and finite."""
-    hints = typing.get_type_hints(kind)
-    for name, value in values.items():
-        allowed = typing.get_args(hints[name]) or (hints[name],)
-        if type(value) not in allowed and not (type(value) is int and float in allowed):
-            raise ValueError(f"{name} is {value!r}")
-        if type(value) in (int, float) and not 0 < value < float("inf"):
-            raise ValueError(f"{name} is {value}; it is above 0 and finite")
-    return kind(**values)
 
 
 def _check_leaves(config: ModelConfig, leaves: dict[str, Any]) -> None:
@@ -318,18 +191,3 @@ def _check_leaves(config: ModelConfig, leaves: dict[str, Any]) -> None:
     for name, shape in expected.items():
         if tuple(leaves[name].shape) != shape:
             raise ValueError(f"{name} has shape {list(leaves[name].shape)}, the configuration asks for {list(shape)}")
-
-
-def _tokenizer(path: pathlib.Path, manifest: dict[str, Any]) -> Tokenizer:
-    file = path / "tokenizer.json"
-    if not file.exists():
-        return Tokenizer(None, missing=f"{path}: the quantised model came without a tokenizer")
-    definition = read_bytes(file)
-    try:
-        backend = parsed(definition)
-    except ValueError as error:
-        raise ArtifactError(f"{file}: is not a tokenizer ({error}); run the quantisation again") from error
-    chat = manifest.get("chat")
-    if chat is not None:
-        chat = ChatTemplate(chat["source"], str(path / "model.json"), dict(chat["tokens"]), tuple(chat["ends"]))
-    return Tokenizer(backend, **manifest["tokenizer"], chat=chat)

@@ -1,78 +1,96 @@
-"""Quantised matrices as named arrays plus a JSON description, and back: the one format of records and artifacts."""
+"""Operators as named arrays and a description in JSON, and back: the one form of records and artifacts."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
-from typing import Any, cast
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
-from qjax import codebooks, incoherence
-from qjax.codebooks.scaling import Scaling
+import qjax
+from qjax import codebooks
 from qjax.errors import ArtifactError, InputError
-from qjax.matrix.quantized import QuantizedMatrix
+from qjax.interchange.serialize_1 import VERSIONS, upgraded
+from qjax.matrix.operator import LinearOperator, codebooks_of, leaves, make
 
-__all__ = ["FORMAT_VERSION", "from_arrays", "to_arrays"]
+__all__ = ["FORMAT_VERSION", "described", "from_arrays", "operator_of", "to_arrays"]
 
-FORMAT_VERSION = 1
-# Of a matrix with gains or tuned tables, which a reader of version 1 would pass over in silence.
-TUNED_VERSION = 2
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {".".join(str(getattr(key, "name", key)) for key in path): leaf for path, leaf in leaves}
+FORMAT_VERSION = 3
+_DESCRIPTION = "spec"  # the entry of a file's metadata
 
 
-def _named_leaves(matrix: QuantizedMatrix) -> dict[str, Any]:
-    """Leaves by path; of the codebook's tables those that tuning changed, the rest follow from its description."""
-    named = _by_path(matrix)
-    tables = [name for name in named if name.startswith("codebook.")]
-    if tables:
-        original = _by_path(codebooks.make(**matrix.codebook.spec()))
-        for name in tables:
-            if np.array_equal(np.asarray(named[name]), np.asarray(original[name.removeprefix("codebook.")])):
-                del named[name]
-    return named
+def _tables(operator: LinearOperator) -> set[str]:
+    """Names of the leaves that are tables of a codebook."""
+    return {f"{place}.{name}" for place, book in codebooks_of(operator).items() for name in leaves(book)}
 
 
-def _is_tuned(names: Iterable[str]) -> bool:
-    return any(name.startswith("codebook.") or name.endswith("_gain") for name in names)
+def _fixed_tables(operator: LinearOperator) -> set[str]:
+    """Those of them that follow from their codebook's description: tuning has not changed them."""
+    found = set()
+    for place, book in codebooks_of(operator).items():
+        own = leaves(book)
+        original = leaves(codebooks.make(**book.spec())) if own else {}
+        equal = lambda name: np.array_equal(np.asarray(own[name]), np.asarray(original[name]))  # noqa: B023, E731
+        found |= {f"{place}.{name}" for name in own if equal(name)}
+    return found
 
 
-def to_arrays(
-    matrix: QuantizedMatrix, incoherence_spec: dict[str, Any]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(host arrays by leaf path, description as JSON values) of a quantised matrix.
-
-    `incoherence_spec` is the `spec()` of the incoherence object that sampled the matrix's transform.
-    """
-    arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(matrix).items()}
-    spec = {
-        "format": TUNED_VERSION if _is_tuned(arrays) else FORMAT_VERSION,
-        "shape": list(matrix.shape),
-        "padded": list(matrix.transform.padded),
-        "codebook": matrix.codebook.spec(),
-        "incoherence": incoherence_spec,
-        "scale_group": matrix.scaling.group,
-        "leaves": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
+def to_arrays(operator: LinearOperator) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(host arrays by leaf path, description as JSON values) of an operator."""
+    fixed = _fixed_tables(operator)
+    arrays = {name: np.asarray(leaf) for name, leaf in leaves(operator).items() if name not in fixed}
+    description = {
+        "format": FORMAT_VERSION,
+        "version": qjax.__version__,
+        "operator": operator.spec(),
+        "leaves": {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()},
     }
-    return arrays, spec
+    return arrays, description
 
 
-def from_arrays(arrays: dict[str, Any], spec: dict[str, Any], where: str) -> QuantizedMatrix:
-    """The matrix of `to_arrays`. `where` names the record in messages.
+def from_arrays(arrays: Mapping[str, Any], description: Mapping[str, Any], where: str | pathlib.Path) -> LinearOperator:
+    """The operator of `to_arrays`, on the default device. `where` names the record in messages.
 
-    Raises ArtifactError for another format version, or leaves that are missing, surplus or of another dtype or shape.
+    Raises ArtifactError for another format version, an operator of an unknown kind or one that this qjax cannot build,
+    or leaves that are missing, surplus or of another dtype or shape.
     """
-    if spec.get("format") not in (FORMAT_VERSION, TUNED_VERSION):
+    version = description.get("format")
+    if version not in (*VERSIONS, FORMAT_VERSION):
         raise ArtifactError(
-            f"{where}: format version {spec.get('format')!r}; this qjax reads {FORMAT_VERSION} and {TUNED_VERSION}: "
-            "quantise again or use the matching release"
+            f"{where}: format version {version!r}; this qjax reads "
+            f"{', '.join(map(str, (*VERSIONS, FORMAT_VERSION)))}: quantise again or use the matching release"
         )
-    expected = spec["leaves"]
+    _check_leaves(arrays, description["leaves"], where)
+    writer = description.get("version", "0.1.0")
+    try:
+        spec = description["operator"] if version == FORMAT_VERSION else upgraded(description)
+        operator = make(spec, jax.device_put(dict(arrays)))
+    except InputError as error:
+        raise ArtifactError(
+            f"{where}: was written by qjax {writer}, and this qjax ({qjax.__version__}) does not have what it needs, "
+            f"or it is damaged: {error}; use the release that wrote it, or import the module that registers it"
+        ) from error
+    own = set(leaves(operator))
+    if other := (set(arrays) - own) | (own - set(arrays) - _tables(operator)):
+        raise ArtifactError(f"{where}: {sorted(other)[:4]} are missing or surplus; the record is damaged")
+    return operator
+
+
+def described(operator: LinearOperator) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(arrays, metadata) of the safetensors file that holds an operator; a record has more metadata besides."""
+    arrays, description = to_arrays(operator)
+    return arrays, {_DESCRIPTION: json.dumps(description, sort_keys=True)}
+
+
+def operator_of(arrays: Mapping[str, Any], metadata: Mapping[str, str], where: str | pathlib.Path) -> LinearOperator:
+    """The operator of a file of `described` arrays. Raises ArtifactError as `from_arrays`."""
+    return from_arrays(arrays, json.loads(metadata[_DESCRIPTION]), where)
+
+
+def _check_leaves(arrays: Mapping[str, Any], expected: Mapping[str, Any], where: str | pathlib.Path) -> None:
     if set(arrays) != set(expected):
         raise ArtifactError(
             f"{where}: holds the arrays {sorted(arrays)}, its description lists {sorted(expected)}; "
@@ -85,37 +103,3 @@ def from_arrays(arrays: dict[str, Any], spec: dict[str, Any], where: str) -> Qua
                 f"{where}: {name} is {found.dtype}{list(found.shape)}, described as {dtype}{shape}; "
                 "the record is damaged"
             )
-    arrays = jax.device_put(arrays)
-    try:
-        codebook = codebooks.make(**spec["codebook"])
-        rotation = incoherence.make(**spec["incoherence"])
-    except InputError as error:
-        raise ArtifactError(
-            f"{where}: made with a codebook or incoherence that this qjax does not have: {error}"
-        ) from error
-    scaling = Scaling(
-        arrays["scaling.unit"], arrays.get("scaling.relative"), arrays.get("scaling.zero"), group=spec["scale_group"]
-    )
-    skeleton = rotation.abstract(*spec["shape"], multiple=codebook.tile)
-    structure = jax.tree_util.tree_flatten_with_path(skeleton)
-    names = ["transform." + ".".join(str(getattr(k, "name", k)) for k in path) for path, _ in structure[0]]
-    if any(name not in expected for name in names):
-        raise ArtifactError(f"{where}: lacks {sorted(set(names) - set(expected))}; the record is damaged")
-    transform = jax.tree.unflatten(structure[1], [arrays[name] for name in names])
-    if list(transform.padded) != spec["padded"]:
-        raise ArtifactError(
-            f"{where}: was padded to {spec['padded']}, this qjax pads {spec['shape']} to {list(transform.padded)}; "
-            "use the matching release"
-        )
-    tables = {name.removeprefix("codebook."): arrays[name] for name in arrays if name.startswith("codebook.")}
-    if tables:
-        codebook = dataclasses.replace(cast(Any, codebook), **tables)
-    return QuantizedMatrix(
-        arrays["packed"],
-        scaling,
-        transform,
-        codebook,
-        arrays.get("permutation"),
-        arrays.get("output_gain"),
-        arrays.get("input_gain"),
-    )

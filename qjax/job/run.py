@@ -122,7 +122,7 @@ def run(job: Job) -> dict[str, Any] | None:
                 if "before" in results.get("finetune", {}):
                     results["finetune"]["recovered"] = recovered(results["finetune"]["before"], results)
             with watch.stage("save"):
-                artifact.save(directory.artifact, model, lora.stripped(quantized.params), quantized.incoherence)
+                artifact.save(directory.artifact, model, lora.stripped(quantized.params), records.folder)
                 save_adapters(directory.path, quantized.params)
 
             def written() -> dict[str, Any]:

@@ -9,14 +9,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from qjax import data
 from qjax.errors import InputError
 from qjax.finetune import Settings, Step, Tuned, end_to_end, lora, pv
 from qjax.interchange import artifact
-from qjax.matrix.quantized import QuantizedMatrix
+from qjax.matrix.operator import operators
 from qjax.models import Model
 from qjax.runtime.distributed import together
 from qjax.runtime.fingerprint import identity
@@ -126,15 +125,13 @@ def recovered(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | No
 def save_adapters(folder: pathlib.Path, params: Any) -> None:
     """`adapters.safetensors` beside `artifact/`, when the model has adapters. All processes of a group call this."""
     if lora.adapters(params):
-        fingerprint = artifact.load(folder / "artifact").fingerprint["sha256"]  # orbax: all processes, or none
-        together(lambda: lora.save(folder / "adapters.safetensors", params, fingerprint))
+        file, own = folder / "adapters.safetensors", folder / "artifact"
+        together(lambda: lora.save(file, params, artifact.fingerprint(own)["sha256"]))
 
 
 def stored_bits(params: Any) -> int:
-    """Bits of all quantised matrices, without shared tables."""
-    is_matrix = lambda leaf: isinstance(leaf, QuantizedMatrix)  # noqa: E731
-    leaves = (leaf for block in params["blocks"] for leaf in jax.tree.leaves(block, is_leaf=is_matrix))
-    return sum(leaf.stored_bits for leaf in leaves if is_matrix(leaf))
+    """Bits of all operators, without shared tables and the adapters that are stored apart."""
+    return sum(operator.stored_bits for block in params["blocks"] for operator in operators(block).values())
 
 
 def whole_model_bytes(params: Any) -> int:

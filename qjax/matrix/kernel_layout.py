@@ -27,8 +27,10 @@ from qjax.codebooks.e81b import e81b_table
 from qjax.codebooks.residual import ResidualE8P
 from qjax.codebooks.scalar import UniformCodebook
 from qjax.codebooks.trellis import Trellis
-from qjax.incoherence.families import Transform
+from qjax.incoherence.transform import Transform
+from qjax.matrix.operator import is_operator
 from qjax.matrix.quantized import QuantizedMatrix
+from qjax.matrix.sums import Sum
 from qjax.typing import Leaf
 
 __all__ = ["PackedLinear", "obstacle", "pack", "pack_model"]
@@ -104,9 +106,14 @@ def _scales(scaling: Any) -> tuple[Array, Array]:
     return scale, zero
 
 
-def pack(matrix: QuantizedMatrix) -> PackedLinear | QuantizedMatrix:
-    """The matrix for inference; itself where the kernels have no layout for it (`obstacle` says why)."""
-    if obstacle(matrix) is not None:
+def pack(matrix: Any) -> Any:
+    """An operator for inference: a quantised matrix repacked, a sum of its terms, each packed; else as it is.
+
+    Of a quantised matrix that the kernels have no layout for, `obstacle` says why.
+    """
+    if isinstance(matrix, Sum):
+        return Sum(tuple(pack(term) for term in matrix.terms))
+    if not isinstance(matrix, QuantizedMatrix) or obstacle(matrix) is not None:
         return matrix
     book: Any = matrix.codebook
     shape = matrix.transform.padded
@@ -124,6 +131,5 @@ def pack(matrix: QuantizedMatrix) -> PackedLinear | QuantizedMatrix:
 
 
 def pack_model(params: Any) -> Any:
-    """Parameters with every quantised matrix that has a kernel layout repacked, once, for inference."""
-    is_matrix = lambda leaf: isinstance(leaf, QuantizedMatrix)  # noqa: E731
-    return jax.tree.map(lambda leaf: pack(leaf) if is_matrix(leaf) else leaf, params, is_leaf=is_matrix)
+    """Parameters with every operator packed, once, for inference."""
+    return jax.tree.map(lambda leaf: pack(leaf) if is_operator(leaf) else leaf, params, is_leaf=is_operator)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,19 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from qjax import codebooks
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling
-from qjax.incoherence.families import Transform
+from qjax.errors import InputError
+from qjax.incoherence.rotations import ROTATIONS, Rotation
+from qjax.incoherence.transform import Transform
+from qjax.matrix.operator import OPERATORS, checked_array, checked_format, checked_shape, leaves, part
 from qjax.typing import Leaf
 
 __all__ = ["QuantizedMatrix"]
+
+_FORMAT = 1
+_SIDES = ("output_rotation", "input_rotation")
 
 
 def _gained(x: Array, gain: Array | np.ndarray | None) -> Array:
@@ -64,11 +73,6 @@ class QuantizedMatrix:
         parts = (self.packed, self.scaling, self.transform, self.permutation, self.output_gain, self.input_gain)
         return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))
 
-    @property
-    def table_bits(self) -> int:
-        """Bits of the codebook's tables, counted once for a model that shares them."""
-        return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.codebook))
-
     def codewords(self) -> Float[Array, "padded_out padded_in"]:
         """The decoded values in units of the weight and in the order in which they were coded, float32."""
         return self.scaling.denormalize(
@@ -101,5 +105,87 @@ class QuantizedMatrix:
         return _gained(self.transform.output(y), self.output_gain).astype(x.dtype)
 
     def spec(self) -> dict[str, Any]:
-        """The static part as JSON values (for reports and artifacts)."""
-        return {"shape": list(self.shape), "padded": list(self.transform.padded), "codebook": self.codebook.spec()}
+        """Shape, padding, the rotations of both sides, whether inputs are rescaled, codebook, columns per scale."""
+        return {
+            "kind": "quantized",
+            "format": _FORMAT,
+            "shape": list(self.shape),
+            **transform_spec(self.transform),
+            "codebook": self.codebook.spec(),
+            "scale_group": self.scaling.group,
+        }
+
+
+def transform_spec(transform: Transform) -> dict[str, Any]:
+    """The static part of an incoherence processing without its shape, as JSON values."""
+    rotations = {side: getattr(transform, side) for side in _SIDES}
+    return {
+        "padded": list(transform.padded),
+        **{side: None if rotation is None else rotation.spec() for side, rotation in rotations.items()},
+        "rescale": transform.rescale is not None,
+    }
+
+
+@OPERATORS.register("quantized")
+def _read(spec: Mapping[str, Any], arrays: Mapping[str, Leaf]) -> QuantizedMatrix:
+    """The matrix of a spec. Raises InputError for arrays whose sizes are not those that the spec asks for."""
+    checked_format(spec, _FORMAT)
+    (out, inner), padded = checked_shape(spec["shape"]), checked_shape(spec["padded"], "the padded shape")
+    codebook = _codebook(spec["codebook"], part(arrays, "codebook"))
+    if padded[0] < out or padded[1] < inner or any(size % k for size, k in zip(padded, codebook.tile, strict=True)):
+        raise InputError(f"padded from {[out, inner]} to {list(padded)} for tiles of {list(codebook.tile)}")
+    words = -(-round(codebook.bits * padded[0] * padded[1]) // 32)
+    packed = checked_array(arrays, "packed", (words,), np.unsignedinteger)
+    if packed is None:
+        raise InputError("a quantised matrix without its codes")
+    rotations = [
+        _rotation(spec[side], part(arrays, f"transform.{side}"), size)
+        for side, size in zip(_SIDES, padded, strict=True)
+    ]
+    rescale = checked_array(arrays, "transform.rescale", (inner,))
+    if (rescale is not None) is not spec["rescale"]:
+        raise InputError(f"rescale is {spec['rescale']!r} and the array transform.rescale is {rescale!r}")
+    return QuantizedMatrix(
+        packed,
+        _scaling(spec["scale_group"], part(arrays, "scaling"), padded),
+        Transform(*rotations, rescale=rescale, shape=(out, inner), padded=padded),
+        codebook,
+        checked_array(arrays, "permutation", (padded[1],), np.unsignedinteger),
+        checked_array(arrays, "output_gain", (out,)),
+        checked_array(arrays, "input_gain", (inner,)),
+    )
+
+
+def _codebook(spec: Mapping[str, Any], tables: Mapping[str, Leaf]) -> Codebook:
+    """The codebook of a spec, with tables that tuning changed."""
+    codebook = codebooks.make(**spec)
+    if not tables:
+        return codebook
+    own = leaves(codebook)
+    for name in tables:
+        if name not in own:
+            raise InputError(f"codebook {spec['name']!r} has no table {name!r}")
+        checked_array(tables, name, own[name].shape, np.generic)
+    return dataclasses.replace(cast(Any, codebook), **tables)
+
+
+def _rotation(spec: Mapping[str, Any] | None, arrays: Mapping[str, Leaf], size: int) -> Rotation | None:
+    if spec is None:
+        return None
+    static = {name: value for name, value in spec.items() if name != "name"}
+    rotation = ROTATIONS.make(spec["name"], **static, **arrays)
+    if rotation.size != size:
+        raise InputError(f"a rotation of {rotation.size} values for an axis of {size}")
+    return rotation
+
+
+def _scaling(group: Any, arrays: Mapping[str, Leaf], padded: tuple[int, int]) -> Scaling:
+    if not (group is None or (type(group) is int and group > 0)):
+        raise InputError(f"scale_group is {group!r}; it is a positive number of columns or null")
+    groups = 1 if group is None else -(-padded[1] // group)
+    unit = checked_array(arrays, "unit", ())
+    relative = checked_array(arrays, "relative", (None, groups))
+    zero = checked_array(arrays, "zero", (None, groups), np.unsignedinteger)
+    if unit is None or any(part is not None and part.shape[0] not in (1, padded[0]) for part in (relative, zero)):
+        raise InputError(f"scales of another matrix than one with {padded[0]} rows")
+    return Scaling(unit, relative, zero, group)

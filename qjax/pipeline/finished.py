@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
+import jax
+
 from qjax.errors import RunError
-from qjax.matrix.quantized import QuantizedMatrix
-from qjax.models.linear import linears_of, replace_linears
+from qjax.matrix.operator import LinearOperator, is_operator, operators, place_name
 from qjax.pipeline.records import Records
 
 __all__ = ["HELD_BYTES", "FinishedBlocks"]
@@ -18,7 +19,7 @@ HELD_BYTES = 256 << 20  # of matrices that a run keeps in memory where its model
 
 @dataclasses.dataclass(frozen=True)
 class _Recorded:
-    """Stands for a matrix that is read from its record."""
+    """Stands for an operator that is read from its record."""
 
     name: str
 
@@ -36,14 +37,17 @@ class FinishedBlocks(Sequence[Any]):
         self._blocks: list[Any] = []
 
     def append(self, block: Any) -> None:
-        """Add the next block, every `QuantizedMatrix` of which has its record, `layers.<block>.<linear>`."""
-        matrices = {name: weight for name, weight in linears_of(block).items() if isinstance(weight, QuantizedMatrix)}
-        size = sum(matrix.stored_bits for matrix in matrices.values()) // 8
+        """Add the next block, every operator of which has its record, `layers.<block>.<linear>`."""
+        size = sum(operator.stored_bits for operator in operators(block).values()) // 8
         if self._held + size <= self._budget:
             self._held += size
         else:
-            index = len(self._blocks)
-            block = replace_linears(block, {linear: _Recorded(f"layers.{index}.{linear}") for linear in matrices})
+            prefix = f"layers.{len(self._blocks)}."
+
+            def recorded(path: Any, leaf: Any) -> Any:
+                return _Recorded(prefix + place_name(path).removesuffix(".weight")) if is_operator(leaf) else leaf
+
+            block = jax.tree_util.tree_map_with_path(recorded, block, is_leaf=is_operator)
         self._blocks.append(block)
 
     def __len__(self) -> int:
@@ -57,14 +61,16 @@ class FinishedBlocks(Sequence[Any]):
         """Block `index`. Raises RunError when a record is gone or damaged since it was written."""
         if isinstance(index, slice):
             raise TypeError("finished blocks are read one at a time; index them by a number")
-        block = self._blocks[index]
-        recorded = {name: weight for name, weight in linears_of(block).items() if isinstance(weight, _Recorded)}
-        return replace_linears(block, {linear: self._read(weight.name) for linear, weight in recorded.items()})
+        return jax.tree.map(
+            lambda leaf: self._read(leaf.name) if isinstance(leaf, _Recorded) else leaf,
+            self._blocks[index],
+            is_leaf=is_operator,
+        )
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))  # unlike Sequence's, it does not hold a yielded block
 
-    def _read(self, name: str) -> QuantizedMatrix:
+    def _read(self, name: str) -> LinearOperator:
         found = self._records.load(name)
         if found is None:
             raise RunError(

@@ -11,8 +11,8 @@ import numpy as np
 
 from qjax.finetune.block import BlockReport, BlockSettings, tune_block
 from qjax.linalg.kronecker import Hessian
+from qjax.matrix.operator import LinearOperator, is_operator
 from qjax.matrix.quantize import MatrixReport
-from qjax.matrix.quantized import QuantizedMatrix
 from qjax.models.config import ModelConfig
 from qjax.models.linear import linear_weight, replace_linears
 from qjax.models.structure import structure
@@ -76,7 +76,7 @@ def quantize_and_tune(
 
             found = _one_block(parameters, own, here.y, config, settings, seed, quantize)
             if records is not None:
-                _record_block(*found, index, plans, records)
+                _record_block(*found, index, records)
         here.finished = found[0]
         result.append(found[0])
         for tuned in found[2]:
@@ -84,7 +84,7 @@ def quantize_and_tune(
         for report in found[1]:
             reports.append(report)
             on_layer(report, not fresh)
-    return QuantizedModel({**params, "blocks": result}, reports, recipe.incoherence.spec())
+    return QuantizedModel({**params, "blocks": result}, reports)
 
 
 def _one_block(
@@ -94,7 +94,7 @@ def _one_block(
     config: ModelConfig,
     tuning: BlockSettings,
     seed: int,
-    quantize: Callable[[Any, str], tuple[QuantizedMatrix, MatrixReport] | None],
+    quantize: Callable[[Any, str], tuple[LinearOperator, MatrixReport] | None],
 ) -> _Block:
     """Quantise the groups of a block in order and tune what is left of it after each."""
     reports: dict[str, MatrixReport] = {}
@@ -115,17 +115,13 @@ def _record_block(
     reports: list[MatrixReport],
     tuned: list[BlockReport],
     index: int,
-    plans: Mapping[str, LayerPlan | None],
     records: Records,
 ) -> None:
     """The matrices with their gains, and then all else of the block, which marks it finished."""
     for report in reports:
-        plan = plans[report.name]
-        assert plan is not None
-        matrix = linear_weight(parameters, report.name.split(".", 2)[2])
-        records.save(matrix, report, plan.incoherence.spec())
-    leaves, _ = jax.tree_util.tree_flatten_with_path(parameters, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
-    dense = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if not isinstance(leaf, QuantizedMatrix)}
+        records.save(linear_weight(parameters, report.name.split(".", 2)[2]), report)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(parameters, is_leaf=is_operator)
+    dense = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if not is_operator(leaf)}
     arrays = {name: np.asarray(leaf) for name, leaf in dense.items()}
     records.save_dense(index, arrays, [dataclasses.asdict(report) for report in tuned])
 
@@ -145,8 +141,7 @@ def _found_block(
     parameters = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in whole.items()})
 
     def stored(path: Any, leaf: Any) -> Any:
-        return leaf if isinstance(leaf, QuantizedMatrix) else jax.device_put(dense[jax.tree_util.keystr(path)])
+        return leaf if is_operator(leaf) else jax.device_put(dense[jax.tree_util.keystr(path)])
 
-    is_matrix = lambda leaf: isinstance(leaf, QuantizedMatrix)  # noqa: E731
-    parameters = jax.tree_util.tree_map_with_path(stored, parameters, is_leaf=is_matrix)
+    parameters = jax.tree_util.tree_map_with_path(stored, parameters, is_leaf=is_operator)
     return parameters, [report for _, report in whole.values()], [BlockReport(**report) for report in tuned]

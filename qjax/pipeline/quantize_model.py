@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from qjax.errors import InputError, RunError
 from qjax.hessian.moments import block_hessians, block_hessians_of_two_streams
 from qjax.linalg.kronecker import Hessian
+from qjax.matrix.operator import LinearOperator
 from qjax.matrix.quantize import MatrixReport, splits_rows
-from qjax.matrix.quantized import QuantizedMatrix
 from qjax.models.config import ModelConfig
 from qjax.models.linear import linear_weight, replace_linears
 from qjax.models.structure import structure
@@ -37,11 +37,10 @@ STREAMS = ("quantized", "original", "corrected")
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedModel:
-    """Parameters with `QuantizedMatrix` leaves, and the report of every quantised layer in order."""
+    """Parameters with operators in place of linears' weights, and the report of every quantised layer in order."""
 
     params: Any
     reports: list[MatrixReport]
-    incoherence: dict[str, Any]
 
 
 def quantize_model(
@@ -129,17 +128,17 @@ def quantize_model(
                 weight = linear_weight(parameters, linear)
                 matrix, report = quantize_layer(weight, block[linear], plan, name, key, correction, spread.mesh)
                 if records is not None and leads():
-                    records.save(matrix, report, plan.incoherence.spec())
+                    records.save(matrix, report)
                 done[linear] = matrix, report
             reports.append(done[linear][1])
             if on_layer is not None:
                 on_layer(done[linear][1], linear not in todo)
         here.finished = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()})
         result.append(here.finished)
-    return QuantizedModel({**params, "blocks": result}, reports, recipe.incoherence.spec())
+    return QuantizedModel({**params, "blocks": result}, reports)
 
 
-_Done: TypeAlias = dict[str, tuple[QuantizedMatrix, MatrixReport]]
+_Done: TypeAlias = dict[str, tuple[LinearOperator, MatrixReport]]
 
 
 def _found(index: int, planned: Mapping[str, LayerPlan], records: Records) -> _Done:
@@ -167,14 +166,14 @@ def _alone(
     if mesh.size == 1 or not own:
         return {}
 
-    def task(linear: str, plan: LayerPlan, device: jax.Device) -> tuple[QuantizedMatrix, MatrixReport]:
+    def task(linear: str, plan: LayerPlan, device: jax.Device) -> tuple[LinearOperator, MatrixReport]:
         name = f"layers.{index}.{linear}"
         weight, hessian = jax.device_put((linear_weight(parameters, linear), hessians[linear]), device)
         matrix, report = quantize_layer(weight, hessian, plan, name, key, correction)
         matrix = jax.device_put(jax.device_get(dataclasses.replace(matrix, codebook=None)))
         matrix = dataclasses.replace(matrix, codebook=plan.codebook)
         if records is not None:
-            records.save(matrix, report, plan.incoherence.spec())
+            records.save(matrix, report)
         return matrix, report
 
     def cost(linear: str) -> float:
@@ -195,7 +194,7 @@ def _alone(
     return done
 
 
-def _of_another(records: Records, name: str) -> tuple[QuantizedMatrix, MatrixReport]:
+def _of_another(records: Records, name: str) -> tuple[LinearOperator, MatrixReport]:
     found = records.load(name)
     if found is None:
         raise RunError(

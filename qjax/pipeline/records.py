@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from qjax.errors import ArtifactError, RunError
-from qjax.interchange.serialize import from_arrays, to_arrays
+from qjax.interchange.serialize import described, operator_of
+from qjax.matrix.operator import LinearOperator
 from qjax.matrix.quantize import MatrixReport
-from qjax.matrix.quantized import QuantizedMatrix
 from qjax.runtime.atomic import read_safetensors, write_safetensors
 
 __all__ = ["Records"]
@@ -32,20 +32,16 @@ class Records:
     def _file(self, name: str) -> pathlib.Path:
         return self.folder / f"{name}.safetensors"
 
-    def save(self, matrix: QuantizedMatrix, report: MatrixReport, incoherence: dict) -> None:
-        """Write the record of one layer durably."""
-        arrays, spec = to_arrays(matrix, incoherence)
-        metadata = {
-            "run": self.run_digest,
-            "spec": json.dumps(spec, sort_keys=True),
-            "report": json.dumps(dataclasses.asdict(report), sort_keys=True),
-        }
-        write_safetensors(self._file(report.name), arrays, metadata)
+    def save(self, operator: LinearOperator, report: MatrixReport) -> None:
+        """Write the record of one layer durably; it is a piece of the artifact as it stands."""
+        arrays, metadata = described(operator)
+        about = {"run": self.run_digest, "report": json.dumps(dataclasses.asdict(report), sort_keys=True)}
+        write_safetensors(self._file(report.name), arrays, {**metadata, **about})
 
-    def load(self, name: str) -> tuple[QuantizedMatrix, MatrixReport] | None:
+    def load(self, name: str) -> tuple[LinearOperator, MatrixReport] | None:
         """The record of a layer, or None when it is absent or damaged.
 
-        Raises RunError when it belongs to another run.
+        Raises RunError when it belongs to another run, ArtifactError when this qjax cannot build its operator.
         """
         file = self._file(name)
         if not file.exists():
@@ -61,7 +57,7 @@ class Records:
             )
         report = json.loads(metadata["report"])
         report["shape"], report["padded"] = tuple(report["shape"]), tuple(report["padded"])
-        return from_arrays(arrays, json.loads(metadata["spec"]), str(file)), MatrixReport(**report)
+        return operator_of(arrays, metadata, file), MatrixReport(**report)
 
     def save_dense(self, index: int, arrays: Mapping[str, np.ndarray], reports: Sequence[Mapping[str, Any]]) -> None:
         """Write durably what block `index` holds besides its matrices, last of all: it marks the block finished.

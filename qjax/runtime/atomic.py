@@ -170,9 +170,12 @@ def _verified_metadata(path: Path) -> dict[str, str]:
     return header["__metadata__"]
 
 
-def read_safetensors(path: Path, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_safetensors(
+    path: Path, sha256: str | None = None, *, verify: bool = True
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(arrays, metadata) of a file of `write_safetensors`, after its checksum was verified (and is `sha256`, if given).
 
+    Without `verify` the checksum is not computed: for a file whose bytes were verified otherwise.
     Raises ArtifactError, naming the file, when it is missing, truncated, damaged, not safetensors or has no checksum.
     """
     with (
@@ -184,7 +187,7 @@ def read_safetensors(path: Path, sha256: str | None = None) -> tuple[dict[str, n
             raise ArtifactError(f"{path}: has no checksum in its metadata; it was not written by qjax's runs")
         if sha256 is not None and recorded != sha256:
             raise ArtifactError(f"{path}: its SHA-256 is {recorded}, expected was {sha256}; it is another file")
-        metadata = _verified_metadata(path)
+        metadata = _verified_metadata(path) if verify else {k: v for k, v in file.metadata().items() if k != _CHECKSUM}
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - no iteration
 
 

@@ -15,12 +15,13 @@ from typing import BinaryIO
 from qjax.errors import RunError
 from qjax.runtime.lock import lock_descriptor
 
-__all__ = ["WholeFolder", "explained", "open_atomic", "remove_leftovers", "replacing"]
+__all__ = ["WholeFolder", "explained", "link_or_copy", "open_atomic", "remove_leftovers", "replacing", "sync"]
 
 Path = str | os.PathLike[str]
 
 _SUFFIX = ".qjax-tmp"
 _serial = itertools.count()
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 _REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space, or choose a folder on another disk, and run again",
@@ -73,7 +74,8 @@ def _open_temporary(path: pathlib.Path) -> tuple[int, pathlib.Path]:
         os.close(descriptor)
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file's contents, or the names in a folder, durable, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -107,7 +109,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.close()
         raise
     file.close()
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -120,6 +122,20 @@ def open_atomic(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
     path = pathlib.Path(path)
     with explained(path, size), replacing(path) as file:
         yield file
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name of a file that is never written in place, or a durable copy where the file system has no links.
+
+    The name is durable after `sync` of its folder. Raises RunError as `open_atomic` does.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        with open(source, "rb") as file, open_atomic(target, os.fstat(file.fileno()).st_size) as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
 
 
 def remove_leftovers(folder: Path) -> list[pathlib.Path]:
@@ -176,8 +192,8 @@ class WholeFolder:
         """Give `staging` its name once all of it is on the disk."""
         for place, _, names in os.walk(self.staging):
             for name in names:
-                _sync(pathlib.Path(place, name))
-            _sync(pathlib.Path(place))
+                sync(pathlib.Path(place, name))
+            sync(pathlib.Path(place))
         replaced = self.path.exists()
         if replaced:
             os.replace(self.path, self.retired)
@@ -187,7 +203,7 @@ class WholeFolder:
             if replaced:
                 os.replace(self.retired, self.path)
             raise
-        _sync(self.path.parent)
+        sync(self.path.parent)
         self._unlock()
         shutil.rmtree(self.retired, ignore_errors=True)
 

@@ -41,7 +41,7 @@ def test_a_record_of_a_model(tmp_path):
                 name=name,
             )
         blocks.append(replace_linears(parameters, matrices))
-    artifact.save(tmp_path / "a", model, {**model.params, "blocks": blocks}, transform.spec())
+    artifact.save(tmp_path / "a", model, {**model.params, "blocks": blocks})
     record = decode.model(str(tmp_path / "a"), "tiny", tokens=3, repeats=1)
     assert record["packed_matrices"] == 7 * len(blocks)
     assert record["bytes"]["packed"] < record["bytes"]["dense"] / 4

@@ -56,7 +56,7 @@ def test_bits_per_weight_count_everything_that_is_stored(bits):
     assert report.padded == (40, 176)
     words = math.ceil(bits * 40 * 176 / 32) + math.ceil(40 / 32) + math.ceil(176 / 32) + 1
     assert report.bits_per_weight == pytest.approx(32 * words / (40 * 172))
-    arrays, _ = to_arrays(matrix, incoherence.make("hadamard").spec())
+    arrays, _ = to_arrays(matrix)
     assert 8 * sum(a.nbytes for a in arrays.values()) == matrix.stored_bits
 
 
@@ -126,7 +126,7 @@ def test_an_output_factor_enters_the_reported_loss():
 def test_serialisation_is_exact(rule, rotation):
     w, h = problem()
     matrix, _ = quantize(w, h, rotation=rotation, scale=rule)
-    arrays, spec = to_arrays(matrix, incoherence.make(rotation).spec())
+    arrays, spec = to_arrays(matrix)
     back = from_arrays(arrays, spec, "test")
     assert jax.tree.structure(back) == jax.tree.structure(matrix)
     np.testing.assert_array_equal(back.dequantize(), matrix.dequantize())
@@ -134,13 +134,14 @@ def test_serialisation_is_exact(rule, rotation):
 
 def test_damaged_descriptions_are_refused():
     w, h = problem()
-    arrays, spec = to_arrays(quantize(w, h)[0], incoherence.make("hadamard").spec())
+    arrays, spec = to_arrays(quantize(w, h)[0])
     with pytest.raises(ArtifactError, match="format version"):
         from_arrays(arrays, {**spec, "format": 99}, "layer x")
     with pytest.raises(ArtifactError, match="layer x.*damaged"):
         from_arrays({**arrays, "packed": arrays["packed"][:-1]}, spec, "layer x")
+    own = {**spec["operator"], "codebook": {"name": "unheard_of", "bits": 2}}
     with pytest.raises(ArtifactError, match="does not have"):
-        from_arrays(arrays, {**spec, "codebook": {"name": "unheard_of", "bits": 2}}, "layer x")
+        from_arrays(arrays, {**spec, "operator": own}, "layer x")
 
 
 def test_bad_input_names_the_layer():

@@ -215,7 +215,7 @@ def test_an_artifact_keeps_the_template(tmp_path: Path):
     model = models.load("tiny")
     tokenizer = Tokenizer(model.tokenizer.backend, eos_id=model.tokenizer.eos_id)
     tokenizer.chat = ChatTemplate(BRACKETS, "/somewhere/else", {"bos_token": "<B>"}, (3,))
-    artifact.save(tmp_path / "a", dataclasses.replace(model, tokenizer=tokenizer), model.params, {})
+    artifact.save(tmp_path / "a", dataclasses.replace(model, tokenizer=tokenizer), model.params)
     loaded = artifact.load(tmp_path / "a").tokenizer
     assert loaded.chat == ChatTemplate(BRACKETS, str(tmp_path / "a" / "model.json"), {"bos_token": "<B>"}, (3,))
     assert chat_prompt([HI], loaded) == "<B>[INST] Hi [/INST]"

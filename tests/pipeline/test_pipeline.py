@@ -109,11 +109,10 @@ def test_the_artifact_gives_the_same_numbers(finished, cache):
 
 
 def test_blocks_that_stay_in_their_records_give_the_same_run(finished, cache, tmp_path, monkeypatch):
-    """A budget for one block and a half, and a checkpoint written in pieces of less than a block."""
+    """A budget for one block and a half; the artifact is written matrix by matrix."""
     out, results = finished
     one = sum(leaf.stored_bits for leaf in _matrices(artifact.load(out / "artifact").params["blocks"][0])) // 8
     monkeypatch.setattr(sys.modules["qjax.job.run"], "HELD_BYTES", one * 3 // 2)
-    monkeypatch.setattr(artifact, "_PIECE", one // 2)
     kept = []
     save = artifact.save
     monkeypatch.setattr(artifact, "save", lambda *arguments: (kept.append(arguments[2]), save(*arguments)))
@@ -162,11 +161,11 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, cache, stream,
     run(entry_point.job_of(settings(tmp_path / "whole", cache, *overrides)))
     save, saved = Records.save, []
 
-    def failing(self, matrix, report, incoherence):
+    def failing(self, matrix, report):
         if len(saved) == 9:  # in the middle of the second block
             raise KeyboardInterrupt
         saved.append(report.name)
-        save(self, matrix, report, incoherence)
+        save(self, matrix, report)
 
     monkeypatch.setattr(Records, "save", failing)
     with pytest.raises(KeyboardInterrupt):

@@ -111,8 +111,8 @@ def test_case_32_signals_leave_nothing_that_looks_finished(tmp_path, signal, cod
         "import os, signal, sys, qjax.pipeline.records\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells have their background jobs ignore it
         "save = qjax.pipeline.records.Records.save\n"
-        "def stop(self, matrix, report, incoherence):\n"
-        "    save(self, matrix, report, incoherence)\n"
+        "def stop(self, matrix, report):\n"
+        "    save(self, matrix, report)\n"
         f"    os.kill(os.getpid(), signal.{signal})\n"
         "qjax.pipeline.records.Records.save = stop\n"
         "import experiments.quantize\n"

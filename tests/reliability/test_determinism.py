@@ -31,7 +31,7 @@ def test_layers_may_be_visited_in_any_order(pytestconfig):
             _, index, linear = name.split(".", 2)
             weight = linear_weight(model.params["blocks"][int(index)], linear)
             matrix, report = quantize_layer(weight, found[name], plans[name], name, root_key(3), 0.0)
-            result[name] = to_arrays(matrix, {}), report.proxy_loss
+            result[name] = to_arrays(matrix), report.proxy_loss
         return result
 
     forward = visit(layer_names(model.config))
@@ -57,7 +57,7 @@ def test_twice_in_a_row(pytestconfig):
     for index, block in enumerate(blocks[0]):
         for group in ("self_attn", "mlp"):
             for linear in (name for name in block[group] if name.endswith("_proj")):
-                first, second = (to_arrays(b[index][group][linear]["weight"], {})[0] for b in blocks)
+                first, second = (to_arrays(b[index][group][linear]["weight"])[0] for b in blocks)
                 assert all(first[name].tobytes() == second[name].tobytes() for name in first), linear
     timeless = lambda report: {**report.__dict__, "seconds": 0}  # noqa: E731
     assert list(map(timeless, runs[0].reports)) == list(map(timeless, runs[1].reports))

@@ -1,0 +1,76 @@
+"""`model.json` and `tokenizer.json` of an artifact: what a model is beside its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from qjax.errors import ArtifactError
+from qjax.models.config import ModelConfig, RopeScaling
+from qjax.models.loading import Model
+from qjax.models.tokenizers.chat_template import ChatTemplate
+from qjax.models.tokenizers.tokenizer import Tokenizer, parsed
+from qjax.runtime.atomic import read_bytes, write_json, write_text
+
+__all__ = ["MODEL", "config_of", "tokenizer_of", "write"]
+
+MODEL = "model.json"
+_TOKENIZER = "tokenizer.json"
+
+
+def write(path: pathlib.Path, model: Model, about: Mapping[str, Any]) -> None:
+    """Both files of `model`, the manifest with the entries of `about` besides; no tokenizer where there is none."""
+    tokenizer = model.tokenizer
+    if tokenizer.vocab_size:
+        write_text(path / _TOKENIZER, tokenizer.backend.to_str())
+    manifest = {
+        "format": about["format"],
+        "name": model.name,
+        "description": model.description,
+        "tokenizer": {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "adds_bos": tokenizer.adds_bos},
+        "config": dataclasses.asdict(model.config),
+        **about,
+    }
+    if tokenizer.chat is not None:
+        chat = tokenizer.chat
+        manifest["chat"] = {"source": chat.source, "tokens": dict(chat.tokens), "ends": list(chat.ends)}
+    write_json(path / MODEL, manifest)
+
+
+def config_of(manifest: Mapping[str, Any]) -> ModelConfig:
+    """The architecture. Raises ValueError or TypeError for values of another type or range than its fields have."""
+    config = dict(manifest["config"])
+    if config.get("rope_scaling") is not None:
+        config["rope_scaling"] = _typed(RopeScaling, config["rope_scaling"])
+    return _typed(ModelConfig, config)
+
+
+def _typed(kind: Any, values: dict[str, Any]) -> Any:
+    """A dataclass from JSON: every value has its field's type, and every number is positive and finite."""
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        allowed = typing.get_args(hints[name]) or (hints[name],)
+        if type(value) not in allowed and not (type(value) is int and float in allowed):
+            raise ValueError(f"{name} is {value!r}")
+        if type(value) in (int, float) and not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}; it is above 0 and finite")
+    return kind(**values)
+
+
+def tokenizer_of(path: pathlib.Path, manifest: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer with its chat template. Raises ArtifactError for a file that is none."""
+    file = path / _TOKENIZER
+    if not file.exists():
+        return Tokenizer(None, missing=f"{path}: the quantised model came without a tokenizer")
+    definition = read_bytes(file)
+    try:
+        backend = parsed(definition)
+    except ValueError as error:
+        raise ArtifactError(f"{file}: is not a tokenizer ({error}); run the quantisation again") from error
+    chat = manifest.get("chat")
+    if chat is not None:
+        chat = ChatTemplate(chat["source"], str(path / MODEL), dict(chat["tokens"]), tuple(chat["ends"]))
+    return Tokenizer(backend, **manifest["tokenizer"], chat=chat)
