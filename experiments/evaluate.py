@@ -51,10 +51,11 @@ def spread(model: models.Model, mesh: Mesh | None) -> models.Model:
     return placed
 
 
-def with_adapters(quantized: models.Model, folder: pathlib.Path, adapters: str | None) -> Any:
-    """The artifact's parameters with `adapters`; without, a run's adapters beside the artifact are pointed out."""
+def with_adapters(quantized: models.Model, folder: pathlib.Path, adapters: str | None, mesh: Mesh | None = None) -> Any:
+    """The artifact's parameters with `adapters`, as sums for a mesh; without, those beside it are pointed out."""
     if adapters is not None:
-        return lora.attached(quantized.params, lora.load(adapters, quantized.fingerprint["sha256"]))
+        adapted = lora.attached(quantized.params, lora.load(adapters, quantized.fingerprint["sha256"]))
+        return adapted if mesh is None else lora.summed(adapted)
     beside = folder.parent / "adapters.safetensors"
     if beside.is_file():
         print(
@@ -77,7 +78,7 @@ def tasks_of(settings: dict[str, Any], mesh: Mesh | None = None) -> dict[str, An
     report: dict[str, Any] = {}
     if folder is not None:
         quantized = artifact.load(folder, device=mesh is None)
-        params = with_adapters(quantized, pathlib.Path(folder), settings["adapters"])
+        params = with_adapters(quantized, pathlib.Path(folder), settings["adapters"], mesh)
         model = spread(dataclasses.replace(quantized, params=params), mesh)
         report["quantized"] = evaluate_tasks(model, settings["tasks"], seed=seed, **options)
         del quantized, params, model
@@ -110,7 +111,7 @@ def _evaluate(settings: dict[str, Any], mesh: Mesh | None, cache: pathlib.Path) 
         raise InputError("artifact=null needs tasks=[…]; give the artifact/ folder of a run")
     folder = pathlib.Path(settings["artifact"])
     quantized = artifact.load(folder, device=mesh is None)
-    params = with_adapters(quantized, folder, settings["adapters"])
+    params = with_adapters(quantized, folder, settings["adapters"], mesh)
     known = run_settings(folder)
     for group in ("model", "data", "seed"):
         if settings[group] is None and group not in known:

@@ -57,6 +57,7 @@ def main(config: DictConfig) -> None:
     params = model.params
     if settings["adapters"] is not None:
         params = lora.attached(params, lora.load(settings["adapters"], model.fingerprint["sha256"]))
+        params = params if mesh is None else lora.summed(params)
     if mesh is not None:
         params = distribute(params, model.config, mesh, packed=settings["packed"])
         print(f"[{summary(params)}]")

@@ -1,10 +1,10 @@
 """Low-rank adapters over frozen codes: `y = Ŵ x + (α/r) B A x`, with Ŵ decoded wherever it is used.
 
 The backward pass decodes again instead of keeping dense weights, for every codebook: nothing but
-`QuantizedMatrix.dequantize` is asked of it. Source: ModuLoRA (2309.16119).
+`dequantize` is asked of it. Source: ModuLoRA (2309.16119).
 
-A layer alone (`LowRank.matmul`) has one matrix dense at a time. Where a block is computed again in the backward pass
-anyway, its matrices are decoded once for both (`LowRank.opened`), and one block is dense at a time.
+A layer alone (`Adapted.matmul`) has one matrix dense at a time. Where a block is computed again in the backward pass
+anyway, its matrices are decoded once for both (`Adapted.opened`), and one block is dense at a time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from jaxtyping import Array, Float
 from qjax.errors import ArtifactError, InputError
 from qjax.finetune.parameters import Layout, layer_value
 from qjax.linalg.prng import named_key
-from qjax.matrix.quantized import QuantizedMatrix
+from qjax.matrix.dense import Dense
+from qjax.matrix.low_rank import LowRank
+from qjax.matrix.operator import LinearOperator, is_operator
+from qjax.matrix.sums import Sum
 from qjax.models.linear import linears_of, replace_linears
 from qjax.runtime.atomic import read_safetensors, write_safetensors
 from qjax.typing import Leaf
 
 __all__ = [
-    "Decoded",
-    "LowRank",
+    "Adapted",
     "Merged",
     "adapted",
     "adapters",
@@ -44,6 +46,7 @@ __all__ = [
     "merged",
     "save",
     "stripped",
+    "summed",
     "unmerge",
     "unmerged",
 ]
@@ -52,12 +55,11 @@ _FORMAT = "qjax-adapters-1"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(scale: float, base: QuantizedMatrix, a: Array, b: Array, x: Array) -> Array:
-    low = jnp.einsum("ti,ri->tr", x, a.astype(x.dtype))
-    return base.matmul(x) + scale * jnp.einsum("tr,or->to", low, b.astype(x.dtype))
+def _matmul(scale: float, base: LinearOperator, a: Array, b: Array, x: Array) -> Array:
+    return Sum((base, LowRank(b, a, scale))).matmul(x)
 
 
-def _fwd(scale: float, base: QuantizedMatrix, a: Array, b: Array, x: Array) -> tuple[Array, Any]:
+def _fwd(scale: float, base: LinearOperator, a: Array, b: Array, x: Array) -> tuple[Array, Any]:
     return _matmul(scale, base, a, b, x), (base, a, b, x)
 
 
@@ -65,8 +67,8 @@ def _bwd(scale: float, saved: Any, g: Array) -> tuple[None, Array, Array, Array]
     """`∂x = Ŵᵀ g + s Aᵀ Bᵀ g`, `∂A = s (Bᵀ g) xᵀ`, `∂B = s g (A x)ᵀ`; the codes get no gradient."""
     base, a, b, x = saved
     # Without the barrier the compiler would see that the forward pass decodes the same matrix, and keep it till here.
-    packed, g = jax.lax.optimization_barrier((base.packed, g))
-    dense = base.replace(packed=packed).dequantize().astype(g.dtype)
+    base, g = jax.lax.optimization_barrier((base, g))
+    dense = base.dequantize().astype(g.dtype)
     back = scale * jnp.einsum("to,or->tr", g, b.astype(g.dtype))
     d_x = jnp.einsum("to,oi->ti", g, dense) + jnp.einsum("tr,ri->ti", back, a.astype(g.dtype))
     d_a = jnp.einsum("tr,ti->ri", back, x).astype(a.dtype)
@@ -99,43 +101,47 @@ _whole_matmul.defvjp(_whole_fwd, _whole_bwd)
 
 
 @struct.dataclass
-class Decoded:
-    """A dense Ŵ `[out, in]` in place of codes, without a gradient."""
+class Adapted:
+    """The sum `Ŵ + scale · B A` in training: Ŵ `[out, in]` is frozen, A `[r, in]` and B `[out, r]` have gradients.
 
-    dense: Leaf
+    Attributes:
+      base: Ŵ, an operator.
+      lora_a: A.
+      lora_b: B.
+      scale: α/r.
+    """
 
-    def dequantize(self) -> Float[Array, "out in"]:
-        """Ŵ."""
-        return self.dense
-
-
-@struct.dataclass
-class LowRank:
-    """`Ŵ + scale · B A` with a frozen Ŵ `[out, in]`, quantised or decoded, A `[r, in]` and B `[out, r]`."""
-
-    base: QuantizedMatrix | Decoded
+    base: Leaf
     lora_a: Leaf
     lora_b: Leaf
     scale: float = struct.field(pytree_node=False)
+
+    @property
+    def sum(self) -> Sum:
+        """The layer as an operator, which can be stored, packed and shared out."""
+        return Sum((self.base, self.low_rank))
+
+    @property
+    def low_rank(self) -> LowRank:
+        """What is added to Ŵ."""
+        return LowRank(self.lora_b, self.lora_a, self.scale)
 
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """`x (Ŵ + scale B A)ᵀ` in the dtype of x."""
         flat = x.reshape(-1, x.shape[-1])
         base: Any = self.base
-        if not isinstance(base, Decoded):
+        if not isinstance(base, Dense):
             y: Array = _matmul(self.scale, base, self.lora_a, self.lora_b, flat)
         elif x.dtype == jnp.float32:
-            y = _whole_matmul(self.scale, base.dense, self.lora_a, self.lora_b, flat)
+            y = _whole_matmul(self.scale, base.weight, self.lora_a, self.lora_b, flat)
         else:  # the sum of Ŵ and a small B A must not be rounded to the type of x
-            a, b = (part.astype(x.dtype) for part in (self.lora_a, self.lora_b))
-            low = jnp.einsum("tr,or->to", jnp.einsum("ti,ri->tr", flat, a), b)
-            y = jnp.einsum("ti,oi->to", flat, base.dense.astype(x.dtype)) + self.scale * low
+            y = self.sum.matmul(flat)
         return y.reshape(*x.shape[:-1], -1)
 
-    def opened(self) -> LowRank:
+    def opened(self) -> Adapted:
         """The same layer, decoded: for one pass forward and back over a block that is computed again in between."""
         whole: Any = self
-        return whole.replace(base=Decoded(jax.lax.stop_gradient(self.base.dequantize())))
+        return whole.replace(base=Dense(jax.lax.stop_gradient(self.base.dequantize())))
 
 
 @struct.dataclass
@@ -143,7 +149,7 @@ class Merged:
     """The dense `Ŵ + scale · B A` `[out, in]`, which computes, and the layer that it was made of."""
 
     dense: Leaf
-    layer: LowRank
+    layer: Adapted
 
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """`x (Ŵ + scale B A)ᵀ` in the dtype of x."""
@@ -179,13 +185,13 @@ def adapted(
     found = []
 
     def change(name: str, weight: Any) -> Any:
-        if not (dense or isinstance(weight, QuantizedMatrix)) or not re.search(pattern, name):
+        if not (dense or is_operator(weight)) or not re.search(pattern, name):
             return weight
         found.append(name)
         out, inner = weight.shape
-        weight = weight if isinstance(weight, QuantizedMatrix) else Decoded(weight)
+        weight = weight if is_operator(weight) else Dense(weight)
         a = jax.random.normal(named_key(key, name), (rank, inner)) * inner**-0.5
-        return LowRank(weight, a, jnp.zeros((out, rank)), alpha / rank)
+        return Adapted(weight, a, jnp.zeros((out, rank)), alpha / rank)
 
     result = mapped(params, change)
     if not found:
@@ -200,7 +206,7 @@ def filled(params: Any, layout: Layout, tuned: Mapping[str, Any]) -> Any:
     host = {name: np.asarray(value) for name, value in tuned.items()}
 
     def change(name: str, weight: Any) -> Any:
-        if not isinstance(weight, LowRank):
+        if not isinstance(weight, Adapted):
             return weight
         values = {part: layer_value(host, layout, f"{name}.{part}") for part in ("lora_a", "lora_b")}
         whole: Any = weight
@@ -211,19 +217,26 @@ def filled(params: Any, layout: Layout, tuned: Mapping[str, Any]) -> Any:
 
 def stripped(params: Any) -> Any:
     """The quantised model without its adapters; itself where it has none."""
-    if not any(isinstance(weight, LowRank | Decoded) for _, weight in _weights(params)):
+    if not adapters(params):
         return params
 
     def change(name: str, weight: Any) -> Any:
-        base = weight.base if isinstance(weight, LowRank) else weight
-        return base.dense if isinstance(base, Decoded) else base
+        if not isinstance(weight, Adapted):
+            return weight
+        base: Any = weight.base
+        return base.weight if isinstance(base, Dense) else base
 
     return mapped(params, change)
 
 
-def adapters(params: Any) -> dict[str, LowRank]:
+def summed(params: Any) -> Any:
+    """Adapted `params` with the sum of every adapted layer in its place: operators, to count, store or share out."""
+    return mapped(params, lambda name, weight: weight.sum if isinstance(weight, Adapted) else weight)
+
+
+def adapters(params: Any) -> dict[str, Adapted]:
     """The adapted layers by name."""
-    return {name: weight for name, weight in _weights(params) if isinstance(weight, LowRank)}
+    return {name: weight for name, weight in _weights(params) if isinstance(weight, Adapted)}
 
 
 def attached(params: Any, parts: Mapping[str, tuple[Any, Any, float]]) -> Any:
@@ -237,12 +250,12 @@ def attached(params: Any, parts: Mapping[str, tuple[Any, Any, float]]) -> Any:
         if name not in rest:
             return weight
         a, b, scale = rest.pop(name)
-        if not isinstance(weight, QuantizedMatrix) or (b.shape[0], a.shape[1]) != weight.shape:
+        if not is_operator(weight) or (b.shape[0], a.shape[1]) != weight.shape:
             raise InputError(
                 f"{name}: an adapter of a {b.shape[0]}×{a.shape[1]} matrix does not fit "
                 f"{getattr(weight, 'shape', '?')}; use the adapters of this model"
             )
-        return LowRank(weight, jax.device_put(a), jax.device_put(b), scale)
+        return Adapted(weight, jax.device_put(a), jax.device_put(b), scale)
 
     result = mapped(params, change)
     if rest:
@@ -251,20 +264,20 @@ def attached(params: Any, parts: Mapping[str, tuple[Any, Any, float]]) -> Any:
 
 
 @jax.jit
-def merge(matrix: LowRank) -> Float[Array, "out in"]:
+def merge(matrix: Adapted) -> Float[Array, "out in"]:
     """The dense `Ŵ + scale B A`, float32: what an adapted layer computes, without codes."""
-    return matrix.base.dequantize() + matrix.scale * jnp.matmul(matrix.lora_b, matrix.lora_a, precision="highest")
+    return matrix.sum.dequantize()
 
 
 @jax.jit
-def unmerge(dense: Float[Array, "out in"], matrix: LowRank) -> Float[Array, "out in"]:
+def unmerge(dense: Float[Array, "out in"], matrix: Adapted) -> Float[Array, "out in"]:
     """`dense − scale B A`: the dense Ŵ again, up to rounding."""
-    return dense - matrix.scale * jnp.matmul(matrix.lora_b, matrix.lora_a, precision="highest")
+    return dense - matrix.low_rank.dequantize()
 
 
 def merged(params: Any) -> Any:
     """Adapted `params` with every adapted layer dense: no decoding and no thin products, at the price of memory."""
-    return mapped(params, lambda name, weight: Merged(merge(weight), weight) if isinstance(weight, LowRank) else weight)
+    return mapped(params, lambda name, weight: Merged(merge(weight), weight) if isinstance(weight, Adapted) else weight)
 
 
 def unmerged(params: Any) -> Any:

@@ -136,5 +136,4 @@ def stored_bits(params: Any) -> int:
 
 def whole_model_bytes(params: Any) -> int:
     """Bytes of all parameters as stored, adapters included."""
-    low = sum(leaf.nbytes for m in lora.adapters(params).values() for leaf in (m.lora_a, m.lora_b))
-    return artifact.model_bytes(lora.stripped(params)) + low
+    return artifact.model_bytes(lora.summed(params))

@@ -11,6 +11,7 @@ Source: QTIP (2406.11235), tensor-parallel variants; EXL3's 128-blocks.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -19,15 +20,17 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from qjax.errors import InputError
 from qjax.incoherence.transform import Transform
 from qjax.matrix.kernel_layout import pack
 from qjax.matrix.quantized import QuantizedMatrix
 from qjax.tensor_parallel.split import half_transforms, part_size, parts
 from qjax.typing import Leaf
 
-__all__ = ["AXIS", "ColumnParallel", "RowParallel", "RowParallelDense", "column_parallel", "row_parallel"]
+__all__ = ["AXIS", "ColumnParallel", "RowParallel", "RowParallelDense", "Stacked", "column_parallel", "row_parallel"]
 
 AXIS = "model"
+_NO_FORM = "a {}, which has no tensor-parallel form; use mesh.model=1, or merge adapters first"
 
 
 @struct.dataclass
@@ -189,11 +192,24 @@ def _side(transform: Transform, axis: int) -> Transform:
     return Transform(None, transform.input_rotation, transform.rescale, transform.shape, transform.padded)
 
 
-def column_parallel(matrix: QuantizedMatrix, count: int, packed: bool) -> ColumnParallel:
-    """A quantised matrix with its outputs shared out among `count` devices, which divides them; host arrays.
+@functools.singledispatch
+def column_parallel(matrix: Any, count: int, packed: bool) -> Any:
+    """An operator with its outputs shared out among `count` devices, which divides them; host arrays.
 
-    `packed`: parts in the layout of the kernels, where they have one.
+    `packed`: parts in the layout of the kernels, where they have one. What it gives has `matmul` and `collectives`, and
+    its arrays are on every device but for those in `Stacked`. Raises InputError for an operator that has no such form.
     """
+    raise InputError(_NO_FORM.format(type(matrix).__name__))
+
+
+@functools.singledispatch
+def row_parallel(matrix: Any, count: int, packed: bool) -> Any:
+    """As `column_parallel` with the inputs shared out."""
+    raise InputError(_NO_FORM.format(type(matrix).__name__))
+
+
+@column_parallel.register(QuantizedMatrix)
+def _column_parallel_quantized(matrix: QuantizedMatrix, count: int, packed: bool) -> ColumnParallel:
     halves, transform = half_transforms(matrix, 0, count), matrix.transform
     return ColumnParallel(
         shards=_shards(matrix, 0, count, packed),
@@ -208,8 +224,8 @@ def column_parallel(matrix: QuantizedMatrix, count: int, packed: bool) -> Column
     )
 
 
-def row_parallel(matrix: QuantizedMatrix, count: int, packed: bool) -> RowParallel:
-    """A quantised matrix with its inputs shared out among `count` devices, which divides them; host arrays."""
+@row_parallel.register(QuantizedMatrix)
+def _row_parallel_quantized(matrix: QuantizedMatrix, count: int, packed: bool) -> RowParallel:
     halves = None if matrix.permutation is not None else half_transforms(matrix, 1, count)
     transform = matrix.transform
     return RowParallel(

@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qjax.errors import InputError
-from qjax.matrix.quantized import QuantizedMatrix
 from qjax.models.config import ModelConfig
 from qjax.models.linear import linears_of
 from qjax.models.on_mesh import Axes
@@ -24,8 +23,6 @@ from qjax.models.structure import Linear, structure
 from qjax.runtime.mesh import place
 from qjax.tensor_parallel.matrices import (
     AXIS,
-    ColumnParallel,
-    RowParallel,
     RowParallelDense,
     Stacked,
     column_parallel,
@@ -112,13 +109,11 @@ def check(config: ModelConfig, count: int) -> None:
 def _linear(linear: Linear, entry: Mapping[str, Any], count: int, packed: bool) -> dict[str, Any]:
     """The entry of a linear with its weight's parts, on the host."""
     weight, by_rows = entry["weight"], linear.row_parallel
-    if isinstance(weight, QuantizedMatrix):
-        weight = (row_parallel if by_rows else column_parallel)(weight, count, packed)
-    elif hasattr(weight, "matmul"):
-        raise InputError(
-            f"{linear.name} is a {type(weight).__name__}, which has no tensor-parallel form; use mesh.model=1, or "
-            "merge adapters first"
-        )
+    if hasattr(weight, "matmul"):
+        try:
+            weight = (row_parallel if by_rows else column_parallel)(weight, count, packed)
+        except InputError as error:
+            raise InputError(f"{linear.name} is {error}") from error
     elif by_rows:
         weight = RowParallelDense(weight)
     return {**entry, "weight": weight}
@@ -126,7 +121,7 @@ def _linear(linear: Linear, entry: Mapping[str, Any], count: int, packed: bool) 
 
 def _linear_specs(linear: Linear, entry: Mapping[str, Any]) -> dict[str, Any]:
     weight, by_rows = entry["weight"], linear.row_parallel
-    if isinstance(weight, ColumnParallel | RowParallel):
+    if hasattr(weight, "matmul") and not isinstance(weight, RowParallelDense):
         stacked = lambda node: isinstance(node, Stacked)  # noqa: E731
         specs: Any = jax.tree.map(
             lambda node: jax.tree.map(lambda _: P(AXIS), node) if stacked(node) else P(), weight, is_leaf=stacked

@@ -34,7 +34,7 @@ def low_rank(matrix, rank=4, scale=0.5, seed=1):
     a, b = (
         rng.standard_normal(shape).astype(np.float32) for shape in ((rank, matrix.shape[1]), (matrix.shape[0], rank))
     )
-    return lora.LowRank(matrix, jnp.asarray(a), jnp.asarray(b), scale)
+    return lora.Adapted(matrix, jnp.asarray(a), jnp.asarray(b), scale)
 
 
 @pytest.mark.parametrize("name", sorted(CODEBOOKS))

@@ -17,6 +17,7 @@ from qjax import incoherence, tensor_parallel
 from qjax.errors import InputError
 from qjax.evaluate import evaluate, hidden_states
 from qjax.finetune import lora
+from qjax.matrix import LowRank, Sum
 from qjax.models import forward, generate_batch, head
 from qjax.models.on_mesh import HIDDEN
 from qjax.models.sampling import Sampling
@@ -156,6 +157,24 @@ def test_products_of_every_kind_of_matrix(eight, book, transform, shape, options
         np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
+def test_sums_are_shared_out_term_by_term(eight):
+    """Adapters over packed codes: logits of one device, and r values more per row-parallel linear."""
+    make = small.block_local("half_integer")
+
+    def summed(rng, out, inner):
+        thin = LowRank(*(rng.standard_normal(s).astype(np.float32) for s in ((out, 4), (4, inner))), inner**-0.5)
+        return Sum((make(rng, out, inner), thin))
+
+    params = small.model(summed)
+    found = tensor_parallel.distribute(params, CONFIG, eight, packed=False)
+    logits = np.asarray(forward(params, TOKENS, CONFIG))
+    np.testing.assert_allclose(np.asarray(forward(found, TOKENS, CONFIG)), logits, atol=1e-5 * np.abs(logits).max())
+    per_linear = tensor_parallel.collectives(found)
+    assert per_linear["mlp.down_proj"]["all-reduce"] == 64 + 4 and not per_linear["mlp.up_proj"]
+    thin = found["blocks"][0].parameters["mlp"]["up_proj"]["weight"].terms[1]
+    assert {shard.data.shape for shard in thin.b.leaves.addressable_shards} == {(1, 128 // 4, 4)}
+
+
 def _specs(weight):
     stacked = lambda node: isinstance(node, matrices.Stacked)  # noqa: E731
     return jax.tree.map(
@@ -171,5 +190,5 @@ def test_what_does_not_divide_is_refused(eight):
     with pytest.raises(InputError, match=r"a batch of 3 does not divide among mesh\.data=2"):
         block(params["blocks"][0], np.zeros((3, 8, CONFIG.hidden_size), np.float32), CONFIG)
     adapted = lora.adapted(small.model(small.block_local("half_integer")), jax.random.key(0), rank=2)
-    with pytest.raises(InputError, match="LowRank, which has no tensor-parallel form"):
+    with pytest.raises(InputError, match="Adapted, which has no tensor-parallel form"):
         tensor_parallel.distribute(adapted, CONFIG, eight)
