@@ -45,7 +45,7 @@ _WEIGHTS = "weights"
 def model_bytes(params: Any) -> int:
     """Bytes of all parameters as stored: packed codes, scales, signs, dense leaves, and every codebook table once."""
     total, tables = 0, {}
-    for _, _, leaf in named_leaves(params):
+    for _, leaf in named_leaves(params):
         if not is_operator(leaf):
             total += leaf.size * leaf.dtype.itemsize
             continue

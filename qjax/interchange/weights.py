@@ -33,21 +33,22 @@ def sha256_of(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def named_leaves(params: Any) -> Iterator[tuple[str, str, Any]]:
-    """(file, path, leaf) of all dense leaves and operators, one block after the other: they may be read as they come.
-
-    The file is the one that the leaf belongs to by itself: of an operator its own, else its block's.
-    """
+def _parts(params: Any) -> Iterator[tuple[str, str, Any]]:
+    """(file of dense leaves, what their paths begin with, tree) of every block as it comes, and of what is outside."""
     for index, block in enumerate(params["blocks"]):
-        yield from _leaves_of(block, f"blocks/{index}/", f"block.{index}")
-    yield from _leaves_of({name: value for name, value in params.items() if name != "blocks"}, "", "edges")
+        yield f"block.{index}", f"blocks/{index}/", block
+    yield "edges", "", {name: value for name, value in params.items() if name != "blocks"}
 
 
-def _leaves_of(tree: Any, prefix: str, file: str) -> Iterator[tuple[str, str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_operator)
-    for path, leaf in leaves:
-        name = prefix + place_name(path, "/")
-        yield _file_of(name) if is_operator(leaf) else file, name, leaf
+def _leaves_of(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_operator)
+    return ((prefix + place_name(path, "/"), leaf) for path, leaf in flat)
+
+
+def named_leaves(params: Any) -> Iterator[tuple[str, Any]]:
+    """Dense leaves and operators by path, one block after the other: the blocks may be read as they come."""
+    for _, prefix, tree in _parts(params):
+        yield from _leaves_of(tree, prefix)
 
 
 def _file_of(path: str) -> str:
@@ -64,26 +65,18 @@ def write(folder: pathlib.Path, params: Any, records: pathlib.Path | None) -> tu
     folder.mkdir()
     operators: list[str] = []
     hashes: dict[str, str] = {}
-    dense: dict[str, np.ndarray] = {}
-    current = ""
-
-    def finish(file: str) -> None:
-        nonlocal current
-        if dense and file != current:
-            write_safetensors(folder / f"{current}.safetensors", dense)
-            dense.clear()
-        current = file
-
-    for file, name, leaf in named_leaves(params):
-        if is_operator(leaf):
-            arrays = _write_operator(folder, file, leaf, records)
-            operators.append(name)
-            hashes |= {f"{name}#{part}": sha256_of(array) for part, array in arrays.items()}
-        else:
-            finish(file)
-            dense[name] = np.asarray(leaf)
-            hashes[name] = sha256_of(dense[name])
-    finish("")
+    for file, prefix, tree in _parts(params):
+        dense: dict[str, np.ndarray] = {}
+        for path, leaf in _leaves_of(tree, prefix):
+            if is_operator(leaf):
+                arrays = _write_operator(folder, _file_of(path), leaf, records)
+                operators.append(path)
+                hashes |= {f"{path}#{part}": sha256_of(array) for part, array in arrays.items()}
+            else:
+                dense[path] = np.asarray(leaf)
+                hashes[path] = sha256_of(dense[path])
+        if dense:
+            write_safetensors(folder / f"{file}.safetensors", dense)
     sync(folder)
     return operators, hashes
 
