@@ -13,6 +13,7 @@ from qjax.models.config import ModelConfig
 from qjax.models.context import Cached, Context
 from qjax.models.families.fields import Fields
 from qjax.registry import Registry
+from qjax.typing import HostOrDevice
 
 __all__ = ["FAMILIES", "Family", "Shape", "family", "paths"]
 
