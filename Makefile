@@ -82,10 +82,13 @@ test-isa: test-isa-AVX2 test-isa-SSE4_2 ## the mathematics with the instructions
 test-isa-short: SUMS := $(SUMS_SHORT)
 test-isa-short: $(OTHER_ISAS:%=test-isa-%) ## a short part of that, for .ci/run
 
+# Without F16C, which came after AVX, XLA compiles no float16 (jaxlib 0.10.2: "Symbols not found: __extendhfsf2"), in which
+# scales are stored.
+test-isa-SSE4_2: LEFT_OUT := rounding% properties% pipeline%
 # Compiled programs in a folder of their own: one instruction set must never be handed those of another.
 test-isa-AVX2 test-isa-SSE4_2: test-isa-%: $(STAMP)
 	export XLA_FLAGS="--xla_cpu_max_isa=$* $$XLA_FLAGS" JAX_COMPILATION_CACHE_DIR='$(CURDIR)/.jax_cache/$*' $(ISA_$*); \
-	$(PYTEST) $(SPREAD) $(SUMS:%=tests/%) $(ARGS)
+	$(PYTEST) $(SPREAD) $(patsubst %,tests/%,$(filter-out $(LEFT_OUT),$(SUMS))) $(ARGS)
 
 test-tpu-aot: $(STAMP) ## compile the TPU kernels for v5e and v6e with libtpu, without a TPU
 	@$(BIN)/python -c 'import libtpu' 2>/dev/null || { echo 'make: needs libtpu (a wheel of 0.7 GB):' \
