@@ -163,7 +163,7 @@ def _assemble(
     for place, description in descriptions.items():
         leaves[place] = from_arrays(parts[place], description, f"{path}: {place}")
     _check_leaves(config, leaves)
-    params: dict[str, Any] = {"blocks": [{} for _ in range(config.num_layers)]}
+    params: dict[str, Any] = {"norm": {}, "blocks": [{} for _ in range(config.num_layers)]}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
         node: Any = params
@@ -185,7 +185,7 @@ def _check_leaves(config: ModelConfig, leaves: dict[str, Any]) -> None:
         raise ValueError(f"{config.num_layers} layers and {len(leaves)} arrays")
     expected = leaf_shapes(config)
     if "head" in leaves:  # tuning may have untied it
-        expected.setdefault("head", expected["embed"])
+        expected.setdefault("head", next(expected[name] for name in ("embed", "embed/tokens") if name in expected))
     if other := sorted(expected.keys() ^ leaves.keys()):
         raise ValueError(f"{other[:4]} are missing or surplus")
     for name, shape in expected.items():

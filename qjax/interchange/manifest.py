@@ -10,6 +10,7 @@ from typing import Any
 
 from qjax.errors import ArtifactError
 from qjax.models.config import ModelConfig, RopeScaling
+from qjax.models.families import FAMILIES
 from qjax.models.loading import Model
 from qjax.models.tokenizers.chat_template import ChatTemplate
 from qjax.models.tokenizers.tokenizer import Tokenizer, parsed
@@ -45,7 +46,7 @@ def config_of(manifest: Mapping[str, Any]) -> ModelConfig:
     config = dict(manifest["config"])
     if config.get("rope_scaling") is not None:
         config["rope_scaling"] = _typed(RopeScaling, config["rope_scaling"])
-    return _typed(ModelConfig, config)
+    return _typed(FAMILIES.make(str(config["architecture"])).Config, config)
 
 
 def _typed(kind: Any, values: dict[str, Any]) -> Any:
