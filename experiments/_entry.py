@@ -24,7 +24,7 @@ from experiments._kinds import check
 from experiments._refusals import explain
 from experiments._sweep import Sweep
 from qjax.errors import QjaxError
-from qjax.runtime.distributed import DistributedSettings, initialise, leads, lost
+from qjax.runtime.distributed import DistributedSettings, initialise, is_primary, lost
 from qjax.runtime.freed_memory import keep_between_steps
 from qjax.runtime.mesh import MeshSettings
 
@@ -63,7 +63,7 @@ def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[Dict
                 if jax.process_count() == 1:
                     raise
                 print(f"error: {lost(error)}", file=sys.stderr, flush=True)
-                if leads():
+                if is_primary():
                     time.sleep(2)  # with it goes the coordinator, which aborts those that have not spoken yet
                 os._exit(3)  # not through JAX's shutdown, which waits for all processes
             except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from qjax.finetune import lora
 from qjax.interchange import artifact
 from qjax.job.tuning import whole_model_bytes
 from qjax.runtime.atomic import write_json
-from qjax.runtime.distributed import leads
+from qjax.runtime.distributed import is_primary
 from qjax.runtime.group import speaking
 from qjax.tensor_parallel import distribute, summary
 
@@ -132,7 +132,7 @@ def _evaluate(settings: dict[str, Any], mesh: Mesh | None, cache: pathlib.Path) 
 def finish(report: dict[str, Any], out: str | None) -> None:
     """Print the report and, with `out`, write it."""
     print(json.dumps(report, indent=2))
-    if out is not None and leads():
+    if out is not None and is_primary():
         write_json(pathlib.Path(out), report)
 
 

@@ -20,7 +20,7 @@ from qjax.finetune.sharding import check_mesh
 from qjax.interchange import artifact
 from qjax.job.tuning import finetune_model, recovered, save_adapters, stored_bits, whole_model_bytes
 from qjax.runtime.atomic import read_json, write_json
-from qjax.runtime.distributed import leads, together
+from qjax.runtime.distributed import is_primary, on_primary
 from qjax.runtime.fingerprint import device, versions
 from qjax.runtime.group import leading
 from qjax.runtime.monitor import peak_memory_bytes
@@ -56,7 +56,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     if source.is_relative_to(out.resolve()):
         raise RunError(f"out={out} holds the artifact that is tuned; choose another out=")
     with leading(out):
-        if (known := together(lambda: _finished(out))) is not None:
+        if (known := on_primary(lambda: _finished(out))) is not None:
             print(f"{out}: finished before; nothing to do", flush=True)
             return known
         quantized = artifact.load(source)
@@ -73,8 +73,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
                 teacher = reference_states(model, tokens, settings["batch"], cache)
             return compare(model, params, teacher, tokens, settings["batch"])
 
-        before = together(lambda: evaluated(quantized.params))
-        kind = "jsonl" if leads() else "none"
+        before = on_primary(lambda: evaluated(quantized.params))
+        kind = "jsonl" if is_primary() else "none"
         with contextlib.closing(make(kind, out, run_name=out.name, config=settings)) as tracker:
             tuned = finetune_model(
                 model,
@@ -87,7 +87,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
                 tracker=tracker,
                 mesh=mesh,
             )
-        after = together(lambda: evaluated(tuned.params))
+        after = on_primary(lambda: evaluated(tuned.params))
         artifact.save(out / "artifact", model, lora.stripped(tuned.params), source / "weights")
         save_adapters(out, tuned.params)
         results = {
@@ -100,7 +100,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
             "versions": versions(),
             "device": device(),
         }
-        together(lambda: write_json(out / "results.json", results))
+        on_primary(lambda: write_json(out / "results.json", results))
         return results
 
 
@@ -116,7 +116,7 @@ def main(config: DictConfig) -> None:
     compilation_cache(cache_folder(settings["cache"]))
     join(settings)
     results = run(settings)
-    if not leads():
+    if not is_primary():
         return
     print(tuning_line(results["finetune"]))
     print(

@@ -12,7 +12,7 @@ from qjax.errors import InputError
 from qjax.hessian.store import HessianStore
 from qjax.job.hessians import check_settings, fits, provide
 from qjax.models.structure import structure
-from qjax.runtime.distributed import leads
+from qjax.runtime.distributed import is_primary
 from qjax.runtime.monitor import peak_memory_bytes
 
 
@@ -37,7 +37,7 @@ def main(config: DictConfig) -> None:
     check_settings(settings["hessian"])
     store = HessianStore(cache / "hessians")
     source = provide(store, model, tokens, settings["hessian"], mesh)
-    if not leads():
+    if not is_primary():
         return
     for key in source.keys:
         size = sum(file.stat().st_size for file in (store.path / key).iterdir())

@@ -24,7 +24,7 @@ from qjax.job.run import run
 from qjax.job.settings import Job
 from qjax.pipeline.recipe import LayerRule, Recipe
 from qjax.runtime import tracker
-from qjax.runtime.distributed import leads
+from qjax.runtime.distributed import is_primary
 
 __all__ = ["CONFIGS", "job_of"]
 
@@ -178,7 +178,7 @@ def carry_out(task: Job) -> float | None:
     results = run(task)
     if results is None:
         return None
-    if leads():
+    if is_primary():
         print(summary(results), flush=True)
     return results.get("kl_mean", results["proxy_loss_mean"])
 

@@ -20,7 +20,6 @@ import numpy as np
 import qjax
 from qjax.hessian import alignment, exact_fisher
 from qjax.hessian.fit import measure_fit
-from qjax.models.transformer import LINEARS
 
 try:
     import matplotlib.pyplot as plt
@@ -28,6 +27,7 @@ except ImportError:  # the numbers need no figure: pip install 'qjax[plots]'
     plt = None
 
 model = qjax.models.load("tiny")
+linears = list(qjax.models.structure(model.config).sites)  # of a block, in the order of the forward pass
 tokens = qjax.data.load("pydoc", model.tokenizer, calibration_sequences=32, evaluation_sequences=16, length=96)
 
 # %% [markdown]
@@ -52,11 +52,11 @@ for estimate, hessians in estimates.items():
         model.config,
         model.params,
         tokens.evaluation.tokens,
-        lambda index, hessians=hessians: {linear: hessians[f"layers.{index}.{linear}"] for linear in LINEARS},
+        lambda index, hessians=hessians: {linear: hessians[f"layers.{index}.{linear}"] for linear in linears},
     )
 print(f"{'mean over blocks':20s}" + "".join(f"{estimate:>10s}" for estimate in fits))
 cosine = {}
-for linear in LINEARS:
+for linear in linears:
     cosine[linear] = {
         estimate: float(np.mean([fit.cosine for name, fit in found.items() if name.endswith(linear)]))
         for estimate, found in fits.items()
@@ -123,9 +123,9 @@ if plt:
     colours = {"input": "0.6", "sketch_a": "#edae49", "sketch_b": "#2e6f95"}
     labels = {"input": "I ⊗ E[x xᵀ]", "sketch_a": "sketch A", "sketch_b": "sketch B"}
     for offset, (estimate, colour) in enumerate(colours.items()):
-        heights = [cosine[linear][estimate] for linear in LINEARS]
-        axes[0].bar(np.arange(len(LINEARS)) + 0.27 * (offset - 1), heights, 0.25, color=colour, label=labels[estimate])
-    axes[0].set_xticks(np.arange(len(LINEARS)), [linear.split(".")[1].removesuffix("_proj") for linear in LINEARS])
+        heights = [cosine[linear][estimate] for linear in linears]
+        axes[0].bar(np.arange(len(linears)) + 0.27 * (offset - 1), heights, 0.25, color=colour, label=labels[estimate])
+    axes[0].set_xticks(np.arange(len(linears)), [linear.split(".")[1].removesuffix("_proj") for linear in linears])
     axes[0].set(title="tiny: cosine with the true Fisher", ylim=(0, 1.25), yticks=np.linspace(0, 1, 6))
     axes[0].legend(frameon=False, ncols=3, loc="upper center")
     for axis, factor, label in ((axes[1], hessian.input, "H_in"), (axes[2], hessian.output, "H_out")):

@@ -107,12 +107,12 @@ def measure(codebook: Codebook, shape: tuple[int, int] = (4096, 1024), repeats: 
         raise InputError(f"shape: {rows}×{columns} is not made of whole {tile} tiles; choose multiples of 16")
     weight = jax.device_put(np.random.default_rng(_SEED).standard_normal(shape, np.float32))
     scaling = fit(weight, codebook, default_scale_rule(codebook, None))
-    normal = jax.block_until_ready(jax.jit(scaling.normalize)(weight))
+    normal = jax.block_until_ready(jax.jit(scaling.to_codebook_units)(weight))
     encode = compiled(codebook.quantize, normal)
     codes = encode.call()
     decode = compiled(codebook.dequantize, codes)
     timings = interleaved({"encode": encode.call, "decode": decode.call}, repeats)
-    error = jax.jit(lambda values: jnp.mean(jnp.square(scaling.denormalize(values) - weight)))(decode.call())
+    error = jax.jit(lambda values: jnp.mean(jnp.square(scaling.from_codebook_units(values) - weight)))(decode.call())
     count = rows * columns
     bound = shannon(codebook.bits)
     search = {}

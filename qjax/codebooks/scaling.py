@@ -91,12 +91,12 @@ class Scaling:
             offset = None if offset is None else jnp.take(offset, index, axis=1, mode="clip")
         return scale * relative.astype(dtype), zero if offset is None else offset.astype(dtype)
 
-    def normalize(self, weight: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    def to_codebook_units(self, weight: Float[Array, "m n"]) -> Float[Array, "m n"]:
         """`w / scale + zero`."""
         scale, zero = self.at(jnp.arange(weight.shape[1]), weight.dtype)
         return weight / scale + zero
 
-    def denormalize(self, values: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    def from_codebook_units(self, values: Float[Array, "m n"]) -> Float[Array, "m n"]:
         """`(x − zero) · scale`."""
         scale, zero = self.at(jnp.arange(values.shape[1]), values.dtype)
         return (values - zero) * scale

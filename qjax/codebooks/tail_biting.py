@@ -68,12 +68,12 @@ def one_pass_tail_biting(
     first, states = trace_back(back, seam, b)
     tail = min(steps, max(reach, -(-(edges.bit_length() - 1) // b)))  # as many steps as lead from any edge to any other
 
-    def mended(states: Array) -> Array:
+    def closed(states: Array) -> Array:
         # A lane that is closed already has its own tail found again: a part of a best path is a best path.
         entry = states[steps - tail - 1] & (edges - 1) if tail < steps else first
         return jnp.concatenate([states[: steps - tail], _pinned(x[steps - tail :], lut, b, entry, first)[1]])
 
-    return jax.lax.cond(jnp.all(first == seam), lambda states: states, mended, states)
+    return jax.lax.cond(jnp.all(first == seam), lambda states: states, closed, states)
 
 
 def exact_tail_biting(

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qjax.errors import RunError
-from qjax.runtime.distributed import every, together
+from qjax.runtime.distributed import on_all, on_primary
 from qjax.runtime.durable import replacing
 from qjax.runtime.lock import turn
 
@@ -49,10 +49,10 @@ class TeacherCache:
         """
         name = self._name(model_fingerprint, tokens_sha256)
         if jointly and jax.process_count() > 1:
-            if together(lambda: self._read(name) is not None):
-                return every(lambda: self._found(name))
+            if on_primary(lambda: self._read(name) is not None):
+                return on_all(lambda: self._found(name))
             states = np.ascontiguousarray(compute(), dtype=np.float32)
-            together(lambda: self._store(name, model_fingerprint, tokens_sha256, lambda: states) is None)
+            on_primary(lambda: self._store(name, model_fingerprint, tokens_sha256, lambda: states) is None)
             return states
         found = self._read(name)
         if found is not None:

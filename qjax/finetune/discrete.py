@@ -37,7 +37,7 @@ straight_through.defvjp(_fwd, _bwd)
 
 def nearest(weight: Float[Array, "m n"], scaling: Scaling, codebook: Codebook) -> Shaped[Array, "..."]:
     """The codes of the nearest codewords at scales that stay as they are."""
-    return codebook.quantize(scaling.normalize(weight))
+    return codebook.quantize(scaling.to_codebook_units(weight))
 
 
 def tiled(x: Float[Array, "m n"], tile: tuple[int, int]) -> Float[Array, "tiles rows cols"]:
@@ -94,7 +94,7 @@ def moved(
     Source: PV-Tuning, algorithm 2 (the V step on a subspace).
     """
     cols = codebook.tile[1]
-    wanted = jnp.take(tiled(scaling.normalize(values - rate * gradient), codebook.tile), chosen, axis=0)
+    wanted = jnp.take(tiled(scaling.to_codebook_units(values - rate * gradient), codebook.tile), chosen, axis=0)
     found = codebook.quantize(wanted.reshape(-1, cols))
     flat = codes.reshape(-1, *codes.shape[2:])
     old = jnp.take(flat, chosen, axis=0)

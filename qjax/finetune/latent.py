@@ -44,7 +44,7 @@ class Latent:
         if self.rounds:
             base = self.base
             codes = nearest(z, base.scaling, base.codebook)
-            z = straight_through(z, base.scaling.denormalize(base.codebook.dequantize(codes)))
+            z = straight_through(z, base.scaling.from_codebook_units(base.codebook.dequantize(codes)))
         return self.base.dequantize(z)
 
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

@@ -142,7 +142,7 @@ def _moved(base: Any, gradient: Any, rate: Any, index: Any, kept: Any) -> tuple[
     codes = base.codebook.unpack(base.packed, base.transform.padded)
     values = base.codewords()
     new = moved(codes, values, gradient, rate, index, kept, base.scaling, base.codebook)
-    after = base.scaling.denormalize(base.codebook.dequantize(new))
+    after = base.scaling.from_codebook_units(base.codebook.dequantize(new))
     changed = jnp.any(tiled(after, base.codebook.tile) != tiled(values, base.codebook.tile), axis=(1, 2))
     return base.codebook.pack(new), after, jnp.sum(changed)
 

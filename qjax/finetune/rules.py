@@ -24,7 +24,7 @@ class RateRule:
             re.compile(self.pattern)
         except re.error as error:
             raise InputError(
-                f"finetune.rules: {self.pattern!r} is not a regular expression ({error}); mend the pattern"
+                f"finetune.rules: {self.pattern!r} is not a regular expression ({error}); fix the pattern"
             ) from error
         if self.rate is not None and not self.rate > 0:
             raise InputError(f"finetune.rules: the rate of {self.pattern!r} is {self.rate}; above 0, or null to freeze")

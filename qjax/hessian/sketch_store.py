@@ -22,7 +22,7 @@ from qjax.hessian.store import HessianStore, pack_triangle, unpack_triangle
 from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
 from qjax.runtime.atomic import read_json, read_safetensors, write_json, write_safetensors
-from qjax.runtime.distributed import together
+from qjax.runtime.distributed import on_primary
 from qjax.runtime.mesh import single
 from qjax.streams.batches import Spread
 from qjax.typing import HostOrDevice
@@ -76,7 +76,7 @@ def collect_into(
             def whole(own: str = own, part: range = part) -> bool:
                 return all(store.load(k, index) is not None for k in (own, *prefixes.values()) for index in part)
 
-            if together(whole):
+            if on_primary(whole):
                 continue
             folder = store.path / key / "partial"
             name = f"pass_{number}_blocks_{part.start}_{part.stop}"
@@ -89,7 +89,7 @@ def collect_into(
                 missed = done is not None and bool(prefixes) and done % (batch * mesh.size) > 0
                 return None if gone or missed else done  # where the sums of a prefix are gone: from the beginning
 
-            found = together(newest)
+            found = on_primary(newest)
             spread = Spread(len(tokens), batch, mesh, 0 if found is None else found)
             if found is None:
                 sums = {index: empty_sums(config, update, spread) for index in part}
@@ -105,18 +105,18 @@ def collect_into(
                 if done in prefixes:
                     for index in part:
                         made = finish_sums(sums[index], index, config, None, spread, done)
-                        together(functools.partial(store.save, prefixes[done], index, made))
-                if done < len(tokens) and together(lambda since=saved: time.monotonic() - since >= checkpoint):
+                        on_primary(functools.partial(store.save, prefixes[done], index, made))
+                if done < len(tokens) and on_primary(lambda since=saved: time.monotonic() - since >= checkpoint):
                     _save(folder, name, done, sums, spread)
                     saved = time.monotonic()
             for index in part:
                 factors = None if known is None else known(index)
                 made = finish_sums(sums[index], index, config, factors, spread)
-                together(functools.partial(store.save, own, index, made))
-            together(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+                on_primary(functools.partial(store.save, own, index, made))
+            on_primary(functools.partial(shutil.rmtree, folder, ignore_errors=True))
         before = store.loader(own)
     for number in range(last):
-        together(functools.partial(shutil.rmtree, store.path / key / f"pass_{number}", ignore_errors=True))
+        on_primary(functools.partial(shutil.rmtree, store.path / key / f"pass_{number}", ignore_errors=True))
     return store.loader(key)
 
 
@@ -156,7 +156,7 @@ def _save(folder: pathlib.Path, name: str, done: int, sums: dict[int, Sums], spr
         }
         first = {"bad": json.dumps({linear: int(np.min(value)) for linear, value in bad.items()})}
         file = target / f"block_{index:04d}.safetensors"
-        together(functools.partial(_write, file, triangles, first))
+        on_primary(functools.partial(_write, file, triangles, first))
 
     def complete() -> None:
         write_json(target / "complete.json", {"done": done})
@@ -164,7 +164,7 @@ def _save(folder: pathlib.Path, name: str, done: int, sums: dict[int, Sums], spr
             if other != target:
                 shutil.rmtree(other, ignore_errors=True)
 
-    together(complete)
+    on_primary(complete)
 
 
 def _write(file: pathlib.Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from qjax.linalg.kronecker import Hessian
 from qjax.linalg.symmetric import mirror
 from qjax.models.config import ModelConfig
 from qjax.runtime.atomic import read_safetensors, verified_metadata, write_safetensors
-from qjax.runtime.distributed import together
+from qjax.runtime.distributed import on_primary
 from qjax.runtime.fingerprint import digest
 from qjax.runtime.mesh import single
 from qjax.streams.batches import Spread
@@ -131,7 +131,7 @@ class HessianStore:
         `mesh`: as in `qjax.hessian.collect`. It is not part of the key: on another mesh the sums differ in their last
         bits, and what was collected first is kept. Process 0 writes, all processes read.
         """
-        present = together(lambda: [self.whole(key, index) for index in range(config.num_layers)])
+        present = on_primary(lambda: [self.whole(key, index) for index in range(config.num_layers)])
         if not all(present):
             last = max(index for index, there in enumerate(present) if not there)
             spread = Spread(len(tokens), batch, mesh or single())
@@ -140,7 +140,7 @@ class HessianStore:
                     hessians, here.y = block_hessians_and_outputs(
                         here.parameters, here.x, config, index=here.index, batch=batch, spread=spread
                     )
-                    together(functools.partial(self.save, key, here.index, hessians))
+                    on_primary(functools.partial(self.save, key, here.index, hessians))
                 if progress is not None:
                     progress(here.index + 1, config.num_layers)
 

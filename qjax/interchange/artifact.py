@@ -33,7 +33,7 @@ from qjax.models.checkpoints.weights import leaf_shapes
 from qjax.models.config import ModelConfig
 from qjax.models.loading import Model
 from qjax.runtime.atomic import read_json
-from qjax.runtime.distributed import together
+from qjax.runtime.distributed import on_primary
 from qjax.runtime.durable import sync
 
 __all__ = ["FORMAT", "fingerprint", "load", "model_bytes", "save", "seal"]
@@ -68,7 +68,7 @@ def save(path: str | pathlib.Path, model: Model, params: Any, records: str | pat
     parameters; process 0 writes.
     """
     path = pathlib.Path(path).absolute()
-    together(lambda: _save(path, model, params, None if records is None else pathlib.Path(records)))
+    on_primary(lambda: _save(path, model, params, None if records is None else pathlib.Path(records)))
 
 
 def _save(path: pathlib.Path, model: Model, params: Any, records: pathlib.Path | None) -> None:

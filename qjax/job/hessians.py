@@ -19,7 +19,7 @@ from qjax.hessian.sketch_store import collect_into
 from qjax.hessian.store import HessianStore
 from qjax.linalg.kronecker import Hessian
 from qjax.runtime.atomic import read_json, write_json
-from qjax.runtime.distributed import together
+from qjax.runtime.distributed import on_primary
 from qjax.runtime.fingerprint import digest, identity
 from qjax.runtime.lock import turn
 from qjax.runtime.progress import Progress
@@ -185,7 +185,7 @@ def fits(
     batch = min(settings["batch"], count // 2)
     what = {"keys": source.keys, "tokens": tokens.sha256, "sequences": count, "batch": batch}
     file = store.path / source.keys[-1] / f"fit_{digest(what)[:16]}.json"
-    found = together(lambda: _fits(file, model, tokens.tokens[:count], source.hessians, batch))
+    found = on_primary(lambda: _fits(file, model, tokens.tokens[:count], source.hessians, batch))
     return {name: Fit(**entry) for name, entry in found.items()}
 
 

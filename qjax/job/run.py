@@ -33,7 +33,7 @@ from qjax.pipeline.finished import HELD_BYTES
 from qjax.pipeline.quantize_and_tune import quantize_and_tune
 from qjax.pipeline.quantize_model import QuantizedModel, quantize_model
 from qjax.pipeline.records import Records
-from qjax.runtime.distributed import every, leads, together
+from qjax.runtime.distributed import is_primary, on_all, on_primary
 from qjax.runtime.fingerprint import versions
 from qjax.runtime.freed_memory import give_back, giving_back
 from qjax.runtime.group import leading, visible
@@ -82,7 +82,7 @@ def run(job: Job) -> dict[str, Any] | None:
                 tokens=tokens,
                 streamed=_streams(job),
             )
-        where = every(lambda: _announce(job, files, tokens, need, mesh.size))
+        where = on_all(lambda: _announce(job, files, tokens, need, mesh.size))
         notes = doubts(files.config, tokens.calibration, files.tokenizer, job.data.get("bos", "none"))
         notes += codebook_doubts(plan.codebook for plan in plans.values() if plan is not None)
         for note in notes:
@@ -95,10 +95,10 @@ def run(job: Job) -> dict[str, Any] | None:
                 job, job.inputs.fingerprint(job.model["source"], job.model["dtype"])["sha256"], tokens
             )
             directory = RunDirectory(job.out)
-            together(lambda: directory.claim(fingerprint, job.settings_yaml, resume=job.resume) and None)
+            on_primary(lambda: directory.claim(fingerprint, job.settings_yaml, resume=job.resume) and None)
             records = directory.records(fingerprint)
             visible(directory.path / "fingerprint.json")
-        if (known := together(directory.results)) is not None:
+        if (known := on_primary(directory.results)) is not None:
             print(f"{job.out}: finished before; nothing to do (resume=false starts anew)")
             return known
         with _logged(job, notes) as tracker:
@@ -118,7 +118,7 @@ def run(job: Job) -> dict[str, Any] | None:
                 results["error_bound"] = bound(quantized.reports, measured)
             forget_programs()
             if job.evaluate["enabled"]:
-                results |= together(lambda: _compared(started, quantized.params, teacher))
+                results |= on_primary(lambda: _compared(started, quantized.params, teacher))
                 if "before" in results.get("finetune", {}):
                     results["finetune"]["recovered"] = recovered(results["finetune"]["before"], results)
             with watch.stage("save"):
@@ -131,7 +131,7 @@ def run(job: Job) -> dict[str, Any] | None:
                 found = circumstances(job.settings, str(job.model["source"]), model, tokens, watch, compiles)
                 return directory.write_results(finite(results | found))
 
-            results = together(written)
+            results = on_primary(written)
             tracker.summary(results)
             tracker.artifact(directory.artifact, job.out.name)
             return results
@@ -164,9 +164,9 @@ class _Rounded:
 @contextlib.contextmanager
 def _logged(job: Job, notes: list[str]) -> Iterator[Tracker]:
     """The run's log, crash reports and tracker, which only the leading process has; says how the run ends."""
-    handler = log_to(job.out / "log.txt") if leads() else logging.NullHandler()
-    crashes = crashes_to(job.out / "log.txt") if leads() else None
-    tracker = job.tracker(job.out) if leads() else make_tracker("none", job.out)
+    handler = log_to(job.out / "log.txt") if is_primary() else logging.NullHandler()
+    crashes = crashes_to(job.out / "log.txt") if is_primary() else None
+    tracker = job.tracker(job.out) if is_primary() else make_tracker("none", job.out)
     try:
         _log.info("started: %s", job.settings)
         for note in notes:
@@ -195,7 +195,7 @@ def _teacher(started: _Started) -> Any:
         check_reference(model, found[0], evaluation, job.evaluate["batch"], job.evaluate.get("sanity_perplexity"))
 
     if job.evaluate["enabled"]:
-        together(reference)
+        on_primary(reference)
     return found[0]
 
 
@@ -216,7 +216,7 @@ def _tuned(
         return quantized, {"finetune": {"blocks": rounded.blocks}}
     before: dict[str, Any] = {}
     if job.evaluate["enabled"]:
-        before = {"before": together(lambda: _compared(started, quantized.params, teacher))}
+        before = {"before": on_primary(lambda: _compared(started, quantized.params, teacher))}
     with started.watch.stage("finetune"):
         tuned = finetune_model(
             started.model,

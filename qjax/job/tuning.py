@@ -17,7 +17,7 @@ from qjax.finetune import Settings, Step, Tuned, end_to_end, lora, pv
 from qjax.interchange import artifact
 from qjax.matrix.operator import operators
 from qjax.models import Model
-from qjax.runtime.distributed import together
+from qjax.runtime.distributed import on_primary
 from qjax.runtime.fingerprint import identity
 from qjax.runtime.progress import Progress
 from qjax.runtime.tracker import Tracker
@@ -126,7 +126,7 @@ def save_adapters(folder: pathlib.Path, params: Any) -> None:
     """`adapters.safetensors` beside `artifact/`, when the model has adapters. All processes of a group call this."""
     if lora.adapters(params):
         file, own = folder / "adapters.safetensors", folder / "artifact"
-        together(lambda: lora.save(file, params, artifact.fingerprint(own)["sha256"]))
+        on_primary(lambda: lora.save(file, params, artifact.fingerprint(own)["sha256"]))
 
 
 def stored_bits(params: Any) -> int:

@@ -1,6 +1,6 @@
 """Linear algebra of quantisation: Hadamard and random orthogonal transforms, (block) LDL, damping."""
 
-from qjax.linalg.damping import DampedFactor, check_hessian, damped_factor, normalise
+from qjax.linalg.damping import DampedFactor, check_hessian, damped_factor, unit_mean_diagonal
 from qjax.linalg.hadamard import (
     base_matrix,
     block_hadamard_transform,
@@ -27,5 +27,5 @@ __all__ = [
     "hadamard_transform",
     "is_hadamard_order",
     "next_hadamard_order",
-    "normalise",
+    "unit_mean_diagonal",
 ]

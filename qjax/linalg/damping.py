@@ -14,7 +14,7 @@ from qjax.errors import InputError, NumericsError
 from qjax.linalg.cholesky import cholesky
 from qjax.linalg.ldl import check_block, unit_lower
 
-__all__ = ["DampedFactor", "check_hessian", "damped_factor", "normalise"]
+__all__ = ["DampedFactor", "check_hessian", "damped_factor", "unit_mean_diagonal"]
 
 ESCALATION = 10**0.5
 """Factor between two attempts: two attempts per decade, so the damping is within 3.2 of the least that works."""
@@ -46,7 +46,7 @@ class DampedFactor(NamedTuple):
     dead: Int[Array, ""]
 
 
-def normalise(
+def unit_mean_diagonal(
     hessian: Float[Array, "n n"],
 ) -> tuple[Float[Array, "n n"], Int[Array, ""]]:
     """(Ĥ, dead): H divided by its mean diagonal over live channels, and the number of dead channels.
@@ -88,7 +88,7 @@ def damped_factor(
     """
     check_block(hessian.shape[0], block)
     n, dtype = hessian.shape[0], hessian.dtype
-    matrix, dead = normalise(hessian)
+    matrix, dead = unit_mean_diagonal(hessian)
     start = jnp.asarray(damping, dtype)
     finite = jnp.all(jnp.isfinite(matrix))
 

@@ -75,7 +75,7 @@ class QuantizedMatrix:
 
     def codewords(self) -> Float[Array, "padded_out padded_in"]:
         """The decoded values in units of the weight and in the order in which they were coded, float32."""
-        return self.scaling.denormalize(
+        return self.scaling.from_codebook_units(
             self.codebook.dequantize(self.codebook.unpack(self.packed, self.transform.padded))
         )
 

@@ -24,7 +24,7 @@ from qjax.pipeline.finished import FinishedBlocks
 from qjax.pipeline.layer import quantize_layer, root_key
 from qjax.pipeline.recipe import LayerPlan, Recipe
 from qjax.pipeline.records import Records
-from qjax.runtime.distributed import every, leads, together
+from qjax.runtime.distributed import is_primary, on_all, on_primary
 from qjax.runtime.mesh import single
 from qjax.runtime.shares import compute
 from qjax.streams.batches import Spread
@@ -127,7 +127,7 @@ def quantize_model(
                 plan, name = todo[linear], f"layers.{index}.{linear}"
                 weight = linear_weight(parameters, linear)
                 matrix, report = quantize_layer(weight, block[linear], plan, name, key, correction, spread.mesh)
-                if records is not None and leads():
+                if records is not None and is_primary():
                     records.save(matrix, report)
                 done[linear] = matrix, report
             reports.append(done[linear][1])
@@ -144,7 +144,7 @@ _Done: TypeAlias = dict[str, tuple[LinearOperator, MatrixReport]]
 def _found(index: int, planned: Mapping[str, LayerPlan], records: Records) -> _Done:
     """The finished matrices of a block. Process 0 says which, so that all go on with the same."""
     found = {linear: records.load(f"layers.{index}.{linear}") for linear in planned}
-    there = together(lambda: [linear for linear, record in found.items() if record is not None])
+    there = on_primary(lambda: [linear for linear, record in found.items() if record is not None])
     return {linear: found[linear] or _of_another(records, f"layers.{index}.{linear}") for linear in there}
 
 
@@ -180,7 +180,7 @@ def _alone(
         rows, columns = np.shape(linear_weight(parameters, linear))
         return float(rows) * columns * (rows + columns)
 
-    done = every(
+    done = on_all(
         lambda: compute(
             {linear: functools.partial(task, linear, plan) for linear, plan in own.items()},
             {linear: cost(linear) for linear in own},

@@ -39,7 +39,7 @@ class LayerRule:
             re.compile(self.pattern)
         except re.error as error:
             raise InputError(
-                f"rules: {self.pattern!r} is not a regular expression ({error}); mend the pattern"
+                f"rules: {self.pattern!r} is not a regular expression ({error}); fix the pattern"
             ) from error
         if not self.skip and self.bits is self.codebook is self.damping is self.scale is None:
             raise InputError(f"rules: {self.pattern!r} changes nothing; give skip, bits, codebook, damping or scale")

@@ -183,7 +183,7 @@ def _rounded(problem: Problem, coded: Coded) -> Rounded:
     scaling = problem.scaling if coded.scaling is None else coded.scaling
 
     def seen(codes: Array) -> Array:
-        values = scaling.denormalize(problem.codebook.dequantize(codes).astype(dtype))
+        values = scaling.from_codebook_units(problem.codebook.dequantize(codes).astype(dtype))
         return values if coded.permutation is None else jnp.take(values, jnp.argsort(coded.permutation), axis=1)
 
     values = seen(coded.codes)

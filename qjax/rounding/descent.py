@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling
 from qjax.errors import InputError
-from qjax.linalg.damping import damped_factor, normalise
+from qjax.linalg.damping import damped_factor, unit_mean_diagonal
 from qjax.linalg.ldl import factor_blocks, invert_blocks, times_blocks
 from qjax.linalg.precision import precise
 from qjax.rounding.base import ROUNDINGS, Coded, Problem, RoundingAlgorithm
@@ -32,7 +32,7 @@ def check_passes(passes: int, least: int) -> None:
 
 def damped(hessian: Float[Array, "n n"], damping: Array | float) -> Float[Array, "n n"]:
     """`Ĥ + damping·I`: the normalised, damped matrix that `damped_factor` factored."""
-    matrix, _ = normalise(hessian)
+    matrix, _ = unit_mean_diagonal(hessian)
     return matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
 
 
@@ -158,7 +158,7 @@ class Greedy(RoundingAlgorithm):
         h = problem.input_hessian
         factor = damped_factor(h, problem.damping, block)
         h = damped(h, factor.damping)
-        nearest = codebook.quantize(scaling.normalize(weight))
+        nearest = codebook.quantize(scaling.to_codebook_units(weight))
         codes = split_codes(nearest, columns // block)
         if self.order == "natural":
             codes = descend(weight, codes, h, codebook, scaling, passes=self.passes, index=jnp.arange(columns))

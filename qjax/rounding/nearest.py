@@ -28,7 +28,7 @@ class Nearest(RoundingAlgorithm):
 
     def round(self, problem: Problem) -> Coded:
         """Nearest codewords; the Hessian is not used."""
-        return Coded(problem.codebook.quantize(problem.scaling.normalize(problem.weight)))
+        return Coded(problem.codebook.quantize(problem.scaling.to_codebook_units(problem.weight)))
 
 
 @ROUNDINGS.register("stochastic")
@@ -46,7 +46,7 @@ class Stochastic(RoundingAlgorithm):
     def round(self, problem: Problem) -> Coded:
         """Stochastic codes; the Hessian is not used."""
         assert problem.key is not None
-        return Coded(stochastic_codes(problem.scaling.normalize(problem.weight), problem.codebook, problem.key))
+        return Coded(stochastic_codes(problem.scaling.to_codebook_units(problem.weight), problem.codebook, problem.key))
 
 
 def stochastic_codes(x: Array, codebook: Codebook, key: Array) -> Array:

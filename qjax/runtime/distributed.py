@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from qjax import errors
 from qjax.errors import InputError, QjaxError, RunError
 
-__all__ = ["DistributedSettings", "every", "initialise", "leads", "lost", "together"]
+__all__ = ["DistributedSettings", "initialise", "is_primary", "lost", "on_all", "on_primary"]
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class DistributedSettings:
             )
 
 
-# Processes end together (`together`, `every`); one that ends alone should not be waited for.
+# Processes end together (`on_primary`, `on_all`); one that ends alone should not be waited for.
 _SHUTDOWN_S = 30
 _started: DistributedSettings | None = None
 
@@ -106,12 +106,12 @@ def initialise(settings: DistributedSettings) -> None:
     _started = settings
 
 
-def leads() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes: process 0, the only one where there are no others."""
     return jax.process_index() == 0
 
 
-def together(task: Callable[[], Any]) -> Any:
+def on_primary(task: Callable[[], Any]) -> Any:
     """The result of `task()`, a JSON value, which process 0 alone carries out; the others wait and get the same.
 
     What process 0 wrote is there for all when it returns. An error of process 0 is raised in every process: those of
@@ -120,7 +120,7 @@ def together(task: Callable[[], Any]) -> Any:
     if jax.process_count() == 1:
         return task()
     failure, answer = None, {}
-    if leads():
+    if is_primary():
         try:
             answer = {"value": task()}
         except BaseException as error:  # the others must not wait for ever
@@ -136,7 +136,7 @@ def together(task: Callable[[], Any]) -> Any:
     return answer["value"]
 
 
-def every(task: Callable[[], T]) -> T:
+def on_all(task: Callable[[], T]) -> T:
     """The result of this process's own `task()`, when all processes have ended theirs without an error.
 
     An error in one is raised in all; it is the first process's that failed, and named where it is another's.

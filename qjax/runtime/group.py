@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax
 
 from qjax.errors import RunError
-from qjax.runtime.distributed import every, leads, together
+from qjax.runtime.distributed import is_primary, on_all, on_primary
 from qjax.runtime.lock import RunLock
 
 __all__ = ["leading", "speaking", "visible"]
@@ -20,7 +20,7 @@ __all__ = ["leading", "speaking", "visible"]
 def speaking() -> Iterator[None]:
     """Only process 0 prints."""
     with contextlib.ExitStack() as stack:
-        if not leads():
+        if not is_primary():
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
@@ -36,7 +36,7 @@ def leading(path: pathlib.Path) -> Iterator[None]:
         def hold() -> None:
             stack.enter_context(RunLock(path))
 
-        together(hold)
+        on_primary(hold)
         yield
 
 
@@ -50,4 +50,4 @@ def visible(file: pathlib.Path) -> None:
                 "need the same folders: choose an out= and cache= on a file system that they share"
             )
 
-    every(check)
+    on_all(check)

@@ -14,7 +14,7 @@ import numpy as np
 
 from qjax.errors import ArtifactError, RunError
 from qjax.runtime.atomic import read_json, write_json
-from qjax.runtime.distributed import together
+from qjax.runtime.distributed import on_primary
 from qjax.runtime.mesh import fetched
 
 __all__ = ["Checkpoints"]
@@ -40,7 +40,7 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         self.folder = pathlib.Path(folder).absolute()
-        together(lambda: self._claim(task, kind, remedy))
+        on_primary(lambda: self._claim(task, kind, remedy))
         keep: Any = ocp.training.preservation_policies.LatestN(2)
         self._store = ocp.training.Checkpointer(
             str(self.folder / "steps"), preservation_policy=keep, cleanup_tmp_directories=True

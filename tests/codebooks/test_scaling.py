@@ -18,7 +18,7 @@ def weights(m=12, n=24, seed=0):
 def test_rms_scaling_gives_the_codebook_its_rms(granularity, group):
     w = jnp.asarray(weights())
     book = codebooks.make("half_integer", 2)
-    x = np.asarray(fit(w, book, ScaleRule("rms", granularity, group)).normalize(w))
+    x = np.asarray(fit(w, book, ScaleRule("rms", granularity, group)).to_codebook_units(w))
     width = {"matrix": x.size, "row": 24, "group": 8}[granularity]
     rms = np.sqrt(np.mean(np.square(x.reshape(-1, width)), axis=-1))
     np.testing.assert_allclose(rms, book.rms, rtol=1e-3)  # float16 relative scales
@@ -42,16 +42,16 @@ def test_shrunken_ranges_lower_the_error_they_are_chosen_by():
 
     def error(rule):
         scaling = fit(jnp.asarray(w), book, rule)
-        values = scaling.denormalize(book.dequantize(book.quantize(scaling.normalize(jnp.asarray(w)))))
+        values = scaling.from_codebook_units(book.dequantize(book.quantize(scaling.to_codebook_units(jnp.asarray(w)))))
         return np.sum(np.abs(np.asarray(values) - w) ** 2.4)
 
     assert error(ScaleRule("minmax", "row", shrink_steps=80)) < 0.9 * error(ScaleRule("minmax", "row"))
 
 
-def test_normalize_and_denormalize_are_inverse_with_ragged_groups():
+def test_to_and_from_codebook_units_are_inverse_with_ragged_groups():
     w = jnp.asarray(weights(5, 21))
     scaling = fit(w, codebooks.make("grid", 3), ScaleRule("minmax", "group", 8))
-    np.testing.assert_allclose(scaling.denormalize(scaling.normalize(w)), w, atol=1e-6)
+    np.testing.assert_allclose(scaling.from_codebook_units(scaling.to_codebook_units(w)), w, atol=1e-6)
 
 
 def test_all_zero_rows_and_matrices_are_harmless():
@@ -60,7 +60,7 @@ def test_all_zero_rows_and_matrices_are_harmless():
     for rule in (ScaleRule("rms", "row"), ScaleRule("minmax", "row"), ScaleRule("rms")):
         book = codebooks.make("grid" if rule.method == "minmax" else "half_integer", 2)
         for matrix in (w, np.zeros_like(w)):
-            assert np.all(np.isfinite(fit(jnp.asarray(matrix), book, rule).normalize(jnp.asarray(matrix))))
+            assert np.all(np.isfinite(fit(jnp.asarray(matrix), book, rule).to_codebook_units(jnp.asarray(matrix))))
 
 
 def test_the_outlier_of_one_row_does_not_reach_float16_limits():

@@ -57,9 +57,9 @@ def test_one_device_takes_plain_batches():
 
 
 def test_a_process_alone_is_a_group_of_one(tmp_path):
-    assert distributed.leads() and distributed.together(lambda: {"a": 1}) == {"a": 1}
+    assert distributed.is_primary() and distributed.on_primary(lambda: {"a": 1}) == {"a": 1}
     with pytest.raises(DataError, match="as it is"):
-        distributed.every(lambda: (_ for _ in ()).throw(DataError("as it is")))
+        distributed.on_all(lambda: (_ for _ in ()).throw(DataError("as it is")))
     with group.leading(tmp_path / "run"):
         assert (tmp_path / "run" / ".lock").exists()
         with pytest.raises(RunError, match="in use by"), group.leading(tmp_path / "run"):

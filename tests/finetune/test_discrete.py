@@ -16,7 +16,7 @@ SCALING = Scaling(unit=jnp.float32(SCALE))
 
 
 def values_of(codes, book):
-    return SCALING.denormalize(book.dequantize(codes))
+    return SCALING.from_codebook_units(book.dequantize(codes))
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qjax.errors import InputError, NumericsError
-from qjax.linalg.damping import ESCALATION, check_hessian, damped_factor, normalise
+from qjax.linalg.damping import ESCALATION, check_hessian, damped_factor, unit_mean_diagonal
 from qjax.linalg.ldl import block_ldl_host
 
 
@@ -107,7 +107,7 @@ def test_dead_channels_carry_no_feedback(block):
     off = np.asarray(factor.lower) - np.eye(16)
     np.testing.assert_array_equal(off[dead, :], 0)
     np.testing.assert_array_equal(off[:, dead], 0)
-    matrix, count = normalise(jnp.asarray(h, jnp.float32))
+    matrix, count = unit_mean_diagonal(jnp.asarray(h, jnp.float32))
     assert int(count) == 3
     np.testing.assert_array_equal(np.diag(matrix)[dead], 1)
     assert np.diag(matrix)[live].mean() == pytest.approx(1, rel=1e-6)

@@ -33,7 +33,7 @@ class Backwards(RoundingAlgorithm):
 
     def round(self, problem: Problem) -> Coded:
         assert (problem.key is None) == (not self.random)
-        codes = BOOK.quantize(problem.scaling.normalize(problem.weight))[:, ::-1]
+        codes = BOOK.quantize(problem.scaling.to_codebook_units(problem.weight))[:, ::-1]
         return Coded(codes, damping=0.5, permutation=jnp.arange(3)[::-1], start=codes)
 
 

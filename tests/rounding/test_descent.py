@@ -134,7 +134,7 @@ def test_every_pass_lowers_the_loss_of_every_row_or_leaves_it(float64, name, bit
     first = last.copy()
     for _ in range(4):
         codes = better(codes)
-        now = loss(w, scaling.denormalize(book.dequantize(codes).astype(float)), h)
+        now = loss(w, scaling.from_codebook_units(book.dequantize(codes).astype(float)), h)
         assert np.all(now <= last * (1 + 1e-12))
         last = now
     assert last.sum() < 0.97 * first.sum()
@@ -158,11 +158,13 @@ def test_codes_and_scales_of_groups_follow_their_columns(float64):
     stretch = np.repeat([1.0, 4.0, 0.5], 16)
     book = codebooks.make("half_integer", 2)
     scaling = fit(jnp.asarray(np.ones((12, 48)) * stretch), book, ScaleRule(granularity="group", group_size=16))
-    units = np.asarray(scaling.denormalize(jnp.ones((12, 48))))
+    units = np.asarray(scaling.from_codebook_units(jnp.ones((12, 48))))
     for name, options in (("greedy", {"passes": 4}), ("ldlq", {"order": "ascending", "passes": 2})):
         grouped = rounding.make(name, **options)(jnp.asarray(w * units), Hessian(jnp.asarray(h)), book, scaling=scaling)
         assert loss(w * units, grouped.values, damped(h)).sum() <= loss(w * units, grouped.start, damped(h)).sum()
-        np.testing.assert_array_equal(grouped.values, scaling.denormalize(book.dequantize(grouped.codes).astype(float)))
+        np.testing.assert_array_equal(
+            grouped.values, scaling.from_codebook_units(book.dequantize(grouped.codes).astype(float))
+        )
 
 
 def test_passes_are_reported_with_the_loss_they_started_from():

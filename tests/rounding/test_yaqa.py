@@ -12,7 +12,7 @@ from qjax.codebooks.scaling import ScaleRule, fit, identity
 from qjax.errors import InputError, NumericsError
 from qjax.hessian import Hessian
 from qjax.incoherence.families import make as incoherence
-from qjax.linalg.damping import damped_factor, normalise
+from qjax.linalg.damping import damped_factor, unit_mean_diagonal
 from qjax.matrix.quantize import quantize_matrix
 from qjax.rounding import two_sided
 from qjax.rounding.losses import proxy_loss
@@ -156,7 +156,7 @@ def test_the_loss_is_that_of_the_residuals(name):
         * (eta @ block_diagonal(np.asarray(right.diagonal, np.float64)))
     )
     damped = [
-        np.asarray(normalise(x)[0], np.float64) + float(f.damping) * np.eye(len(x))
+        np.asarray(unit_mean_diagonal(x)[0], np.float64) + float(f.damping) * np.eye(len(x))
         for x, f in ((h.output, left), (h.input, right))
     ]
     np.testing.assert_allclose(by_residuals, np.sum((damped[0] @ error) * (error @ damped[1])), rtol=2e-4)
