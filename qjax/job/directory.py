@@ -46,8 +46,8 @@ class RunDirectory:
         """Where the quantised model is stored."""
         return self.path / "artifact"
 
-    def claim(self, fingerprint: Mapping[str, Any], config_yaml: str, *, resume: bool) -> Records:
-        """Tie the directory to a run and return its records; the caller holds the lock.
+    def claim(self, fingerprint: Mapping[str, Any], config_yaml: str, *, resume: bool) -> None:
+        """Tie the directory to a run; the caller holds the lock.
 
         Raises RunError when it belongs to a run with another fingerprint (listing what differs) or holds foreign files.
         """
@@ -76,10 +76,7 @@ class RunDirectory:
         remove_leftovers(self.path)
         write_text(self.path / "config.yaml", config_yaml)
         write_sealed(identity, fingerprint)
-        records = self.records(fingerprint)
-        records.folder.mkdir(exist_ok=True)
-        remove_leftovers(records.folder)
-        return records
+        (self.path / "layers").mkdir(exist_ok=True)
 
     def records(self, fingerprint: Mapping[str, Any]) -> Records:
         """The records of the run with this fingerprint, which has claimed the directory."""

@@ -47,9 +47,9 @@ class Inputs:
             self._model = (key, models.load(source, dtype, self.fingerprint(source, dtype)))
         return self._model[1]
 
-    def streamed(self, source: str, dtype: str) -> models.Model:
-        """The model with its blocks on disk; nothing of it is kept here."""
-        return models.stream(source, dtype, self.fingerprint(source, dtype))
+    def read(self, source: str, dtype: str, *, streamed: bool) -> models.Model:
+        """The model in memory, or `streamed` with its blocks on disk; nothing of that is kept here."""
+        return models.stream(source, dtype, self.fingerprint(source, dtype)) if streamed else self.model(source, dtype)
 
     def tokens(self, source: str, seed: int, options: Mapping[str, Any]) -> data.TokenSplit:
         """The calibration and evaluation windows."""

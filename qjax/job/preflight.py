@@ -22,14 +22,15 @@ from qjax.models.families import family
 from qjax.models.structure import structure
 from qjax.pipeline.finished import HELD_BYTES
 from qjax.pipeline.recipe import LayerPlan
+from qjax.streams.activations import Place
 
 __all__ = [
     "Estimate",
     "Extra",
     "activation_streams",
+    "announced_place",
     "estimate",
     "estimated",
-    "place",
     "place_activations",
     "sketch_needs",
     "tuning_needs",
@@ -309,14 +310,14 @@ def _tuning(finetune: Mapping[str, Any], config: models.ModelConfig, length: int
     )
 
 
-def place(
+def announced_place(
     need: Estimate, out: pathlib.Path, memory: Mapping[str, Any], finetune: Mapping[str, Any], devices: int = 1
-) -> str:
-    """Where the activations lie by the budgets `memory`. Raises RunError as `place_activations`.
+) -> Place:
+    """The place of the activations by the budgets `memory`, printed with the estimate. Raises RunError when none fits.
 
     Block-wise tuning draws windows at random, and several devices take theirs from the host: not on the device.
     """
-    return place_activations(
+    where = place_activations(
         need,
         out,
         host_gb=memory["host_gb"],
@@ -324,3 +325,6 @@ def place(
         disk_gb=memory["disk_gb"],
         on_device=finetune["name"] != "block" and devices == 1,
     )
+    for line in need.lines(where):
+        print(line, flush=True)
+    return Place(where, out if where == "disk" else None)

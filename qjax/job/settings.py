@@ -7,6 +7,9 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
+from qjax.data import TokenSplit
 from qjax.errors import InputError
 from qjax.finetune import BlockSettings
 from qjax.job.hessians import check_settings
@@ -14,6 +17,7 @@ from qjax.job.inputs import Inputs
 from qjax.job.tuning import FINETUNE, settings_of
 from qjax.pipeline.quantize_model import STREAMS
 from qjax.pipeline.recipe import Recipe
+from qjax.runtime.fingerprint import versions
 from qjax.runtime.mesh import MeshSettings
 from qjax.runtime.tracker import Tracker
 
@@ -30,8 +34,11 @@ class Job:
     """Everything a run depends on. `settings` is the resolved configuration as it is written down.
 
     Attributes:
-      model: {"source", "dtype"}.  data: arguments of `qjax.data.load`.  hessian: {"estimator", "stream", "batch"}.
-      evaluate: {"enabled", "batch"}.  memory: {"device_gb", "host_gb", "disk_gb"}.
+      model: {"source", "dtype"}.
+      data: arguments of `qjax.data.load`.
+      hessian: {"estimator", "stream", "batch"}, and the options of a sketch.
+      evaluate: {"enabled", "batch"}.
+      memory: {"device_gb", "host_gb", "disk_gb"}.
       finetune: {"name": "none"}, "block" with the options of `qjax.finetune.BlockSettings`, "e2e", "lora" or "qat" with
         those of `qjax.finetune.Settings`, "pv" with those of `qjax.finetune.pv.Settings`.
       cache: folder shared between runs for Hessians and reference states.
@@ -82,3 +89,20 @@ class Job:
                 raise InputError(
                     f"{group}.{key} is {getattr(self, group)[key]}; it is the number of sequences per step, at least 1"
                 )
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the run makes one pass over the blocks at a time alone; sketches and tuning go back and forth."""
+        sketched = self.hessian["estimator"] != "input" or bool(self.hessian["fit_sequences"])
+        return not sketched and self.finetune["name"] in ("none", "block")
+
+    def fingerprint(self, tokens: TokenSplit) -> dict[str, Any]:
+        """All that decides the run's bytes: settings without places and conveniences, model, tokens, versions."""
+        return {
+            "settings": {key: value for key, value in self.settings.items() if key not in IRRELEVANT},
+            "model": self.inputs.fingerprint(self.model["source"], self.model["dtype"])["sha256"],
+            "calibration": tokens.calibration.sha256,
+            "evaluation": tokens.evaluation.sha256,
+            "versions": versions(),
+            "platform": jax.default_backend(),
+        }

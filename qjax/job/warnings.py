@@ -1,4 +1,4 @@
-"""What makes a run's result doubtful before it starts: too little text, a missing BOS, a broken reference, versions."""
+"""Warnings before a run starts: too little text, a missing BOS, a broken reference, untested versions."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from qjax.models.config import ModelConfig
 from qjax.models.structure import structure
 from qjax.models.transformer import head
 
-__all__ = ["TESTED_JAX", "check_reference", "codebook_doubts", "doubts", "version_doubt"]
+__all__ = ["TESTED_JAX", "check_reference", "codebook_warnings", "run_warnings", "version_warning"]
 
 # Oldest and newest minor version of JAX that the tests have passed on.
 TESTED_JAX = ((0, 10), (0, 12))
 
 
-def version_doubt(version: str) -> str | None:
+def version_warning(version: str) -> str | None:
     """A sentence when this version of JAX is outside the tested range, else None."""
     match = re.match(r"(\d+)\.(\d+)", version)
     number = tuple(map(int, match.groups())) if match else (0, 0)
@@ -34,12 +34,12 @@ def version_doubt(version: str) -> str | None:
     return f"jax {version} is outside the tested versions {low} to {high}; results are not promised, run the tests"
 
 
-def doubts(config: ModelConfig, tokens: TokenStream, tokenizer: Any, bos: str) -> list[str]:
+def run_warnings(config: ModelConfig, tokens: TokenStream, tokenizer: Any, bos: str) -> list[str]:
     """Sentences about what will work and may not be meant; none for a usual run.
 
     `tokens` is the calibration text, `bos` the policy of `qjax.data.load`.
     """
-    found = [text] if (text := version_doubt(jax.__version__)) else []
+    found = [text] if (text := version_warning(jax.__version__)) else []
     width = max(structure(config).widths.values())
     if tokens.tokens.size < width:
         found.append(
@@ -55,7 +55,7 @@ def doubts(config: ModelConfig, tokens: TokenStream, tokenizer: Any, bos: str) -
     return found
 
 
-def codebook_doubts(codebooks: Iterable[Any]) -> list[str]:
+def codebook_warnings(codebooks: Iterable[Any]) -> list[str]:
     """Sentences about codebooks that are worse than plainer ones: computed trellis codes of so few states have a mean.
 
     1MAD with L=6 has a mean of −0.45 of its RMS; from L=8 on the mean of every code is below 0.04 of it.

@@ -16,6 +16,7 @@ from qjax import models
 from qjax.errors import ArtifactError, InputError, RunError
 from qjax.evaluate.compare import compare, reference_states
 from qjax.interchange import artifact
+from qjax.job import preflight, stages
 from qjax.job.run import run
 from qjax.matrix.quantized import QuantizedMatrix
 from qjax.models.checkpoints.files import sha256_file
@@ -112,7 +113,7 @@ def test_blocks_that_stay_in_their_records_give_the_same_run(finished, cache, tm
     """A budget for one block and a half; the artifact is written matrix by matrix."""
     out, results = finished
     one = sum(leaf.stored_bits for leaf in _matrices(artifact.load(out / "artifact").params["blocks"][0])) // 8
-    monkeypatch.setattr(sys.modules["qjax.job.run"], "HELD_BYTES", one * 3 // 2)
+    monkeypatch.setattr(stages, "HELD_BYTES", one * 3 // 2)
     kept = []
     save = artifact.save
     monkeypatch.setattr(artifact, "save", lambda *arguments: (kept.append(arguments[2]), save(*arguments)))
@@ -314,7 +315,7 @@ def test_activations_on_disk_and_on_the_device_give_the_same_artifact(finished, 
         monkeypatch.setattr(pickle, name, poisoned)
     monkeypatch.setattr(models.loading, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
     for where, words in (("disk", "on disk"), ("device", "on the device")):
-        monkeypatch.setattr(sys.modules["qjax.job.run"], "place", lambda *_, where=where: where)
+        monkeypatch.setattr(preflight, "place_activations", lambda *_, where=where, **options: where)
         hashed.clear()
         other = tmp_path / where
         found = run(entry_point.job_of(settings(other, cache, "bits=4")))

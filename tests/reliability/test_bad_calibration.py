@@ -26,19 +26,19 @@ def test_case_19_no_text_and_too_little(tmp_path):
 
 def test_a_trellis_of_few_states_whose_values_have_a_mean_is_warned_about():
     books = [qjax.codebooks.make("trellis", 2, L=6, code=code) for code in ("1mad", "3inst", "mul1", "lut")]
-    first, second = warnings.codebook_doubts([*books, books[0], qjax.codebooks.make("half_integer", 2)])
+    first, second = warnings.codebook_warnings([*books, books[0], qjax.codebooks.make("half_integer", 2)])
     assert "code=1mad with codebook.L=6: its 64 values have a mean of -0.45 of their RMS" in first and "3inst" in second
-    assert warnings.codebook_doubts([qjax.codebooks.make("trellis", 2, L=8, code="1mad")]) == []
+    assert warnings.codebook_warnings([qjax.codebooks.make("trellis", 2, L=8, code="1mad")]) == []
 
 
 def test_case_20_fewer_tokens_than_inputs_are_warned_about_and_damped(tmp_path):
     config = open_model(FIXTURE).config
     few = tokens_of(tmp_path, np.arange(40) % 64).calibration
-    assert warnings.doubts(config, few, None, "none")[-1].startswith(
+    assert warnings.run_warnings(config, few, None, "none")[-1].startswith(
         "the calibration text has 16 tokens, fewer than the 44 inputs of the widest matrix: its Hessian has at most"
     )
     enough = tokens_of(tmp_path, np.arange(400) % 61, calibration_sequences=6).calibration
-    assert not [line for line in warnings.doubts(config, enough, None, "none") if "calibration" in line]
+    assert not [line for line in warnings.run_warnings(config, enough, None, "none") if "calibration" in line]
     weight, _ = problem()
     x = np.random.default_rng(1).standard_normal((4, 32)).astype(np.float32)
     matrix, report = quantize(weight, x.T @ x / 4, damping=0.0)
@@ -68,8 +68,8 @@ def test_case_23_wrong_or_absent_tokenizer_and_missing_bos(folder, tmp_path):
     with pytest.raises(DataError, match=r"perplexity 64 on .* above evaluate.sanity_perplexity=63.*BOS"):
         warnings.check_reference(model, states, tokens, 1, 63)
     expects = models.Tokenizer(None, bos_id=1, adds_bos=True)
-    assert "data.bos=sequence" in warnings.doubts(model.config, tokens, expects, "none")[-1]
-    assert "data.bos" not in " ".join(warnings.doubts(model.config, tokens, expects, "sequence"))
+    assert "data.bos=sequence" in warnings.run_warnings(model.config, tokens, expects, "none")[-1]
+    assert "data.bos" not in " ".join(warnings.run_warnings(model.config, tokens, expects, "sequence"))
 
 
 def test_case_24_padding_does_not_enter_the_hessian(small):

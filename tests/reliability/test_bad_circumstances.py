@@ -207,5 +207,5 @@ def test_case_36_damaged_checkpoints_clocks_and_commit_markers(tmp_path, monkeyp
 
 
 def test_an_untested_version_of_jax_is_named():
-    assert warnings.version_doubt(jax.__version__) is None
-    assert "jax 0.4.30 is outside the tested versions" in warnings.version_doubt("0.4.30")
+    assert warnings.version_warning(jax.__version__) is None
+    assert "jax 0.4.30 is outside the tested versions" in warnings.version_warning("0.4.30")
