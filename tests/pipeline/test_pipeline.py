@@ -271,15 +271,20 @@ def command(*arguments, **environment):
     )
 
 
-def test_the_command_line_explains_mistakes_without_a_traceback(tmp_path):
-    for arguments, expected in (
-        (["model=hf", f"model.source={tmp_path}/none", f"out={tmp_path}/a"], "there is no model"),
-        (["rounding=gtpq"], "gptq"),
-        (["roundng=gptq"], "roundng"),
-    ):
-        result = command("experiments.quantize", *arguments, QJAX_CACHE=str(tmp_path))
-        assert result.returncode != 0 and expected in result.stderr, result.stderr
-        assert "Traceback" not in result.stderr
+def test_the_command_line_explains_mistakes_without_a_traceback(tmp_path, monkeypatch, capsys):
+    """Once as a process, then as the function that it calls."""
+    overrides = ["model=hf", f"model.source={tmp_path}/none", f"out={tmp_path}/a"]
+    result = command("experiments.quantize", *overrides, QJAX_CACHE=str(tmp_path))
+    assert result.returncode != 0 and "there is no model" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+    monkeypatch.chdir(tmp_path)
+    for argument, expected in (("rounding=gtpq", "gptq"), ("roundng=gptq", "roundng")):
+        monkeypatch.setattr(sys, "argv", ["quantize", argument])
+        with pytest.raises(SystemExit) as info:
+            entry_point.main()
+        error = capsys.readouterr().err
+        assert info.value.code != 0 and expected in error, error
+        assert "Traceback" not in error
 
 
 def test_a_sweep_shares_its_process_and_reports(tmp_path, cache):
