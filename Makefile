@@ -26,12 +26,13 @@ STAMP := $(VENV)/.installed-$(VERSION)
 # XLA's older emitters compile in three quarters to half of the time; jax 0.10 (Python 3.11's newest) still has them. With
 # the newer ones the second column of .ci/run tests the mathematics.
 COMPILE := --xla_cpu_parallel_codegen_split_count=1 $(if $(filter 3.11,$(VERSION)),--xla_cpu_use_fusion_emitters=false)
-PYTEST := XLA_FLAGS="$(COMPILE) $$XLA_FLAGS" $(BIN)/python -m pytest --durations=20 --durations-min=5
+# Bytecode is kept even where the environment says otherwise: the tests start over a hundred processes.
+PYTEST := PYTHONDONTWRITEBYTECODE= XLA_FLAGS="$(COMPILE) $$XLA_FLAGS" $(BIN)/python -m pytest --durations=20 --durations-min=5
 WORKERS := 2
 # Neighbouring tests go to one worker: they share compiled programs, and no two workers compile the same one at once.
 SPREAD := -n $(WORKERS) --dist worksteal
 # The mathematics, with the emitters that users have, and what changes most between versions of JAX: .ci/run's second column.
-SHORT := linalg evaluate rounding codebooks hessian/test_collect.py models/test_cached.py models/test_linear.py \
+SHORT := linalg evaluate rounding codebooks hessian properties models/test_cached.py models/test_linear.py \
   pallas_kernels/test_mosaic_gpu.py pallas_kernels/test_gram.py incoherence
 
 # What rests on how a processor adds up, and the part of it that .ci/run does under every instruction set.

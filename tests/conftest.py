@@ -27,10 +27,10 @@ for name, value in {
 
 # Without LLVM's optimisations a test that compiles more than it computes takes half of the processor's time, and what
 # is asserted holds whatever LLVM does. The mathematics goes through them as users' programs do: on Python 3.11
-# roundings, codebooks, kernels and losses, on the interpreters of .ci/run's second column all of it.
-OPTIMISED = {"codebooks", "evaluate", "pallas_kernels", "rounding"}
+# codebooks, kernels and losses, on the interpreters of .ci/run's second column (`make test-short`) the rest of it too.
+OPTIMISED = {"codebooks", "evaluate", "pallas_kernels"}
 if sys.version_info[:2] != (3, 11):
-    OPTIMISED |= {"hessian", "linalg", "properties"}
+    OPTIMISED |= {"hessian", "linalg", "properties", "rounding"}
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -128,17 +129,23 @@ class Incoherence(abc.ABC):
 
     def abstract(self, out_features: int, in_features: int, multiple: tuple[int, int] = (1, 1)) -> Transform:
         """The structure of a sample with `jax.ShapeDtypeStruct` leaves, for reading one back; computes nothing."""
-
-        def draw() -> Transform:
-            weight = jnp.zeros((out_features, in_features), jnp.float32) if self.rescale else None
-            hessian = jnp.zeros((in_features, in_features), jnp.float32) if self.rescale else None
-            return self.sample(jax.random.key(0), out_features, in_features, weight, hessian, multiple)
-
-        return jax.eval_shape(draw)
+        return _abstract(self, out_features, in_features, multiple)
 
     def spec(self) -> dict[str, Any]:
         """Arguments of `make` that build this family again (JSON values only)."""
         return {"name": self.name, **dataclasses.asdict(self)}
+
+
+@functools.lru_cache(maxsize=256)
+def _abstract(family: Incoherence, out_features: int, in_features: int, multiple: tuple[int, int]) -> Transform:
+    """The structure of a sample, traced once: a model has few shapes and many matrices, a trace takes milliseconds."""
+
+    def draw() -> Transform:
+        weight = jnp.zeros((out_features, in_features), jnp.float32) if family.rescale else None
+        hessian = jnp.zeros((in_features, in_features), jnp.float32) if family.rescale else None
+        return family.sample(jax.random.key(0), out_features, in_features, weight, hessian, multiple)
+
+    return jax.eval_shape(draw)
 
 
 INCOHERENCE: Registry[Incoherence] = Registry("incoherence")
