@@ -37,8 +37,10 @@ class BlockSettings:
     """The options of block-wise tuning; `configs/finetune/block.yaml` explains and sets them.
 
     Attributes:
-      epochs: passes over the calibration windows after each group, at most.  patience: epochs without improvement on
-        the validation windows after which it stops.  validation: windows, the last ones, that choose the best epoch.
+      epochs: passes over the calibration windows after each group, at most.
+      patience: epochs without improvement on
+        the validation windows after which it stops.
+      validation: windows, the last ones, that choose the best epoch.
       stream: whose activations a block reads, "original" (published) or "quantized", the tuned blocks before it.
     """
 

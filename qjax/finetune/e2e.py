@@ -40,8 +40,10 @@ class Settings:
     """The options of end-to-end tuning; `configs/finetune/e2e.yaml` explains and sets them.
 
     Attributes:
-      tokens: tokens that are read, over all epochs.  sequences: different windows; None takes all there are.
-      validation: further windows that choose the best.  topk: likeliest tokens of the teacher that count, None for all.
+      tokens: tokens that are read, over all epochs.
+      sequences: different windows; None takes all there are.
+      validation: further windows that choose the best.
+      topk: likeliest tokens of the teacher that count, None for all.
       qat: tune the original weights, rounded in every pass, instead of what surrounds the codes.
     """
 
@@ -90,7 +92,7 @@ class Settings:
         return Options(self.loss, self.remat, self.chunk, self.dtype)
 
     def windows(self) -> int | None:
-        """How many windows the text must give, validation included."""
+        """The number of windows that the text must give, validation included."""
         return None if self.sequences is None else self.sequences + self.validation
 
 
@@ -150,7 +152,9 @@ def end_to_end(
       folder: of checkpoints; a killed run with the same folder continues to the same result.
       mesh: devices of its axis "data" share out parameters, optimiser state and batches (`qjax.finetune.sharding`); a
         run that was killed may continue on another number of them.
-      on_plan: called with the number of steps.  on_teacher: blocks done.  on_step: after every step.
+      on_plan: called with the number of steps.
+      on_teacher: blocks done.
+      on_step: after every step.
     Raises InputError for rules that leave parameters uncovered or too few windows, RunError for another run's folder.
     """
     windows, held = tokens.tokens[: -settings.validation], tokens.tokens[-settings.validation :]

@@ -30,7 +30,8 @@ class Latent:
     """`W ≈ Uᵀ Z V` with Z `[padded_out, padded_in]` in the order and place of the codewords of `base`.
 
     Attributes:
-      latent: Z, float32, in units of the weight.  base: scales, transform, codebook, gains; its codes are not used.
+      latent: Z, float32, in units of the weight.
+      base: scales, transform, codebook, gains; its codes are not used.
       rounds: Z is rounded to the nearest codewords wherever it is used.
     """
 

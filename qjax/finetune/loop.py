@@ -28,14 +28,17 @@ __all__ = ["Options", "Result", "Step", "Task", "tune"]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is tuned on what.
+    """A tuning: the model, its text and targets, the schedule.
 
     Attributes:
-      tokens: windows `[n, length]` to tune on.  validation: windows that choose the best.
+      tokens: windows `[n, length]` to tune on.
+      validation: windows that choose the best.
       targets: for "kl": of both, `{"states": [n, length, width]}` (the teacher before its final norm) or
         `{"index", "log_p"}` `[n, length, k]`; pairs (tuning, validation).
       teacher: for "kl" with states: the arrays of the teacher's `transformer.head`, by name.
-      batch: windows per gradient.  accumulate: gradients per step.  seed: of the order of the windows.
+      batch: windows per gradient.
+      accumulate: gradients per step.
+      seed: of the order of the windows.
       parts: how `model` and `teacher` lie on a mesh, None on one device.
     """
 

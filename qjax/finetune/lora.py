@@ -123,7 +123,7 @@ class Adapted:
 
     @property
     def low_rank(self) -> LowRank:
-        """What is added to Ŵ."""
+        """The term that is added to Ŵ."""
         return LowRank(self.lora_b, self.lora_a, self.scale)
 
     def matmul(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

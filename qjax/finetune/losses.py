@@ -65,8 +65,10 @@ def chunked_mean(function: PerPosition, chunk: int, head: Any, x: Array, targets
 
     Args:
       function: `(head, [chunk, width], targets of the chunk, constants) -> [chunk]`.
-      head: parameters with a gradient.  x: `[positions, width]`, with a gradient.
-      targets: a pytree of `[positions, …]`.  constants: a pytree that every chunk sees whole. Both have no gradient.
+      head: parameters with a gradient.
+      x: `[positions, width]`, with a gradient.
+      targets: a pytree of `[positions, …]`.
+      constants: a pytree that every chunk sees whole. Both have no gradient.
     """
     return _forward(function, chunk, head, x, targets, constants, gradient=False)[0]
 

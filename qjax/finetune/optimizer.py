@@ -20,9 +20,12 @@ class Optimizer:
     """Static choices; the rates themselves come with `update`.
 
     Attributes:
-      steps: of the whole run.  warmup: share of them in which the rate rises linearly.
+      steps: of the whole run.
+      warmup: share of them in which the rate rises linearly.
       final: the rate at the end as a share of the peak; it falls along a cosine.
-      b1, b2, eps: of Adam.  decay: decoupled weight decay.  clip: largest global norm of a gradient.
+      b1, b2, eps: of Adam.
+      decay: decoupled weight decay.
+      clip: largest global norm of a gradient.
     """
 
     steps: int

@@ -91,7 +91,8 @@ class Trainable:
     """A model as arrays by name.
 
     Attributes:
-      tuned: float32 arrays that move.  frozen: all other arrays.
+      tuned: float32 arrays that move.
+      frozen: all other arrays.
       rates: the peak learning rate of every entry of `tuned`, `[layers, 1, …]` for stacked ones (0 for a frozen layer).
       layout: how the arrays make a model.
     """

@@ -66,7 +66,7 @@ class Settings:
         return settings
 
     def windows(self) -> int | None:
-        """How many windows the text must give, validation included."""
+        """The number of windows that the text must give, validation included."""
         return self.continuous.windows()
 
 

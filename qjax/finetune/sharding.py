@@ -80,7 +80,7 @@ class Parts:
         return dict(self.axes).get(name)
 
     def spec(self, name: str) -> P:
-        """How an array lies on the mesh."""
+        """The partition of an array on the mesh."""
         axis = self.axis(name)
         return P() if axis is None else P(*[None] * axis, AXIS)
 

@@ -31,8 +31,10 @@ class Options:
     """Static choices of the step; hashable.
 
     Attributes:
-      loss: "kl" to the teacher, or "next_token".  remat: compute blocks again in the backward pass.
-      chunk: positions whose logits exist at a time.  dtype: of the activations.
+      loss: "kl" to the teacher, or "next_token".
+      remat: compute blocks again in the backward pass.
+      chunk: positions whose logits exist at a time.
+      dtype: of the activations.
     """
 
     loss: str = "kl"

@@ -1,4 +1,4 @@
-"""How well Kronecker factors fit the Fisher matrices of large layers, which are never formed.
+"""The fit of Kronecker factors to the Fisher matrices of large layers, which are never formed.
 
 With gradients G of sequences and labels that the factors were not made from, `𝓗 = E[vec(G) vec(G)ᵀ]` has
 
@@ -164,7 +164,7 @@ def error_bound(fit: Fit, squared_error: float, kronecker_loss: float) -> float:
 
 
 def predicted_cost(fit: Fit, kronecker_loss: float) -> float:
-    """What a matrix' error costs in nats per token, 𝓗 replaced by its projection on the factors.
+    """The cost of a matrix' error in nats per token, 𝓗 replaced by its projection on the factors.
 
     That is `½ ‖𝓗‖ c tr(H_out E H_in Eᵀ) / (‖H_out‖ ‖H_in‖ length)`, 𝓗 and its norm of sequences of `length` tokens.
     The bound above is far larger: it takes E to lie where the factors fit worst.

@@ -62,7 +62,7 @@ class Sketch:
 
     @property
     def passes(self) -> tuple[str, ...]:
-        """What each pass that needs gradients renews: "both", "output" or "input"."""
+        """The factors that each pass with gradients renews: "both", "output" or "input"."""
         if self.estimator == "sketch_b":
             return ("both",) * self.rounds
         return tuple("output" if half % 2 else "input" for half in range(1, self.rounds))

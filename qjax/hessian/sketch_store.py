@@ -172,7 +172,7 @@ def _write(file: pathlib.Path, arrays: dict[str, np.ndarray], metadata: dict[str
 
 
 def _newest(folder: pathlib.Path, name: str, part: range) -> int | None:
-    """How many sequences the newest sound checkpoint of this pass and range has done, or None."""
+    """The number of sequences in the newest sound checkpoint of this pass and range, or None."""
     found = sorted(folder.glob(f"{name}_done_*/complete.json"), key=lambda p: int(p.parent.name.rsplit("_", 1)[1]))
     for file in reversed(found):
         try:

@@ -40,7 +40,7 @@ class Rotation(Protocol):
 
 
 ROTATIONS: Registry[Rotation] = Registry("rotation")
-"""What builds a rotation again from its `spec()` and its arrays; raises InputError where they do not fit together."""
+"""Builders of a rotation from its `spec()` and its arrays; raises InputError where they do not fit together."""
 
 
 @struct.dataclass

@@ -109,7 +109,7 @@ def _holds(record: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: Map
 
 
 def read(folder: pathlib.Path, operators: Iterable[str]) -> Stored:
-    """What `write` wrote; `operators` are the paths of those.
+    """The arrays and descriptions that `write` wrote; `operators` are the paths of those.
 
     The bytes of the files must have been verified. Raises ArtifactError for files that are not safetensors, KeyError,
     TypeError or ValueError for what does not describe an operator.

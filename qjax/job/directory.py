@@ -43,7 +43,7 @@ class RunDirectory:
 
     @property
     def artifact(self) -> pathlib.Path:
-        """Where the quantised model is stored."""
+        """The folder of the quantised model."""
         return self.path / "artifact"
 
     def claim(self, fingerprint: Mapping[str, Any], config_yaml: str, *, resume: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where a run's Hessians come from: the settings of the `hessian` group, made into loaders."""
+"""Loaders of a run's Hessians, made from the settings of the `hessian` group."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _first(tokens: Any, count: int, what: str) -> Any:
 def fits(
     store: HessianStore, model: Any, tokens: Any, settings: Mapping[str, Any], source: Provided
 ) -> dict[str, Fit] | None:
-    """How well the factors fit the Fisher matrices on the first `fit_sequences` of `tokens`; kept in the store.
+    """The fit of the factors to the Fisher matrices on the first `fit_sequences` of `tokens`; kept in the store.
 
     None when no fit is asked for. `tokens` must not be what the factors were collected from.
     Raises InputError for more sequences than there are, and the errors of `qjax.hessian.fit.measure_fit`.
@@ -190,7 +190,7 @@ def fits(
 
 
 def _fits(file: Path, model: Any, tokens: Any, hessians: Any, batch: int) -> dict[str, Any]:
-    """What the file says, measured first where it is absent or damaged."""
+    """The fits in the file, measured first where it is absent or damaged."""
     try:
         return read_json(file)
     except (ArtifactError, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""What the jobs of one process share: the model that was last read, and the last split of a text."""
+"""Inputs that the jobs of one process share: the model that was last read, and the last split of a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will need, from shapes alone, so that it is refused before hours are spent and not after."""
+"""The estimate of a run's needs, from shapes alone: a run is refused before hours are spent and not after."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Extra:
-    """What stages besides Hessians of inputs, rounding and evaluation need: sketches and tuning."""
+    """Needs of stages besides Hessians of inputs, rounding and evaluation: of sketches and tuning."""
 
     memory: int = 0
     disk: int = 0
@@ -132,7 +132,7 @@ def estimate(
 
 
 def _rounding(out: int, inner: int) -> int:
-    """What the program that rounds one matrix needs, besides its Hessian.
+    """Bytes of the program that rounds one matrix, besides its Hessian.
 
     Counted by the compiler for 2048×8192, LDLQ with E8P: three Hessians and six matrices; GPTQ's inverse takes another.
     """
@@ -146,12 +146,12 @@ def _working(config: ModelConfig, batch: int, length: int) -> int:
 
 
 def activation_streams(stream: str, tuned: bool) -> int:
-    """How many sets of activations exist at once: inputs and outputs, of the quantised model and of the original."""
+    """The number of sets of activations at once: inputs and outputs, of the quantised model and of the original."""
     return {"quantized": 1, "original": 2, "corrected": 3}[stream] + (1 if tuned else 0)
 
 
 def sketch_needs(config: ModelConfig, *, batch: int, length: int, budget: float) -> Extra:
-    """What a sketch of both factors needs: its sums within `budget` bytes, one block's at least, and a backward pass.
+    """Needs of a sketch of both factors: its sums within `budget` bytes, one block's at least, and a backward pass.
 
     On disk the triangles of all factors, and a checkpoint of the sums.
     """
@@ -168,7 +168,7 @@ def sketch_needs(config: ModelConfig, *, batch: int, length: int, budget: float)
 def tuning_needs(
     config: ModelConfig, *, batch: int, length: int, windows: int, chunk: int, rank: int, dense: bool, topk: int | None
 ) -> Extra:
-    """What tuning end to end needs: gradients and AdamW's moments of what is tuned, one decoded block, activations.
+    """Needs of tuning end to end: gradients and AdamW's moments of what is tuned, one decoded block, activations.
 
     `rank`: of adapters, 0 without. `dense`: whether embedding and head are tuned too. `windows`: whose targets are
     stored, as states or as `topk` logits.
@@ -194,7 +194,7 @@ def place_activations(
     disk_gb: float | None,
     on_device: bool,
 ) -> str:
-    """Where the activations between blocks fit, "device", "host" or "disk", the first of them that does.
+    """The place where the activations between blocks fit, "device", "host" or "disk", the first of them that does.
 
     Raises RunError with the numbers when the run does not fit wherever they lie. `host_gb` null is the machine's
     memory, `disk_gb` null what is free, `device_gb` null the accelerator's memory; on a CPU the device counts only

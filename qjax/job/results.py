@@ -1,4 +1,4 @@
-"""What `results.json` says about a run: sizes, losses, error bounds, and the circumstances it was made in."""
+"""The contents of `results.json`: sizes, losses, error bounds, and the circumstances it was made in."""
 
 from __future__ import annotations
 

@@ -56,8 +56,10 @@ def finetune_model(
     """Tune the quantised `params` of the reference `model`.
 
     Args:
-      options: of the `finetune` group.  text: of `qjax.data.load`; its calibration side is tuned on.
-      cache: its folder `teachers` keeps the reference's states.  out: its folder `finetune` keeps checkpoints.
+      options: of the `finetune` group.
+      text: of `qjax.data.load`; its calibration side is tuned on.
+      cache: its folder `teachers` keeps the reference's states.
+      out: its folder `finetune` keeps checkpoints.
       mesh: its axis "data" shares out parameters and batches, None is one device.
     """
     settings = settings_of(options)

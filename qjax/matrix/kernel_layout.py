@@ -61,7 +61,7 @@ class PackedLinear:
 
 
 def obstacle(matrix: QuantizedMatrix) -> str | None:
-    """Why a matrix has no kernel layout, None when it has one."""
+    """The reason why a matrix has no kernel layout, None when it has one."""
     book, group = matrix.codebook, matrix.scaling.group
     if isinstance(book, Trellis):
         computed, tabled = book.code in CODES and book.V == 1, book.code in TRELLISES and book.V <= 2

@@ -36,10 +36,12 @@ __all__ = ["MatrixReport", "default_scale_rule", "quantize_matrix", "splits_rows
 
 @dataclasses.dataclass(frozen=True)
 class MatrixReport:
-    """What happened to one matrix (all losses relative, dimensionless).
+    """The report of one matrix (all losses relative, dimensionless).
 
     Attributes:
-      name: the layer's name.  shape: (out, in).  padded: the shape that was coded.
+      name: the layer's name.
+      shape: (out, in).
+      padded: the shape that was coded.
       bits_per_weight: stored bits of codes, scales, zeros, signs and permutation per weight.
       proxy_loss: `tr(E H Eᵀ) / tr(W H Wᵀ)` with the undamped H in the original basis.
       weight_mse: `‖E‖² / ‖W‖²`.

@@ -14,7 +14,7 @@ __all__ = ["_first_not_finite", "_validate"]
 
 
 def _first_not_finite(matrix: np.ndarray, rows: int = 256) -> tuple[int, int] | None:
-    """Where the first value is that is not finite, some rows at a time."""
+    """The index of the first value that is not finite, looked for some rows at a time."""
     for start in range(0, len(matrix), rows):
         finite = np.isfinite(matrix[start : start + rows])
         if not finite.all():

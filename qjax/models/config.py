@@ -24,7 +24,9 @@ class ModelConfig:
     Attributes:
       architecture: family name as in `config.json`, e.g. "LlamaForCausalLM" (for messages and export).
       head_dim: width of one attention head; `num_heads * head_dim` may differ from `hidden_size`.
-      qkv_bias: biases on q, k and v (Qwen2).  attention_bias: also on o.  mlp_bias: on gate, up, down.
+      qkv_bias: biases on q, k and v (Qwen2).
+      attention_bias: also on o.
+      mlp_bias: on gate, up, down.
       qk_norm: RMS norm of every q and k head before the rotation (Qwen3).
       sliding_window: attend to this many latest positions only, or None.
       tie_embeddings: the head is the embedding matrix.

@@ -1,4 +1,4 @@
-"""Where a block's attention looks: over whole sequences, or from new positions back into a cache.
+"""The context of a block's attention: whole sequences, or new positions that look back into a cache.
 
 A block's forward pass is written once, against this interface: `context.rotary(q, k)` turns heads by their positions,
 `context.attend(q, k, v)` mixes the values that every position sees. The cached step is the same block in another

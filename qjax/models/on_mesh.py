@@ -1,4 +1,4 @@
-"""Where blocks that lie on a mesh of devices are told apart from plain parameters.
+"""Blocks that lie on a mesh of devices, told apart from plain parameters.
 
 A block is a function of one device's arrays. On a mesh it runs on every device with the parts that lie there: whole
 heads and whole features of the hidden layer, so that only the products that sum over devices have to communicate.
@@ -16,7 +16,7 @@ from qjax.models.config import ModelConfig
 __all__ = ["CACHE", "HIDDEN", "ROWS", "Axes", "OverMesh", "placed", "spread"]
 
 Axes = tuple[str | None, ...]
-"""What every axis of an array counts: "batch" and "heads" may be split over devices, None is whole on each."""
+"""The meaning of every axis of an array: "batch" and "heads" may be split over devices, None is whole on each."""
 
 ROWS: Axes = ("batch",)
 HIDDEN: Axes = ("batch", None, None)
@@ -37,12 +37,12 @@ class OverMesh(Protocol):
         ...
 
     def sharding(self, axes: Axes) -> jax.sharding.Sharding:
-        """Where an array with these axes lies."""
+        """The sharding of an array with these axes."""
         ...
 
     @property
     def rows(self) -> int:
-        """What a batch must be a multiple of."""
+        """The divisor of every batch."""
         ...
 
 

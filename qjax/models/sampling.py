@@ -19,7 +19,7 @@ __all__ = ["Sampling", "choose", "next_token"]
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen; static under `jit`.
+    """The choice of a token; static under `jit`.
 
     Attributes:
       temperature: logits are divided by it; 0 takes the likeliest token.

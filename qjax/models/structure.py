@@ -1,4 +1,4 @@
-"""What a block consists of, derived from one abstract evaluation of its forward pass.
+"""The linears of a block, derived from one abstract evaluation of its forward pass.
 
 No linear is listed by hand: the block is traced on shapes alone, `linear` records what it is asked for, and every
 answer is replaced by a free variable. Linears that read the same array share a *site*; which answers reach an input

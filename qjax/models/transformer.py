@@ -101,7 +101,7 @@ def head(params: Params) -> dict[str, Any]:
 
 
 def final(parameters: Params, x: HiddenInput, config: ModelConfig) -> Float[Array, "batch length features"]:
-    """What is multiplied with the vocabulary's matrix; `parameters` as returned by `head`."""
+    """The factor of the vocabulary's matrix in the logits; `parameters` as returned by `head`."""
     return family(config).final(parameters["norm"], x, config)
 
 

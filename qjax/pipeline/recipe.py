@@ -23,8 +23,10 @@ class LayerRule:
 
     Attributes:
       skip: leave the layer as it is.
-      bits: other bits per weight.  codebook: another codebook, as `{"name": …, **options}`.
-      damping: another damping.  scale: another scale (a number: the RMS the codebook sees).
+      bits: other bits per weight.
+      codebook: another codebook, as `{"name": …, **options}`.
+      damping: another damping.
+      scale: another scale (a number: the RMS the codebook sees).
     """
 
     pattern: str
@@ -47,7 +49,7 @@ class LayerRule:
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What is done to one layer."""
+    """The treatment of one layer."""
 
     codebook: Codebook
     rounding: Rounding

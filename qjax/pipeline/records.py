@@ -68,7 +68,7 @@ class Records:
         write_safetensors(self.folder / f"block.{index}.safetensors", dict(arrays), metadata)
 
     def load_dense(self, index: int) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]] | None:
-        """What `save_dense` wrote, or None when it is absent or damaged. Raises RunError for another run's."""
+        """The contents of `save_dense`, or None when it is absent or damaged. Raises RunError for another run's."""
         file = self.folder / f"block.{index}.safetensors"
         if not file.exists():
             return None

@@ -90,7 +90,7 @@ def versions() -> dict[str, str]:
 
 
 def _of_processor(field: str) -> str:
-    """What Linux says of the first processor, "" where it says nothing."""
+    """Linux' entry about the first processor, "" where there is none."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -60,7 +60,7 @@ def _trim() -> Callable[[int], int] | None:
 
 
 class _Held:
-    """What this process held when memory was last given back."""
+    """The memory of this process when it was last given back."""
 
     bytes = 0
 

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def mapped_regions() -> int:
-    """How many regions of memory this process has mapped; 0 where the system does not say."""
+    """The number of regions of memory that this process has mapped; 0 where the system does not say."""
     with contextlib.suppress(OSError):
         return pathlib.Path("/proc/self/maps").read_bytes().count(b"\n")
     return 0

@@ -31,7 +31,7 @@ _serial = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where activations live.
+    """A place of activations.
 
     Attributes:
       where: "device", "host" or "disk".

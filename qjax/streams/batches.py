@@ -24,7 +24,7 @@ __all__ = ["Spread", "Step"]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What all devices compute at once; arrays are split by `EACH`.
+    """One step of all devices; arrays are split by `EACH`.
 
     Attributes:
       where: the rows that the step's sequences have in what this process holds.

@@ -73,8 +73,11 @@ class ColumnParallel:
     """Rows `i · out … (i + 1) · out` of a matrix on device i; its `matmul` gives those outputs.
 
     Attributes:
-      shards: of the rotated codes.  entry: transform of the whole input.  exit: of the outputs, per device or whole.
-      gathered: outputs are gathered before they are transformed.  rows: of the rotated matrix, padding included.
+      shards: of the rotated codes.
+      entry: transform of the whole input.
+      exit: of the outputs, per device or whole.
+      gathered: outputs are gathered before they are transformed.
+      rows: of the rotated matrix, padding included.
     """
 
     shards: Shards
@@ -112,8 +115,11 @@ class RowParallel:
     """Columns `i · in … (i + 1) · in` of a matrix on device i; its `matmul` gives all outputs, on every device.
 
     Attributes:
-      shards: of the rotated codes.  entry: transform of the inputs, per device or whole.  exit: of the whole output.
-      gathered: inputs are gathered before they are transformed.  columns: of a part, padding included.
+      shards: of the rotated codes.
+      entry: transform of the inputs, per device or whole.
+      exit: of the whole output.
+      gathered: inputs are gathered before they are transformed.
+      columns: of a part, padding included.
     """
 
     shards: Shards

@@ -52,11 +52,11 @@ class MeshBlock:
 
     @property
     def rows(self) -> int:
-        """What a batch must be a multiple of: the devices of the axis "data"."""
+        """The divisor of every batch: the devices of the axis "data"."""
         return self.mesh.shape[_BATCH]
 
     def sharding(self, axes: Axes) -> NamedSharding:
-        """Where an array with these axes lies."""
+        """The sharding of an array with these axes."""
         return NamedSharding(self.mesh, _array_spec(axes))
 
     def run(
@@ -85,7 +85,7 @@ class MeshBlock:
 
 
 def local_config(config: ModelConfig, count: int) -> ModelConfig:
-    """What one of `count` devices sees of a model: its heads and its features of the hidden layer."""
+    """The part of a model that one of `count` devices sees: its heads and its features of the hidden layer."""
     return dataclasses.replace(
         config,
         num_heads=config.num_heads // count,
@@ -152,7 +152,7 @@ def _linears(config: ModelConfig) -> dict[str, Linear]:
 
 
 def _specs(block: Mapping[str, Any], config: ModelConfig, mesh: Mesh) -> Any:
-    """How the arrays of a block lie; one spec may stand for a whole subtree."""
+    """The partition of a block's arrays; one spec may stand for a whole subtree."""
     return P() if mesh.shape[AXIS] == 1 else _by_linear(block, _linears(config), _linear_specs, lambda _: P())
 
 
@@ -193,7 +193,7 @@ def distribute(params: Any, config: ModelConfig, mesh: Mesh, packed: bool = True
 
 
 def _edge_spec(name: str, path: tuple[Any, ...], leaf: Any, *, count: int) -> P:
-    """How an array outside of the blocks lies: a table of the vocabulary by its rows, where these divide."""
+    """The partition of an array outside of the blocks: a table of the vocabulary by its rows, where these divide."""
     table = name == "head" or (name == "embed" and (not path or path[-1].key == "tokens"))
     return P(AXIS, None) if table and leaf.shape[0] % count == 0 else P()
 

@@ -23,7 +23,7 @@ __all__ = ["half_transforms", "part_size", "parts", "unit"]
 
 
 def unit(matrix: QuantizedMatrix, axis: int) -> int:
-    """What the size of a part along `axis` (0 rows, 1 columns) must be a multiple of: whole tiles, whole groups."""
+    """The divisor of a part's size along `axis` (0 rows, 1 columns): whole tiles, whole groups."""
     tile = matrix.codebook.tile[axis]
     return math.lcm(tile, matrix.scaling.group) if axis == 1 and matrix.scaling.group else tile
 

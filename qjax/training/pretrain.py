@@ -27,11 +27,13 @@ __all__ = ["Task", "held_out_loss", "train"]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is trained on what; everything that decides the result is in here.
+    """A training: model, text and schedule, everything that decides the result.
 
     Attributes:
-      stream: training tokens.  held_out: windows `[n, context + 1]` that choose the best checkpoint.
-      batch: windows per step.  seed: of the initial weights and of the order of the windows.
+      stream: training tokens.
+      held_out: windows `[n, context + 1]` that choose the best checkpoint.
+      batch: windows per step.
+      seed: of the initial weights and of the order of the windows.
       first_token: the token that begins a text.
     """
 

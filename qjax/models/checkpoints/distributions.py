@@ -41,7 +41,7 @@ class DistributionFile:
 
     @property
     def cached(self) -> Path:
-        """Where the file is kept; the folder's name holds the pin, so another pin never meets this file."""
+        """The path of the kept file; the folder's name holds the pin, so another pin never meets this file."""
         folder = f"{self.distribution}-{self.version}-{self.sha256[:12]}"
         return cache_folder() / "pypi" / folder / Path(self.member).name
 

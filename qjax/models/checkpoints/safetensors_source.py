@@ -29,7 +29,7 @@ _SINGLE = "model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: `start` in bytes from the beginning of `path`."""
+    """The place of one tensor: `start` in bytes from the beginning of `path`."""
 
     path: Path
     dtype: str

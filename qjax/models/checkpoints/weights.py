@@ -166,7 +166,7 @@ def read_block(source: WeightSource, config: ModelConfig, index: int, dtype: str
 
 
 def read_edges(source: WeightSource, config: ModelConfig, dtype: str = "float32") -> Params:
-    """What is outside the blocks: `{"embed", "norm", "head" unless tied}`, arrays or dictionaries of them."""
+    """The parameters outside the blocks: `{"embed", "norm", "head" unless tied}`, arrays or dictionaries of them."""
     target = resolve_dtype(dtype)
     parameters: dict[str, Any] = {}
     for name, (path, _) in family(config).edge_tensors(config).items():

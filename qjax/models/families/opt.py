@@ -27,7 +27,7 @@ _ACTIVATIONS = {"relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximat
 
 @dataclasses.dataclass(frozen=True)
 class OPTConfig(ModelConfig):
-    """What OPT has besides the shapes of `ModelConfig`.
+    """The configuration of an OPT: the shapes of `ModelConfig`, and choices of its own.
 
     Attributes:
       embedding_size: width of the embedding; where it is not the model's, `project_in` and `project_out` lie between.

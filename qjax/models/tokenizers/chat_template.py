@@ -83,7 +83,7 @@ class ChatTemplate:
 
 
 class _Refused(Exception):
-    """What a template raises itself by `raise_exception`."""
+    """An error that a template raises itself by `raise_exception`."""
 
 
 def _described(messages: Sequence[Mapping[str, Any]]) -> str:

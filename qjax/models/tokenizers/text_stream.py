@@ -22,7 +22,7 @@ class TextStream:
         return self._take(text)
 
     def rest(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         return self._take(self._tokenizer.decode(self._ids))
 
     def _take(self, text: str) -> str:
