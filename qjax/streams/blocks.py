@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from qjax.errors import InputError
 from qjax.models.config import ModelConfig
 from qjax.streams.activations import Activations
 from qjax.streams.batches import Spread
@@ -68,15 +69,17 @@ def blocks(
       quantized: whether there is the quantised stream, z. Both begin with the same array.
       stop: the number of blocks to visit, None for all.
       outputs: whether those of the last block are wanted too, as its `y` when the loop has ended.
+
+    Raises InputError for parameters with more or fewer blocks than the configuration says.
     """
     x = z = None
     if tokens is not None and (original or quantized):
         first = embedded(params["embed"], tokens if spread is None else spread.take(tokens), config, batch)
         x, z = (first if original else None), (first if quantized else None)
-    last = config.num_layers if stop is None else stop
+    last, index = config.num_layers if stop is None else stop, -1
     for index, parameters in enumerate(params["blocks"]):
         if index == last:
-            return
+            break
         here = Block(index, parameters, x, z)
         yield here
         if index + 1 == last and not outputs:
@@ -89,3 +92,6 @@ def blocks(
                 here.y = forward_block(here.parameters, x, config, batch, x, spread)
             x = here.y
         del here, parameters  # a block that was read from disk is let go of before the next one is
+    if stop is None and index + 1 != last:
+        found = "more" if index == last else str(index + 1)
+        raise InputError(f"the parameters hold {found} blocks, the configuration says {last}")

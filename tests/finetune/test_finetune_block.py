@@ -84,7 +84,7 @@ def test_a_block_without_errors_has_nothing_to_gain():
     model = models.load("tiny")
     parameters = model.params["blocks"][0]
     tokens = np.arange(10 * 16, dtype=np.int32).reshape(10, 16)
-    x = embedded(model.params["embed"], tokens, 4)
+    x = embedded(model.params["embed"], tokens, model.config, 4)
     y = forward_block(parameters, x, model.config, 4)
     options = BlockSettings((RateRule(".", 1e-3),), epochs=2, batch=4, validation=2)
     tuned, report = tune_block(parameters, x, y, model.config, options, seed=0)

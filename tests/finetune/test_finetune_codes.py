@@ -64,7 +64,7 @@ def test_straight_through_training_gives_ordinary_codes_that_are_better(bases):
 
 
 def test_straight_through_training_needs_a_scalar_codebook(bases):
-    with pytest.raises(InputError, match="needs a scalar codebook; layers.0.self_attn.q_proj has 'e8p'"):
+    with pytest.raises(InputError, match="needs a scalar codebook; layers.0.mlp.down_proj has 'e8p'"):
         tuned(bases, "e8p", "qat")
 
 

@@ -96,7 +96,7 @@ def test_parameters_and_states_lie_in_parts_and_only_their_gradients_are_scatter
     whole = [name for name in (*tuned, *frozen) if own.parts.axis(name) is None]
     assert all(np.size({**tuned, **frozen}[name]) < 64 * 8 for name in whole)  # norms of heads: 2 layers of 16
     state = {"tuned": jax.tree.map(lambda leaf: leaf.copy(), tuned)}
-    state["optimizer"] = loop._initial(state["tuned"], own.optimizer, own.parts)
+    state["optimizer"] = loop._initial_in_parts(state["tuned"], own.optimizer, own.parts)
     tokens = own.tokens[None, :BATCH]
     targets = {"states": own.targets[0]["states"][None, :BATCH]}
     static = {"layout": own.model.layout, "config": CONFIG, "options": own.options, "optimizer": own.optimizer}
