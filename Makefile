@@ -32,7 +32,7 @@ WORKERS := 2
 # Neighbouring tests go to one worker: they share compiled programs, and no two workers compile the same one at once.
 SPREAD := -n $(WORKERS) --dist worksteal
 # The mathematics, with the emitters that users have, and what changes most between versions of JAX: .ci/run's second column.
-SHORT := linalg evaluate rounding codebooks hessian properties models/test_cached.py models/test_linear.py \
+SHORT := linalg evaluate rounding codebooks hessian/test_collect.py models/test_cached.py models/test_linear.py \
   pallas_kernels/test_mosaic_gpu.py pallas_kernels/test_gram.py incoherence
 
 # What rests on how a processor adds up, and the part of it that .ci/run does under every instruction set.

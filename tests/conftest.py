@@ -26,11 +26,11 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 # Without LLVM's optimisations a test that compiles more than it computes takes half of the processor's time, and what
-# is asserted holds whatever LLVM does. The mathematics goes through them as users' programs do: on Python 3.11
-# codebooks, kernels and losses, on the interpreters of .ci/run's second column (`make test-short`) the rest of it too.
-OPTIMISED = {"codebooks", "evaluate", "pallas_kernels"}
+# is asserted holds whatever LLVM does. The mathematics goes through them as users' programs do: on Python 3.11 Hessians,
+# codebooks, kernels and losses, in .ci/run's second column (`make test-short`) linear algebra and roundings too.
+OPTIMISED = {"codebooks", "evaluate", "hessian", "pallas_kernels"}
 if sys.version_info[:2] != (3, 11):
-    OPTIMISED |= {"hessian", "linalg", "properties", "rounding"}
+    OPTIMISED |= {"linalg", "properties", "rounding"}
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
