@@ -26,8 +26,8 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 # Without LLVM's optimisations a test that compiles more than it computes takes half of the processor's time, and what
-# is asserted holds whatever LLVM does. The mathematics goes through them as users' programs do: on Python 3.11 Hessians,
-# codebooks, kernels and losses, in .ci/run's second column (`make test-short`) linear algebra and roundings too.
+# is asserted holds whatever LLVM does. The mathematics goes through them as users' programs do: on Python 3.11
+# Hessians, codebooks, kernels and losses, in .ci/run's second column (`make test-short`) linear algebra and roundings.
 OPTIMISED = {"codebooks", "evaluate", "hessian", "pallas_kernels"}
 if sys.version_info[:2] != (3, 11):
     OPTIMISED |= {"linalg", "properties", "rounding"}
