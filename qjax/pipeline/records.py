@@ -44,17 +44,10 @@ class Records:
         Raises RunError when it belongs to another run, ArtifactError when this qjax cannot build its operator.
         """
         file = self._file(name)
-        if not file.exists():
+        found = self._own(file)
+        if found is None:
             return None
-        try:
-            arrays, metadata = read_safetensors(file)
-        except ArtifactError:
-            return None
-        if metadata.get("run") != self.run_digest:
-            raise RunError(
-                f"{file}: belongs to a run with another model, data or configuration; "
-                f"choose another out=, or remove the folder {self.folder}"
-            )
+        arrays, metadata = found
         report = json.loads(metadata["report"])
         report["shape"], report["padded"] = tuple(report["shape"]), tuple(report["padded"])
         return operator_of(arrays, metadata, file), MatrixReport(**report)
@@ -69,7 +62,14 @@ class Records:
 
     def load_dense(self, index: int) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]] | None:
         """The contents of `save_dense`, or None when it is absent or damaged. Raises RunError for another run's."""
-        file = self.folder / f"block.{index}.safetensors"
+        found = self._own(self.folder / f"block.{index}.safetensors")
+        if found is None:
+            return None
+        arrays, metadata = found
+        return arrays, json.loads(metadata.get("reports", "[]"))
+
+    def _own(self, file: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]] | None:
+        """The arrays and metadata of a file, None when it is absent or damaged. Raises RunError for another run's."""
         if not file.exists():
             return None
         try:
@@ -77,5 +77,8 @@ class Records:
         except ArtifactError:
             return None
         if metadata.get("run") != self.run_digest:
-            raise RunError(f"{file}: belongs to a run with another model, data or configuration; choose another out=")
-        return arrays, json.loads(metadata.get("reports", "[]"))
+            raise RunError(
+                f"{file}: belongs to a run with another model, data or configuration; "
+                f"choose another out=, or remove the folder {self.folder}"
+            )
+        return arrays, metadata
