@@ -9,29 +9,34 @@ import pathlib
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-import jax
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from jax.sharding import Mesh
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments._kinds import check
 from experiments._refusals import explain
 from experiments._sweep import Sweep
+from qjax.configuration import former, plugins, store
+from qjax.configuration.check import check
 from qjax.errors import QjaxError
-from qjax.runtime.distributed import DistributedSettings, initialise, is_primary, lost
-from qjax.runtime.freed_memory import keep_between_steps
-from qjax.runtime.mesh import MeshSettings
+
+if TYPE_CHECKING:  # a typing error is answered before JAX is imported
+    from jax.sharding import Mesh
+
+    from qjax.runtime.mesh import MeshSettings
 
 __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "join", "mesh_of", "mesh_or_none", "plain"]
 
-CONFIGS = str(pathlib.Path(__file__).resolve().parent.parent / "configs")
+CONFIGS = str(store.CONFIGS)
 _RAISE = "HYDRA_FULL_ERROR"
+store.fill()
 
 
 class Terminated(BaseException):
@@ -53,19 +58,18 @@ def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[Dict
         def guarded(config: DictConfig) -> Any:
             previous = signal.signal(signal.SIGTERM, _terminated)
             try:
-                if not sweeps:  # a job of a sweep checks its own
+                if not swept():  # a job of a sweep checks its own
                     check(plain(config), config_name)
+                from qjax.runtime.freed_memory import keep_between_steps  # with it comes JAX
+
+                keep_between_steps()
                 return function(config)
             except (QjaxError, OmegaConfBaseException) as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 raise SystemExit(2) from None
-            except jax.errors.JaxRuntimeError as error:
-                if jax.process_count() == 1:
-                    raise
-                print(f"error: {lost(error)}", file=sys.stderr, flush=True)
-                if is_primary():
-                    time.sleep(2)  # with it goes the coordinator, which aborts those that have not spoken yet
-                os._exit(3)  # not through JAX's shutdown, which waits for all processes
+            except RuntimeError as error:
+                _end_with_the_others(error)
+                raise
             except KeyboardInterrupt:
                 print("interrupted: what was finished is kept; the same command continues", file=sys.stderr, flush=True)
                 raise SystemExit(130) from None
@@ -75,17 +79,48 @@ def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[Dict
             finally:
                 signal.signal(signal.SIGTERM, previous)
 
+        def swept() -> bool:
+            return sweeps and HydraConfig.get().mode == RunMode.MULTIRUN
+
         program = hydra.main(version_base="1.3", config_path=CONFIGS, config_name=config_name)(guarded)
 
         @functools.wraps(function)
         def started() -> None:
-            keep_between_steps()
+            _known()
             with Sweep() if sweeps else contextlib.nullcontext():
                 _plainly(program, config_name)
 
         return started
 
     return decorate
+
+
+def _known() -> None:
+    """Everything that the command line may name, a user's own algorithms too, put where Hydra looks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FutureWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr, flush=True)
+        sys.argv[1:] = former.renewed(sys.argv[1:])
+    try:
+        plugged = plugins.load_installed() + plugins.load(plugins.named(sys.argv[1:]))
+    except QjaxError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    if plugged:
+        store.fill()
+
+
+def _end_with_the_others(error: RuntimeError) -> None:
+    """Ends this process where one of a group is lost: not through JAX's shutdown, which waits for all of them."""
+    jax = sys.modules.get("jax")
+    if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
+        return
+    from qjax.runtime.distributed import is_primary, lost
+
+    print(f"error: {lost(error)}", file=sys.stderr, flush=True)
+    if is_primary():
+        time.sleep(2)  # with it goes the coordinator, which aborts those that have not spoken yet
+    os._exit(3)
 
 
 def _plainly(program: Callable[[], Any], config_name: str) -> None:
@@ -111,11 +146,15 @@ def plain(config: Any) -> Any:
 
 def mesh_of(settings: Mapping[str, Any]) -> MeshSettings:
     """The `mesh` group, checked; `make()` of it touches the devices."""
+    from qjax.runtime.mesh import MeshSettings
+
     return MeshSettings(**settings["mesh"])
 
 
 def mesh_or_none(settings: Mapping[str, Any]) -> Mesh | None:
     """The mesh of the `mesh` group; None for one device, which needs none. Several processes give at least one each."""
+    import jax
+
     wanted = mesh_of(settings)
     if (wanted.data, wanted.model) == (1, 1) and jax.process_count() == 1:
         return None
@@ -125,6 +164,8 @@ def mesh_or_none(settings: Mapping[str, Any]) -> Mesh | None:
 
 def join(settings: Mapping[str, Any]) -> None:
     """Join the other processes of the `distributed` group; every entry point that runs on a mesh does so first."""
+    from qjax.runtime.distributed import DistributedSettings, initialise
+
     group = DistributedSettings(**settings["distributed"])
     initialise(group)
     if group.coordinator is not None:
@@ -144,6 +185,8 @@ def cache_folder(setting: str | None) -> pathlib.Path:
 
 def compilation_cache(folder: pathlib.Path) -> None:
     """Keep compiled programs between processes, unless JAX was told a place already."""
+    import jax
+
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
 from collections.abc import Sequence
 
@@ -12,13 +11,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments._kinds import groups_of, suggestion
+from qjax.configuration.groups import ENTRIES
+from qjax.configuration.store import CONFIGS
 from qjax.errors import listed
+from qjax.registry.table import nearest
 
 __all__ = ["explain"]
 
-CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 _NOT_THERE = re.compile(r"Could not (?:override|append to config|delete from config)\.? ?['\"]?([\w./@:-]*)")
+_CHOICE = re.compile(r"Could not find '([\w/]+)/([^'/]+)'\s+Available options in '[^']*':\n((?:\t[^\n]*\n?)*)")
 _KEY = re.compile(r"(?:full_key: |Key ')([\w.@/-]+)")
 
 
@@ -33,11 +34,19 @@ def explain(error: Exception, arguments: Sequence[str], entry: str) -> str:
         found = _NOT_THERE.search(text) or _KEY.search(text)
         if found and (name := found.group(1).rstrip(".")):
             return _absent(name, arguments, entry)
+    if (choice := _CHOICE.search(text)) is not None:
+        return _no_choice(*choice.groups())
     if isinstance(override := getattr(error, "override", None), str):
         text = f"{override}: {text}"
     text = re.sub(r"\n+Config search path:.*", "", text, flags=re.S)
     text = re.sub(r"\n\s*(?:full_key|object_type|reference_type)=?:?[^\n]*", "", text)
     return re.sub(r"\nSee https?://\S+ for details", "", text).strip()
+
+
+def _no_choice(group: str, name: str, options: str) -> str:
+    """`rounding=ldlqq`: there is no such option; with the nearest one and all there are."""
+    there = sorted(option.strip() for option in options.split("\n") if option.strip())
+    return f"{group}={name}: there is no {name!r} in {group}{nearest(name, there)}; there is: {listed(there)}"
 
 
 def _absent(name: str, arguments: Sequence[str], entry: str) -> str:
@@ -52,12 +61,12 @@ def _absent(name: str, arguments: Sequence[str], entry: str) -> str:
     if not above:
         there = sorted({*there, *_optional(entry)})
     place = f" in {'.'.join(above)}" if above else ""
-    return f"{name}: there is no {parts[0]!r}{place}{suggestion(parts[0], there)}; there is: {listed(there)}"
+    return f"{name}: there is no {parts[0]!r}{place}{nearest(parts[0], there)}; there is: {listed(there)}"
 
 
 def _optional(entry: str) -> list[str]:
     """Groups that need not be chosen, such as experiment=."""
-    return list(groups_of(entry))
+    return [*ENTRIES[entry].groups, *ENTRIES[entry].optional]
 
 
 def _composed(arguments: Sequence[str], name: str, entry: str) -> DictConfig | None:

@@ -18,11 +18,8 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments._kinds import Mistyped
+from qjax.configuration.check import Mistyped
 from qjax.errors import InputError, QjaxError
-from qjax.job.settings import IRRELEVANT
-from qjax.runtime.atomic import write_json
-from qjax.runtime.fingerprint import digest
 
 __all__ = ["FAILURE", "Listener", "Sweep", "attempt", "directory"]
 
@@ -56,6 +53,9 @@ def directory(settings: Mapping[str, Any], overrides: Sequence[str]) -> pathlib.
     The hash is of the resolved settings that decide the result, so neither the launcher nor the job's number matters;
     a directory of that hash is used again whatever its readable part says.
     """
+    from qjax.job.settings import IRRELEVANT
+    from qjax.runtime.fingerprint import digest
+
     folder = pathlib.Path("runs") / _safe(str(settings["sweep"]))
     mark = digest({key: value for key, value in settings.items() if key not in IRRELEVANT})[:8]
     known = sorted(folder.glob(f"*-{mark}")) if folder.is_dir() else []
@@ -109,6 +109,8 @@ def attempt(
         facts |= {"status": status, "error": text, "seconds": round(time.time() - begun, 3)}
         _record(sweep, facts)
         print(f"{status}: {out.name}: {text}", file=sys.stderr, flush=True)
+        from qjax.runtime.atomic import write_json
+
         trace = {} if expected else {"traceback": traceback.format_exc()}
         try:
             out.mkdir(parents=True, exist_ok=True)

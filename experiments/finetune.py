@@ -13,9 +13,9 @@ from experiments._entry import cache_folder, compilation_cache, entry, join, mes
 from experiments.evaluate import run_settings
 from experiments.quantize import tuning_line
 from qjax import data, models
-from qjax.errors import InputError, RunError
+from qjax.errors import InputError, RunError, listed
 from qjax.evaluate.compare import compare, reference_states
-from qjax.finetune import lora
+from qjax.finetune import TUNINGS, lora, method_of
 from qjax.finetune.sharding import check_mesh
 from qjax.interchange import artifact
 from qjax.job.tuning import finetune_model, recovered, save_adapters, stored_bits, whole_model_bytes
@@ -47,10 +47,16 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     """
     settings = completed(settings)
     mesh = mesh_or_none(settings)
+    method = method_of(settings["finetune"])
+    if method is None or method.while_rounding:
+        raise InputError(
+            f"finetune={settings['finetune']['name']} tunes no finished model; choose one of "
+            f"{listed(name for name in TUNINGS if not TUNINGS[name].while_rounding)}"
+        )
     if mesh is not None:
         check_mesh(mesh, settings["finetune"]["batch"])
-    if jax.process_count() > 1 and settings["finetune"]["name"] == "pv":
-        raise InputError("finetune=pv runs on one device; use one process, or finetune=e2e, lora or qat")
+    if jax.process_count() > 1 and method.one_device:
+        raise InputError(f"finetune={method.name} runs on one device; use one process, or finetune=e2e, lora or qat")
     source, out = pathlib.Path(settings["artifact"]).resolve(), pathlib.Path(settings["out"])
     cache = cache_folder(settings["cache"])
     if source.is_relative_to(out.resolve()):
@@ -79,7 +85,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
             tuned = finetune_model(
                 model,
                 quantized.params,
-                options=settings["finetune"],
+                method=method,
                 text=text,
                 seed=settings["seed"],
                 cache=cache,

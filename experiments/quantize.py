@@ -15,14 +15,17 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import _sweep
 from experiments._devices import claim
 from experiments._entry import CONFIGS, cache_folder, compilation_cache, entry, join, mesh_of, plain
-from experiments._kinds import check
-from qjax import incoherence, rounding
 from qjax.codebooks.scaling import ScaleRule
+from qjax.configuration import plugins
+from qjax.configuration.check import check
 from qjax.errors import InputError
+from qjax.incoherence import INCOHERENCE
 from qjax.job.inputs import Inputs
 from qjax.job.run import run
 from qjax.job.settings import Job
 from qjax.pipeline.recipe import LayerRule, Recipe
+from qjax.registry import build
+from qjax.rounding import ROUNDINGS
 from qjax.runtime import tracker
 from qjax.runtime.distributed import is_primary
 
@@ -33,12 +36,7 @@ _RULE_KEYS = {"pattern", "skip", "bits", "codebook", "damping", "scale"}
 
 def scale_rule(settings: Mapping[str, Any]) -> ScaleRule | None:
     """The scale group as a rule; None lets the codebook decide."""
-    if settings["method"] == "auto":
-        return None
-    options: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
-    }
-    return ScaleRule(**options)
+    return None if settings["method"] == "auto" else build(ScaleRule, settings)
 
 
 def layer_rules(settings: list[Any]) -> tuple[LayerRule, ...]:
@@ -64,8 +62,8 @@ def recipe_of(settings: Mapping[str, Any]) -> Recipe:
     return Recipe(
         codebook={key: value for key, value in settings["codebook"].items() if value is not None},
         bits=settings["bits"],
-        rounding=rounding.make(**settings["rounding"]),
-        incoherence=incoherence.make(**settings["incoherence"]),
+        rounding=ROUNDINGS.build(settings["rounding"]),
+        incoherence=INCOHERENCE.build(settings["incoherence"]),
         scale=scale_rule(settings["scale"]),
         damping=settings["damping"],
         rules=layer_rules(settings["rules"]),
@@ -92,7 +90,7 @@ def tracker_options(settings: Mapping[str, Any], *, swept: bool) -> dict[str, An
         options.setdefault("group", str(settings["sweep"]))
     if settings["tracker"]["name"] == "wandb":
         model = str(settings["model"]["source"]).rstrip("/").rsplit("/", 1)[-1]
-        named = [settings[group]["name"] for group in ("rounding", "codebook", "incoherence", "finetune", "recipe")]
+        named = [settings[group]["name"] for group in ("rounding", "codebook", "incoherence", "finetune", "preset")]
         tags = [model, f"{settings['bits']} bits", *(name for name in named if name != "none")]
         options.setdefault("tags", list(dict.fromkeys(str(tag)[:64] for tag in tags)))  # wandb takes 64 characters
     return options
@@ -101,6 +99,7 @@ def tracker_options(settings: Mapping[str, Any], *, swept: bool) -> dict[str, An
 def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs | None = None) -> Job:
     """A run's settings, checked, as the job they describe; `out` and `inputs` are given by a sweep."""
     settings = plain(config)
+    plugins.load(settings["plugins"])  # in a process that a launcher started
     check(settings, "quantize")
     only(settings["allocate"], "allocate", {"name": "none"})
     out = out or pathlib.Path(settings["out"] or default_out(settings))

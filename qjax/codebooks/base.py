@@ -48,4 +48,4 @@ class Codebook(Protocol):
         ...
 
 
-CODEBOOKS: Registry[Codebook] = Registry("codebook")
+CODEBOOKS: Registry[Codebook] = Registry("codebook", "qjax.codebooks.CODEBOOKS")

@@ -25,6 +25,7 @@ from qjax.codebooks.half_lattice import (
     search_ball,
 )
 from qjax.codebooks.vector import VectorCodebook, check_bits, check_rms, nibble_table, nibble_values
+from qjax.registry import Positive
 
 __all__ = ["D4", "d4"]
 
@@ -71,7 +72,7 @@ class D4(VectorCodebook):
 
 
 @CODEBOOKS.register("d4")
-def d4(bits: int | float = 2, rms: float | None = None) -> D4:
+def d4(bits: int | float = 2, rms: Positive | None = None) -> D4:
     """D4 (2 bits). `rms` defaults to 1.21, the Gaussian optimum; QuIP# suggests 1.1 for a whole pipeline.
 
     Raises InputError for another bit width.

@@ -22,6 +22,7 @@ from jaxtyping import Float, UInt8
 from qjax.codebooks.base import CODEBOOKS
 from qjax.codebooks.half_lattice import cheapest, odd
 from qjax.codebooks.vector import VectorCodebook, check_bits, check_rms, nibble_table, nibble_values
+from qjax.registry import Positive
 
 __all__ = ["E81B", "e81b", "e81b_points", "e81b_table"]
 
@@ -106,6 +107,6 @@ def _pick(values: list[Array], at: Array) -> Array:
 
 
 @CODEBOOKS.register("e81b")
-def e81b(bits: int | float = 1, rms: float | None = None) -> E81B:
+def e81b(bits: int | float = 1, rms: Positive | None = None) -> E81B:
     """E81B (1 bit). `rms` defaults to 0.6, the Gaussian optimum. Raises InputError for another bit width."""
     return E81B("e81b", check_bits("e81b", bits), check_rms("e81b", rms, 0.6))

@@ -33,6 +33,7 @@ from qjax.codebooks.half_lattice import (
     search_ball,
 )
 from qjax.codebooks.vector import VectorCodebook, check_bits, check_rms, nibble_table, nibble_values
+from qjax.registry import Positive
 
 __all__ = ["E8P", "MAX_CANDIDATES", "NIBBLES", "TABLE_VERSION", "e8p", "e8p_magnitudes", "e8p_table"]
 
@@ -228,7 +229,7 @@ def _encode(option: Array, levels: Sequence[Array], negative: Sequence[Array], m
 
 
 @CODEBOOKS.register("e8p")
-def e8p(bits: int | float = 2, rms: float | None = None) -> E8P:
+def e8p(bits: int | float = 2, rms: Positive | None = None) -> E8P:
     """E8P12 (2 bits). `rms` defaults to 1.03, the Gaussian optimum; QuIP# suggests 0.9 for a whole pipeline.
 
     Raises InputError for another bit width.

@@ -7,7 +7,7 @@ takes the pair with the least error (for a Gaussian at 4 bits, a beam of four ha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +21,7 @@ from qjax.codebooks.e8p import E8P, MAX_CANDIDATES, e8p
 from qjax.codebooks.e81b import E81B, e81b
 from qjax.codebooks.vector import VectorCodebook, check_bits, check_rms
 from qjax.errors import InputError, listed
+from qjax.registry import Count, OneOf, Positive
 
 __all__ = ["ResidualE8P", "e8p_rvq"]
 
@@ -111,10 +112,10 @@ class ResidualE8P(VectorCodebook):
 @CODEBOOKS.register("e8p_rvq")
 def e8p_rvq(
     bits: int | float,
-    scales: str = "shipped",
-    residual_scale: float | None = None,
-    rms: float | None = None,
-    beam: int = 1,
+    scales: Annotated[str, OneOf("shipped", "retuned")] = "shipped",
+    residual_scale: Positive | None = None,
+    rms: Positive | None = None,
+    beam: Count = 1,
 ) -> ResidualE8P:
     """E8P with a residual stage: 3 bits (E81B) or 4 bits (E8P).
 

@@ -22,6 +22,7 @@ from qjax.codebooks.base import CODEBOOKS
 from qjax.codebooks.bitstream import pack_bits, unpack_bits
 from qjax.codebooks.gaussian import lloyd_max_levels, optimal_rms
 from qjax.errors import InputError
+from qjax.registry import Positive
 from qjax.typing import Leaf
 
 __all__ = ["LevelCodebook", "ScalarCodebook", "UniformCodebook", "grid", "half_integer", "lloyd_max", "quip_grid"]
@@ -120,28 +121,28 @@ def _check(name: str, bits: int | float) -> int:
 
 
 @CODEBOOKS.register("grid")
-def grid(bits: int | float, rms: float | None = None) -> UniformCodebook:
+def grid(bits: int | float, rms: Positive | None = None) -> UniformCodebook:
     """Integers `0 … 2^bits − 1`, to be used with a scale and a zero per row or group (GPTQ, section 3)."""
     bits = _check("grid", bits)
     return UniformCodebook("grid", bits, rms or _symmetric_rms(bits), 0.0)
 
 
 @CODEBOOKS.register("half_integer")
-def half_integer(bits: int | float, rms: float | None = None) -> UniformCodebook:
+def half_integer(bits: int | float, rms: Positive | None = None) -> UniformCodebook:
     """Symmetric levels `±½, ±3/2, …`; `rms` defaults to the Gaussian optimum (0.63, 1.005, 1.71, 2.985 at 1–4 bits)."""
     bits = _check("half_integer", bits)
     return UniformCodebook("half_integer", bits, rms or _symmetric_rms(bits), -(2**bits - 1) / 2)
 
 
 @CODEBOOKS.register("quip_grid")
-def quip_grid(bits: int | float, rms: float | None = None) -> UniformCodebook:
+def quip_grid(bits: int | float, rms: Positive | None = None) -> UniformCodebook:
     """`2^bits` uniform levels on ±2.4 RMS: in units of the step the RMS is `(2^bits − 1) / 4.8` (QuIP, section 4)."""
     bits = _check("quip_grid", bits)
     return UniformCodebook("quip_grid", bits, rms or (2**bits - 1) / 4.8, -(2**bits - 1) / 2)
 
 
 @CODEBOOKS.register("lloyd_max")
-def lloyd_max(bits: int | float, rms: float | None = None) -> LevelCodebook:
+def lloyd_max(bits: int | float, rms: Positive | None = None) -> LevelCodebook:
     """The Lloyd–Max quantiser of N(0, 1): distortion 0.3634, 0.1175, 0.03455, 0.00950 at 1–4 bits."""
     bits = _check("lloyd_max", bits)
     return LevelCodebook("lloyd_max", bits, rms or 1.0, np.asarray(lloyd_max_levels(bits), np.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from qjax.codebooks.base import Codebook
 from qjax.errors import InputError
+from qjax.registry import Count, Natural, OneOf, Positive, check_options
 from qjax.typing import Leaf
 
 __all__ = ["ScaleRule", "Scaling", "fit", "identity"]
 
-_METHODS = ("rms", "minmax", "search")
 _NOTHING = 1e-30  # the scale of a matrix of zeros: a grid without a zero then gives values of no weight
 _FLOAT16_REACH = 2.0**15
-_GRANULARITIES = ("matrix", "row", "group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,11 @@ class ScaleRule:
     """The rule by which scales are chosen; static and hashable.
 
     Attributes:
-      method: "rms": `scale = RMS(w) / rms`; "minmax": the affine grid of GPTQ (`grid` codebook only);
+      method: "auto": the codebook's own, "minmax" for the affine grid and "rms" for the others;
+        "rms": `scale = RMS(w) / rms`; "minmax": the affine grid of GPTQ (`grid` codebook only);
         "search": as "rms", with the factor among `candidates` that gives the least proxy loss after rounding.
-      granularity: one scale for the "matrix", for every "row", or for every "group" of columns of a row.
+      granularity: one scale for the "matrix", for every "row", or for every "group" of columns of a row; None is "row"
+        for "minmax" and "matrix" for the others.
       group_size: columns of a group; None without groups.
       rms: the input RMS that the codebook sees; None means the codebook's own.
       candidates: factors on `rms` that "search" tries.
@@ -37,29 +39,24 @@ class ScaleRule:
         0 keeps the full range.
     """
 
-    method: str = "rms"
-    granularity: str = "matrix"
-    group_size: int | None = None
-    rms: float | None = None
-    candidates: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2)
-    shrink_steps: int = 0
+    method: Annotated[str, OneOf("auto", "rms", "minmax", "search")] = "rms"
+    granularity: Annotated[str, OneOf("matrix", "row", "group")] | None = None
+    group_size: Count | None = None
+    rms: Positive | None = None
+    candidates: tuple[Positive, ...] = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
+    shrink_steps: Natural = 0
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
-            raise InputError(f"scale.method is {self.method!r}; allowed are {', '.join(_METHODS)}")
-        if self.granularity not in _GRANULARITIES:
-            raise InputError(f"scale.granularity is {self.granularity!r}; allowed are {', '.join(_GRANULARITIES)}")
+        check_options(self, "scale")
+        if self.granularity is None:
+            object.__setattr__(self, "granularity", "row" if self.method == "minmax" else "matrix")
         if (self.granularity == "group") != (self.group_size is not None):
             raise InputError(
                 f"scale.granularity is {self.granularity!r} and scale.group_size is {self.group_size}; "
                 "give a group size with granularity=group and only then"
             )
-        if self.group_size is not None and self.group_size < 1:
-            raise InputError(f"scale.group_size is {self.group_size}; it is a positive number of columns")
-        if self.rms is not None and not self.rms > 0:
-            raise InputError(f"scale.rms is {self.rms}; it is a positive number")
-        if self.method == "search" and not (self.candidates and all(c > 0 for c in self.candidates)):
-            raise InputError(f"scale.candidates is {self.candidates}; search needs at least one positive factor")
+        if self.method == "search" and not self.candidates:
+            raise InputError("scale.candidates is empty; search needs at least one factor")
 
 
 @struct.dataclass

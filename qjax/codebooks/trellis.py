@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from qjax.codebooks.tail_biting import one_pass_tail_biting, tail_biting
 from qjax.codebooks.trellis_codes import COMPUTED, RMS, TABLES, gaussian_table, hybrid_table, state_values
 from qjax.codebooks.vector import check_bits, check_rms
 from qjax.errors import InputError, listed
+from qjax.registry import Count, Natural, OneOf, Positive
 from qjax.typing import Leaf
 
 __all__ = ["Trellis", "trellis"]
@@ -187,14 +188,14 @@ class Trellis:
 def trellis(
     bits: int | float,
     L: int = 12,
-    V: int | None = None,
-    code: str = "1mad",
-    rms: float | None = None,
-    Q: int = 9,
-    seed: int = 0,
-    overlap: int | None = 64,
-    budget_mib: int = 64,
-    search: str = "two_pass",
+    V: Count | None = None,
+    code: Annotated[str, OneOf("1mad", "2mad", "3inst", "mul1", "mcg", "hyb", "lut")] = "1mad",
+    rms: Positive | None = None,
+    Q: Count = 9,
+    seed: Natural = 0,
+    overlap: Natural | None = 64,
+    budget_mib: Count = 64,
+    search: Annotated[str, OneOf("two_pass", "one_pass")] = "two_pass",
 ) -> Trellis:
     """Trellis codes of 1 to 8 bits per weight.
 

@@ -36,7 +36,7 @@ class Corpus:
     packing: str = "stream"
 
 
-SOURCES: Registry[Corpus] = Registry("data source")
+SOURCES: Registry[Corpus] = Registry("data source", "qjax.data.SOURCES")
 
 
 def digest(documents: Documents) -> str:

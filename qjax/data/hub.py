@@ -9,6 +9,7 @@ from typing import Any
 
 from qjax.data.corpus import SOURCES, Corpus, cut_documents
 from qjax.errors import DataError, InputError, listed
+from qjax.registry import Count, Part
 
 __all__ = ["PROTOCOLS", "Protocol", "hf"]
 
@@ -54,8 +55,8 @@ PROTOCOLS: dict[str, Protocol] = {
 def hf(
     protocol: str,
     field: str = "text",
-    limit: int = 20_000,
-    split: float = 0.85,
+    limit: Count = 20_000,
+    split: Part = 0.85,
     opener: Opener | None = None,
 ) -> Corpus:
     """Rows of a dataset: at most `limit` of each split, in the dataset's order.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -13,8 +13,9 @@ from qjax.data.packing import CHOICES, interleave, shares
 from qjax.data.stream import Tokenizer, TokenSplit, TokenStream, check_disjoint
 from qjax.data.windows import Plan, stream_of
 from qjax.errors import DataError, InputError
+from qjax.registry import Count, OneOf
 
-__all__ = ["BOS_POLICIES", "PACKINGS", "load"]
+__all__ = ["BOS_POLICIES", "PACKINGS", "Mixture", "Windows", "load"]
 
 BOS_POLICIES = ("none", "sequence", "document")
 PACKINGS = ("stream", "document_first", "document_random")
@@ -22,6 +23,49 @@ PACKINGS = ("stream", "document_first", "document_random")
 EVALUATION_SEED = 0
 
 Counts = tuple[int | None, int | None]  # calibration and evaluation sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """The options that all data sources share.
+
+    Attributes:
+      calibration_sequences: number of calibration windows; None takes all there are.
+      evaluation_sequences: number of evaluation windows; None takes all there are.
+      length: tokens per window, BOS included.
+      bos: "none"; "sequence": every window begins with BOS; "document": every document does.
+      windows: choice of the calibration windows: "random" (the seed's permutation), "even" or "first".
+      evaluation_windows: choice of the evaluation windows; "random" has a constant seed.
+      packing: "stream" cuts the joined documents without gap or overlap; "document_first" and "document_random" take
+        one window of every document that is long enough. None: as the source's protocol says, else "stream".
+    """
+
+    calibration_sequences: Count | None = 96
+    evaluation_sequences: Count | None = 32
+    length: Count = 256
+    bos: Annotated[str, OneOf("none", "sequence", "document")] = "none"
+    windows: Annotated[str, OneOf("random", "even", "first")] = "random"
+    evaluation_windows: Annotated[str, OneOf("random", "even", "first")] = "even"
+    packing: Annotated[str, OneOf("stream", "document_first", "document_random")] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several domains by weight, interleaved; each part as one of the other sources with a weight.
+
+    Another part, and without one of these: data=mixture '+data.parts.wiki={source: text, path: wiki.txt, weight: 1.0}'
+    '~data.parts.kjv'
+
+    Attributes:
+      parts: `{name: {source: …, weight: 1.0, …}}`.
+    """
+
+    parts: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {
+            "pydoc": {"source": "pydoc", "weight": 1.0},
+            "kjv": {"source": "kjv", "weight": 1.0},
+        }
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +119,14 @@ def load(
     source: str,
     tokenizer: Tokenizer | None,
     *,
-    calibration_sequences: int | None,
-    evaluation_sequences: int | None,
-    length: int,
-    bos: str = "none",
+    calibration_sequences: int | None = Windows.calibration_sequences,
+    evaluation_sequences: int | None = Windows.evaluation_sequences,
+    length: int = Windows.length,
+    bos: str = Windows.bos,
     seed: int = 0,
-    windows: str = "random",
-    evaluation_windows: str = "even",
-    packing: str | None = None,
+    windows: str = Windows.windows,
+    evaluation_windows: str = Windows.evaluation_windows,
+    packing: str | None = Windows.packing,
     vocab_size: int | None = None,
     bos_id: int | None = None,
     **options: Any,

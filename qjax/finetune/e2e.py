@@ -10,82 +10,84 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from qjax.data import TokenStream
-from qjax.errors import InputError
 from qjax.finetune import latent, lora
 from qjax.finetune.edges import by_name
 from qjax.finetune.loop import Options, Result, Step, Task, tune
-from qjax.finetune.optimizer import Optimizer
+from qjax.finetune.lora import Adapters
+from qjax.finetune.methods import TUNINGS, Tuned, TuningMethod
+from qjax.finetune.optimizer import Schedule
 from qjax.finetune.parameters import Trainable, merged, tunable, view
 from qjax.finetune.rules import RateRule, assign
 from qjax.finetune.sharding import Parts, check_mesh, placing
 from qjax.finetune.targets import targets
 from qjax.models import Model
 from qjax.models.transformer import head
+from qjax.registry import Count, OneOf
 from qjax.runtime.mesh import fetched
 from qjax.runtime.monitor import peak_memory_bytes
 from qjax.training.checkpoint import Checkpoints
 
-__all__ = ["Settings", "Tuned", "end_to_end", "movement"]
+__all__ = ["EndToEnd", "end_to_end", "movement"]
 
 
+@TUNINGS.register("e2e")
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The options of end-to-end tuning; `configs/finetune/e2e.yaml` explains and sets them.
+class EndToEnd(TuningMethod):
+    """End-to-end tuning towards the original model's distributions: gains (real-valued SU, SV), norms; codes stay.
+
+    Sources: QuIP# (2402.04396), section 5; QTIP (2406.11235).
 
     Attributes:
+      loss: "kl" is KL(original ‖ quantised), "next_token" the cross entropy of the text.
       tokens: tokens that are read, over all epochs.
-      sequences: different windows; None takes all there are.
-      validation: further windows that choose the best.
-      topk: likeliest tokens of the teacher that count, None for all.
-      qat: tune the original weights, rounded in every pass, instead of what surrounds the codes.
+      sequences: different windows of the text; None takes all there are.
+      validation: further windows, which choose the best step.
+      batch: windows per gradient.
+      accumulate: gradients per step.
+      topk: likeliest tokens of the original that count, the rest as one; None counts all, exactly.
+      rules: learning rates by parameter, ordered, the first match wins; rate None freezes, and a parameter that no rule
+        covers is an error. Names: layers.3.self_attn.q_proj.input_gain, .output_gain, .scaling.relative (scales in the
+        rotated basis), layers.3.input_layernorm, norm, embed (with tied embeddings also the head), head, table.0 (HYB's
+        or the random code's table). Scales and tables make every step decode.
+      optimizer: AdamW on a cosine.
+      dtype: of activations; bfloat16 for accelerators.
+      remat: compute blocks again in the backward pass instead of keeping their activations.
+      chunk: positions whose logits exist at a time.
+      validate_every: steps between validations.
+      checkpoint_every: steps between checkpoints; a killed run continues from the last one.
     """
 
-    rules: tuple[RateRule, ...]
-    tokens: int
-    sequences: int | None = None
-    validation: int = 8
-    batch: int = 4
-    accumulate: int = 1
-    topk: int | None = None
-    optimizer: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    loss: str = "kl"
-    dtype: str = "float32"
+    name: ClassVar[str] = "e2e"
+    loss: Annotated[str, OneOf("kl", "next_token")] = "kl"
+    tokens: Count = 131072
+    sequences: Count | None = None
+    validation: Count = 8
+    batch: Count = 4
+    accumulate: Count = 1
+    topk: Count | None = None
+    rules: tuple[RateRule, ...] = (
+        RateRule(r"_gain$", 2.0e-3),
+        RateRule(r"norm(\.\w+)?$", 2.0e-3),
+        RateRule(".", None),
+    )
+    optimizer: Schedule = dataclasses.field(default_factory=Schedule)
+    dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
     remat: bool = True
-    chunk: int = 512
-    validate_every: int = 10
-    checkpoint_every: int = 10
-    lora: Mapping[str, Any] | None = None
-    qat: bool = False
+    chunk: Count = 512
+    validate_every: Count = 10
+    checkpoint_every: Count = 10
 
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Settings:
-        """From plain values, `name` left out. Raises InputError for options that do not exist or are out of range."""
-        values = {key: value for key, value in options.items() if key != "name"}
-        known = {field.name for field in dataclasses.fields(cls)}
-        if surplus := sorted(set(values) - known):
-            raise InputError(f"finetune has no option {', '.join(surplus)}; its options are {', '.join(sorted(known))}")
-        settings = cls(**{**values, "rules": RateRule.several(values.get("rules", ()))})
-        for name in ("tokens", "validation", "batch", "accumulate"):
-            if getattr(settings, name) < 1:
-                raise InputError(f"finetune.{name} is {getattr(settings, name)}; it must be at least 1")
-        if settings.topk is not None and settings.topk < 1:
-            raise InputError(f"finetune.topk is {settings.topk}; at least 1, or null for all tokens")
-        if settings.lora is not None and (set(settings.lora) - {"rank", "alpha", "pattern"}):
-            raise InputError(f"finetune.lora has the options rank, alpha and pattern; found {dict(settings.lora)}")
-        settings.options()
-        unknown = set(settings.optimizer) - {field.name for field in dataclasses.fields(Optimizer)} | (
-            {"steps"} & set(settings.optimizer)
-        )
-        if unknown:
-            raise InputError(f"finetune.optimizer has no option {', '.join(sorted(unknown))}")
-        return settings
+    @property
+    def adapters(self) -> Adapters | None:
+        """The low-rank adapters that are tuned; None where there are none."""
+        return None
 
     def options(self) -> Options:
         """The static choices of a step."""
@@ -95,13 +97,9 @@ class Settings:
         """The number of windows that the text must give, validation included."""
         return None if self.sequences is None else self.sequences + self.validation
 
-
-@dataclasses.dataclass(frozen=True)
-class Tuned:
-    """The tuned model and what `results.json` says about its tuning."""
-
-    params: Any
-    report: dict[str, Any]
+    def tune(self, reference: Model, params: Any, tokens: TokenStream, **given: Any) -> Tuned:
+        """As `end_to_end`."""
+        return end_to_end(reference, params, tokens, self, **given)
 
 
 def movement(start: Mapping[str, Any], end: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -123,7 +121,7 @@ def movement(start: Mapping[str, Any], end: Mapping[str, Any]) -> dict[str, dict
     return report
 
 
-def _digest(settings: Settings, model: Trainable, fingerprint: str, tokens: TokenStream, seed: int) -> str:
+def _digest(settings: EndToEnd, model: Trainable, fingerprint: str, tokens: TokenStream, seed: int) -> str:
     hasher = hashlib.sha256(json.dumps([repr(settings), fingerprint, tokens.sha256, seed]).encode())
     for name, value in sorted(model.tuned.items()):
         hasher.update(name.encode() + fetched(value).tobytes() + model.rates[name].tobytes())
@@ -134,7 +132,7 @@ def end_to_end(
     reference: Model,
     params: Any,
     tokens: TokenStream,
-    settings: Settings,
+    settings: EndToEnd,
     *,
     seed: int,
     identity: str,
@@ -159,10 +157,10 @@ def end_to_end(
     """
     windows, held = tokens.tokens[: -settings.validation], tokens.tokens[-settings.validation :]
     steps = settings.tokens // (settings.batch * settings.accumulate * tokens.length)
-    optimizer = Optimizer(steps=steps, **settings.optimizer)
-    if settings.lora is not None:
-        params = lora.adapted(params, wrapped_key(seed), **settings.lora)
-    if settings.qat:
+    optimizer = settings.optimizer.over(steps)
+    if settings.adapters is not None:
+        params = lora.adapted(params, wrapped_key(seed), **dataclasses.asdict(settings.adapters))
+    if settings.tunes_weights:
         params = latent.rounding_latents(params, reference.params)
     names = tunable(params)
     if mesh is not None:
@@ -215,9 +213,9 @@ def end_to_end(
         if checkpoints is not None:
             checkpoints.close()
     tuned = merged(params, model.layout, result.tuned)
-    if settings.lora is not None:
+    if settings.adapters is not None:
         tuned = lora.filled(tuned, model.layout, result.tuned)
-    if settings.qat:
+    if settings.tunes_weights:
         tuned = latent.closed(tuned, model.layout, result.tuned)
     return Tuned(tuned, _report(result, task, len(names)))
 
@@ -245,3 +243,45 @@ def _report(result: Result, task: Task, names: int) -> dict[str, Any]:
         "moved": movement(task.model.tuned, result.tuned),
         "history": result.history,
     }
+
+
+@TUNINGS.register("lora")
+@dataclasses.dataclass(frozen=True)
+class LowRankAdapters(EndToEnd):
+    """Low-rank adapters over frozen codes of any codebook, which the backward pass decodes again.
+
+    They are saved beside the artifact. Source: ModuLoRA (2309.16119).
+
+    Attributes:
+      lora: rank and scale of the adapters, and the quantised layers that get them.
+    """
+
+    name: ClassVar[str] = "lora"
+    loss: Annotated[str, OneOf("kl", "next_token")] = "next_token"
+    tokens: Count = 65536
+    rules: tuple[RateRule, ...] = (RateRule(r"lora_[ab]$", 1.0e-3), RateRule(".", None))
+    optimizer: Schedule = dataclasses.field(default_factory=lambda: Schedule(eps=1.0e-8))
+    lora: Adapters = dataclasses.field(default_factory=Adapters)
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """Those of the option `lora`."""
+        return self.lora
+
+
+@TUNINGS.register("qat")
+@dataclasses.dataclass(frozen=True)
+class QuantisationAware(EndToEnd):
+    """Quantisation-aware training to compare with: the original weights, rounded in every pass to a scalar grid.
+
+    Straight-through, on e2e's tokens. Scales stay those of the quantisation that it starts from; the artifact has
+    ordinary codes. Names of rules: layers.3.mlp.up_proj.latent (weights in the rotated basis), norms, embed, head.
+    """
+
+    name: ClassVar[str] = "qat"
+    tunes_weights: ClassVar[bool] = True
+    rules: tuple[RateRule, ...] = (
+        RateRule(r"latent$", 1.0e-4),
+        RateRule(r"norm(\.\w+)?$", 1.0e-3),
+        RateRule(".", None),
+    )

@@ -9,6 +9,7 @@ anyway, its matrices are decoded once for both (`Adapted.opened`), and one block
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -30,11 +31,13 @@ from qjax.matrix.low_rank import LowRank
 from qjax.matrix.operator import LinearOperator, is_operator
 from qjax.matrix.sums import Sum
 from qjax.models.linear import linears_of, replace_linears
+from qjax.registry import Count, Positive, check_options
 from qjax.runtime.atomic import read_safetensors, write_safetensors
 from qjax.typing import Leaf
 
 __all__ = [
     "Adapted",
+    "Adapters",
     "Merged",
     "adapted",
     "adapters",
@@ -52,6 +55,24 @@ __all__ = [
 ]
 
 _FORMAT = "qjax-adapters-1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """The adapters of a model.
+
+    Attributes:
+      rank: r, of A and B.
+      alpha: α of the scale α/r.
+      pattern: a regular expression that the names of the quantised layers which get them contain.
+    """
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    pattern: str = "."
+
+    def __post_init__(self) -> None:
+        check_options(self, "finetune.lora")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

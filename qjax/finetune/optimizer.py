@@ -11,40 +11,55 @@ import optax
 from jaxtyping import Array
 
 from qjax.errors import InputError
+from qjax.registry import Decay, NotNegative, Positive, Share, check_options
 
-__all__ = ["Optimizer"]
+__all__ = ["Optimizer", "Schedule"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
-    """Static choices; the rates themselves come with `update`.
+class Schedule:
+    """AdamW on a cosine, in shares of its steps and of the peak rates.
 
     Attributes:
-      steps: of the whole run.
-      warmup: share of them in which the rate rises linearly.
+      warmup: share of the steps in which the rate rises linearly.
       final: the rate at the end as a share of the peak; it falls along a cosine.
-      b1, b2, eps: of Adam.
+      b1: Adam's decay of the mean gradient.
+      b2: Adam's decay of the mean square.
+      eps: Adam's ε.
       decay: decoupled weight decay.
       clip: largest global norm of a gradient.
     """
 
-    steps: int
-    warmup: float = 0.05
-    final: float = 0.05
-    b1: float = 0.9
-    b2: float = 0.99
-    eps: float = 1e-10
-    decay: float = 0.0
-    clip: float = 1.0
+    warmup: Decay = 0.05
+    final: Share = 0.05
+    b1: Decay = 0.9
+    b2: Decay = 0.99
+    eps: Positive = 1e-10
+    decay: NotNegative = 0.0
+    clip: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        check_options(self, "finetune.optimizer")
+
+    def over(self, steps: int) -> Optimizer:
+        """The optimiser of a run of `steps` steps."""
+        return Optimizer(**dataclasses.asdict(self), steps=steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(Schedule):
+    """Static choices; the rates themselves come with `update`.
+
+    Attributes:
+      steps: of the whole run.
+    """
+
+    steps: int = dataclasses.field(kw_only=True)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"finetune: {self.steps} steps; allow at least one batch of tokens")
-        if not (0 <= self.warmup < 1 and 0 <= self.final <= 1 and self.clip > 0 and self.decay >= 0):
-            raise InputError(
-                f"finetune.optimizer: warmup {self.warmup}, final {self.final}, clip {self.clip}, decay {self.decay}; "
-                "warmup and final are shares, clip is above 0, decay is 0 or more"
-            )
+        super().__post_init__()
 
     def _chain(self) -> optax.GradientTransformation:
         warmup = round(self.warmup * self.steps)

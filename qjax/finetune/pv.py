@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,56 +18,58 @@ import numpy as np
 
 from qjax.data import TokenStream
 from qjax.errors import InputError
-from qjax.finetune import e2e, latent
+from qjax.finetune import latent
 from qjax.finetune.discrete import downhill, inner, largest, moved, smoothness, tiled
-from qjax.finetune.e2e import Tuned, end_to_end
+from qjax.finetune.e2e import EndToEnd, end_to_end
 from qjax.finetune.edges import by_name
 from qjax.finetune.loop import Step
 from qjax.finetune.lora import mapped
+from qjax.finetune.methods import TUNINGS, Tuned
 from qjax.finetune.parameters import Trainable, layer_value, tunable, view
 from qjax.finetune.step import batch_loss
 from qjax.finetune.targets import targets
 from qjax.models import Model
 from qjax.models.transformer import head
+from qjax.registry import Count, Range
 from qjax.training.order import windows_at
 
-__all__ = ["Problem", "Settings", "alternate", "move_codes"]
+__all__ = ["PV", "Problem", "alternate", "move_codes"]
 
 _TRIES = 6  # subspaces, each a quarter of the one before
 _PROBE = 1e-2  # the gradient's change is measured over a step of this share of the values' length
 
 
+@TUNINGS.register("pv")
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The options of PV-style tuning; `configs/finetune/pv.yaml` explains and sets them.
+class PV(EndToEnd):
+    """PV-style tuning of any codebook: gains and norms as in e2e, in turns with steps that move a few of the codes.
+
+    Source: PV-Tuning (2405.14852).
 
     Attributes:
-      continuous: the options of end-to-end tuning, for all rounds together.
-      rounds: continuous parts; codes move between two of them.
-      share: of the tiles of every matrix, those with the largest gradient, that may move in one step.
+      rounds: parts of continuous tuning, which share the tokens; codes move between two of them.
+      share: of the tiles of every matrix, those with the largest gradient, that may move in a step; a quarter of them,
+        and so on, where the loss does not fall.
       batches: batches whose mean gradient decides.
     """
 
-    continuous: e2e.Settings
-    rounds: int = 4
-    share: float = 0.01
-    batches: int = 8
+    name: ClassVar[str] = "pv"
+    one_device: ClassVar[bool] = True
+    tunes_weights: ClassVar[bool] = True  # for a moment: the gradient of a matrix is as large
+    rounds: Annotated[int, Range("a number of rounds, at least 2", 2)] = 4
+    share: Annotated[float, Range("a share, greater than 0 and at most 1", 0, 1, low_open=True)] = 0.01
+    batches: Count = 8
 
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Settings:
-        """From plain values, `name` left out. Raises InputError for options that do not exist or are out of range."""
-        own = {key: options[key] for key in ("rounds", "share", "batches") if key in options}
-        settings = cls(e2e.Settings.of({key: value for key, value in options.items() if key not in own}), **own)
-        if settings.rounds < 2 or settings.batches < 1 or not 0 < settings.share <= 1:
-            raise InputError(
-                f"finetune: rounds {settings.rounds}, batches {settings.batches}, share {settings.share}; there are at "
-                "least 2 rounds and 1 batch, and share is above 0 and at most 1"
-            )
-        return settings
+    @property
+    def continuous(self) -> EndToEnd:
+        """The end-to-end tuning of all rounds together."""
+        return EndToEnd(**{field.name: getattr(self, field.name) for field in dataclasses.fields(EndToEnd)})
 
-    def windows(self) -> int | None:
-        """The number of windows that the text must give, validation included."""
-        return self.continuous.windows()
+    def tune(self, reference: Model, params: Any, tokens: TokenStream, **given: Any) -> Tuned:
+        """As `alternate`. Raises InputError for a mesh."""
+        if given.pop("mesh", None) is not None:
+            raise InputError("finetune=pv runs on one device; use mesh.data=1 mesh.model=1")
+        return alternate(reference, params, tokens, self, **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +203,7 @@ def alternate(
     reference: Model,
     params: Any,
     tokens: TokenStream,
-    settings: Settings,
+    settings: PV,
     *,
     seed: int,
     identity: str,
@@ -248,7 +250,7 @@ def alternate(
     return Tuned(params, _together(reports, moves))
 
 
-def _problem(reference: Model, model: Trainable, batches: np.ndarray, settings: e2e.Settings) -> Problem:
+def _problem(reference: Model, model: Trainable, batches: np.ndarray, settings: EndToEnd) -> Problem:
     config = reference.config
     found: dict[str, np.ndarray] = {}
     if settings.loss == "kl":

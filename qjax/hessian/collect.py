@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from qjax.errors import DataError, InputError
+from qjax.hessian.estimators import ESTIMATORS
 from qjax.hessian.moments import block_hessians_and_outputs
 from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
@@ -17,9 +18,7 @@ from qjax.runtime.mesh import single
 from qjax.streams.batches import Spread
 from qjax.streams.blocks import blocks
 
-__all__ = ["ESTIMATORS", "collect"]
-
-ESTIMATORS = ("input", "sketch_a", "sketch_b")
+__all__ = ["collect"]
 
 
 def collect(

@@ -37,6 +37,7 @@ class Sketch:
       estimator: "sketch_a" (per token) or "sketch_b" (per sequence).
       rounds: passes over the data. sketch_b: both factors are renewed in each, from the identity in the first.
         sketch_a: half-steps that renew H_in = E[x xᵀ] (the first), H_out, H_in, ... in turn; at least 2.
+        None: the least, 1 and 2.
       labels: "sampled" from the model's own softmax (the true Fisher), or the next token of the "data" (the empirical).
       seed: of the samples.
       compute: dtype of activations, gradients and of what enters the matrix products; sums are float32. "bfloat16" is
@@ -44,7 +45,7 @@ class Sketch:
     """
 
     estimator: str = "sketch_b"
-    rounds: int = 1
+    rounds: int | None = None
     labels: str = "sampled"
     seed: int = 0
     compute: str = "float32"
@@ -53,6 +54,8 @@ class Sketch:
         if self.estimator not in ("sketch_a", "sketch_b"):
             raise InputError(f"hessian.estimator is {self.estimator!r}; sketches are sketch_a and sketch_b")
         least = 2 if self.estimator == "sketch_a" else 1
+        if self.rounds is None:
+            object.__setattr__(self, "rounds", least)
         if self.rounds < least:
             raise InputError(f"hessian.rounds is {self.rounds}; {self.estimator} needs at least {least}")
         if self.labels not in LABELS:

@@ -6,18 +6,18 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Key
 
-from qjax.errors import InputError, listed
+from qjax.errors import InputError
 from qjax.incoherence.rotations import Rotation, SignedHadamard, TwoStageOrthogonal
 from qjax.incoherence.transform import Transform, widened
 from qjax.linalg.hadamard import MAX_BASE, hadamard_factor, next_hadamard_order
 from qjax.linalg.orthogonal import balanced_factors
-from qjax.registry import Registry
+from qjax.registry import Count, OneOf, Registry, check_options
 
 __all__ = [
     "INCOHERENCE",
@@ -33,7 +33,6 @@ __all__ = [
     "weight_incoherence",
 ]
 
-_SIDES = ("both", "input", "output")
 _FLOOR = 1e-8  # QuIP's clamp of both diagonals, relative to their largest value
 
 
@@ -71,12 +70,11 @@ class Incoherence(abc.ABC):
 
     name: ClassVar[str]
     rescale: bool = False
-    side: str = "both"
+    side: Annotated[str, OneOf("both", "input", "output")] = "both"
 
     def __post_init__(self) -> None:
-        """Check the options."""
-        if self.side not in _SIDES:
-            raise InputError(f"incoherence {self.name!r}: side is {self.side!r}; allowed are: {listed(_SIDES)}")
+        """Check the options. Raises InputError for a value of another kind or out of its range."""
+        check_options(self, "incoherence")
 
     @abc.abstractmethod
     def _padded(self, size: int, multiple: int) -> int:
@@ -148,7 +146,7 @@ def _abstract(family: Incoherence, out_features: int, in_features: int, multiple
     return jax.eval_shape(draw)
 
 
-INCOHERENCE: Registry[Incoherence] = Registry("incoherence")
+INCOHERENCE: Registry[Incoherence] = Registry("incoherence", "qjax.incoherence.INCOHERENCE")
 
 
 @INCOHERENCE.register("none")
@@ -185,7 +183,7 @@ class BlockHadamard(Incoherence):
     """Randomised Hadamard transforms of `block` consecutive values: cheaper, and local to a shard (as EXL3)."""
 
     name: ClassVar[str] = "block_hadamard"
-    block: int = 128
+    block: Count = 128
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -206,17 +204,13 @@ class Kronecker(Incoherence):
     """QuIP's two-stage random orthogonal transform. Source: QuIP (2307.13304), section 4.
 
     Attributes:
+      rescale: on by default, as published; models with a few enormous inputs are ruined without it.
       mode: "butterfly" for independent factors per block, "single" for one factor per stage (a Kronecker product).
     """
 
     name: ClassVar[str] = "kronecker"
-    mode: str = "butterfly"
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        if self.mode not in ("butterfly", "single"):
-            raise InputError(f"incoherence 'kronecker': mode is {self.mode!r}; allowed are: butterfly, single")
+    rescale: bool = True
+    mode: Annotated[str, OneOf("butterfly", "single")] = "butterfly"
 
     def _padded(self, size: int, multiple: int) -> int:
         padded = -(-size // multiple) * multiple
@@ -228,12 +222,12 @@ class Kronecker(Incoherence):
         return TwoStageOrthogonal.sample(key, size, self.mode == "single")
 
 
-def make(name: str, rescale: bool = False, **options: Any) -> Incoherence:
+def make(name: str, **options: Any) -> Incoherence:
     """The incoherence processing called `name`: "none", "hadamard", "block_hadamard" or "kronecker".
 
     Raises InputError for an unknown name or option.
     """
-    return INCOHERENCE.make(name, rescale=rescale, **options)
+    return INCOHERENCE.make(name, **options)
 
 
 def weight_incoherence(weight: Float[Array, "m n"]) -> Float[Array, ""]:

@@ -39,7 +39,7 @@ class Rotation(Protocol):
         ...
 
 
-ROTATIONS: Registry[Rotation] = Registry("rotation")
+ROTATIONS: Registry[Rotation] = Registry("rotation", "qjax.incoherence.ROTATIONS")
 """Builders of a rotation from its `spec()` and its arrays; raises InputError where they do not fit together."""
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from qjax.data.stream import TokenStream
 from qjax.errors import ArtifactError, InputError
-from qjax.hessian.collect import ESTIMATORS
+from qjax.hessian.estimators import ESTIMATORS
 from qjax.hessian.fit import Fit, measure_fit
 from qjax.hessian.sketch import Sketch
 from qjax.hessian.sketch_collect import ranges

@@ -16,7 +16,7 @@ import numpy as np
 
 from qjax import data, models
 from qjax.errors import RunError
-from qjax.finetune.rules import RateRule
+from qjax.finetune.methods import TuningMethod, method_of
 from qjax.models.config import ModelConfig
 from qjax.models.families import family
 from qjax.models.structure import structure
@@ -254,9 +254,6 @@ def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-_TOGETHER = ("e2e", "lora", "qat", "pv")  # tuning of the whole model at once
-
-
 def estimated(
     *,
     model: Mapping[str, Any],
@@ -273,8 +270,9 @@ def estimated(
     extra = Extra()
     if hessian["estimator"] != "input":
         extra = sketch_needs(config, batch=batch, length=length, budget=hessian["budget_gb"] * 1e9)
-    if finetune["name"] in _TOGETHER:
-        tuning = _tuning(finetune, config, length)
+    method = method_of(finetune)
+    if method is not None and not method.while_rounding:
+        tuning = _tuning(method, config, length)
         extra = Extra(max(extra.memory, tuning.memory), extra.disk + tuning.disk)
     return estimate(
         config,
@@ -285,33 +283,33 @@ def estimated(
         batch=batch,
         stored_hessians=hessian["stream"] == "original",
         streamed=streamed,
-        streams=activation_streams(hessian["stream"], finetune["name"] == "block"),
+        streams=activation_streams(hessian["stream"], method is not None and method.while_rounding),
         extra=extra,
     )
 
 
-def _tuning(finetune: Mapping[str, Any], config: models.ModelConfig, length: int) -> Extra:
-    rules = RateRule.several(finetune.get("rules", ()))
-    moves = lambda name: next((rule.rate for rule in rules if re.search(rule.pattern, name)), None)  # noqa: E731
-    windows = finetune.get("sequences")
+def _tuning(method: TuningMethod, config: models.ModelConfig, length: int) -> Extra:
+    """What a method needs that tunes the whole model; options that a user's own method lacks count as none."""
+    own: Mapping[str, Any] = {"batch": 1, "validation": 0, "loss": "kl", "chunk": 512} | vars(method)
+    moves = lambda name: next((r.rate for r in own.get("rules", ()) if re.search(r.pattern, name)), None)  # noqa: E731
+    windows = own.get("sequences")
     if windows is None:  # a text may have more windows than one epoch reads; their targets are made all the same
-        windows = -(-finetune["tokens"] // length)
-    rank = (finetune.get("lora") or {}).get("rank", 0)
-    latent = finetune["name"] in ("qat", "pv")  # a latent weight, or its gradient, is as large as the matrix
+        windows = -(-own.get("tokens", 0) // length)
+    adapters = own.get("lora")
     return tuning_needs(
         config,
-        batch=finetune["batch"],
+        batch=own["batch"],
         length=length,
-        windows=(windows + finetune["validation"]) * (finetune["loss"] == "kl"),
-        chunk=finetune["chunk"],
-        rank=config.hidden_size if latent else rank,
+        windows=(windows + own["validation"]) * (own["loss"] == "kl"),
+        chunk=own["chunk"],
+        rank=config.hidden_size if method.tunes_weights else adapters.rank if adapters else 0,
         dense=bool(moves("embed") or moves("head")),
-        topk=finetune.get("topk"),
+        topk=own.get("topk"),
     )
 
 
 def announced_place(
-    need: Estimate, out: pathlib.Path, memory: Mapping[str, Any], finetune: Mapping[str, Any], devices: int = 1
+    need: Estimate, out: pathlib.Path, memory: Mapping[str, Any], while_rounding: bool = False, devices: int = 1
 ) -> Place:
     """The place of the activations by the budgets `memory`, printed with the estimate. Raises RunError when none fits.
 
@@ -323,7 +321,7 @@ def announced_place(
         host_gb=memory["host_gb"],
         device_gb=memory.get("device_gb"),
         disk_gb=memory["disk_gb"],
-        on_device=finetune["name"] != "block" and devices == 1,
+        on_device=not while_rounding and devices == 1,
     )
     for line in need.lines(where):
         print(line, flush=True)

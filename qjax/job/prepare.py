@@ -65,7 +65,8 @@ def prepare(job: Job, mesh: Mesh) -> Prepared:
         tokens=tokens,
         streamed=job.streamed,
     )
-    where = on_all(lambda: announced_place(need, job.out, job.memory, job.finetune, mesh.size))
+    by_block = job.tuning is not None and job.tuning.while_rounding
+    where = on_all(lambda: announced_place(need, job.out, job.memory, by_block, mesh.size))
     found = run_warnings(files.config, tokens.calibration, files.tokenizer, job.data.get("bos", "none"))
     found += codebook_warnings(plan.codebook for plan in plans.values() if plan is not None)
     for warning in found:
@@ -83,7 +84,7 @@ def _check_length(tokens: data.TokenSplit, config: models.ModelConfig) -> None:
 
 def _tuning_mesh(job: Job, mesh: Mesh) -> Mesh | None:
     """The devices that end-to-end tuning is shared out among, checked before anything is computed; None is one."""
-    if mesh.size == 1 or job.finetune["name"] in ("none", "block", "pv"):
+    if mesh.size == 1 or job.tuning is None or job.tuning.one_device:
         return None
     check_mesh(mesh, job.finetune["batch"])
     return mesh
@@ -91,7 +92,7 @@ def _tuning_mesh(job: Job, mesh: Mesh) -> Mesh | None:
 
 def _check_processes(job: Job) -> None:
     """Raises InputError for a tuning that runs on one device in a job of several processes."""
-    if jax.process_count() > 1 and job.finetune["name"] in ("block", "pv"):
+    if jax.process_count() > 1 and job.tuning is not None and job.tuning.one_device:
         raise InputError(
             f"finetune is {job.finetune['name']!r}, which runs on one device, and there are {jax.process_count()} "
             "processes; use finetune=e2e, lora, qat or none, or one process"

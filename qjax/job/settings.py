@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,10 +12,9 @@ import jax
 
 from qjax.data import TokenSplit
 from qjax.errors import InputError
-from qjax.finetune import BlockSettings
+from qjax.finetune import TuningMethod, method_of
 from qjax.job.hessians import check_settings
 from qjax.job.inputs import Inputs
-from qjax.job.tuning import FINETUNE, settings_of
 from qjax.pipeline.quantize_model import STREAMS
 from qjax.pipeline.recipe import Recipe
 from qjax.runtime.fingerprint import versions
@@ -39,8 +39,7 @@ class Job:
       hessian: {"estimator", "stream", "batch"}, and the options of a sketch.
       evaluate: {"enabled", "batch"}.
       memory: {"device_gb", "host_gb", "disk_gb"}.
-      finetune: {"name": "none"}, "block" with the options of `qjax.finetune.BlockSettings`, "e2e", "lora" or "qat" with
-        those of `qjax.finetune.Settings`, "pv" with those of `qjax.finetune.pv.Settings`.
+      finetune: {"name": "none"}, or the name of a tuning method (`qjax.finetune.TUNINGS`) with its options.
       cache: folder shared between runs for Hessians and reference states.
       tracker: makes the tracker, given the run directory.
       inputs: the model and the tokens that jobs of one process share.
@@ -73,28 +72,27 @@ class Job:
             raise InputError(f"hessian.stream is {self.hessian['stream']!r}; allowed are {', '.join(STREAMS)}")
         if not 0 <= self.hessian["correction"] <= 1:
             raise InputError(f"hessian.correction is {self.hessian['correction']}; it is a share, 0 to 1")
-        if self.finetune["name"] not in FINETUNE:
-            raise InputError(f"finetune is {self.finetune['name']!r}; there is: {', '.join(FINETUNE)}")
-        if self.finetune["name"] == "block":
-            BlockSettings.of(self.finetune)
-            if self.hessian["stream"] != "original":
-                raise InputError(
-                    f"finetune=block needs hessian=original (as recipe=quip_sharp and qtip have); found the stream "
-                    f"{self.hessian['stream']!r}"
-                )
-        elif self.finetune["name"] != "none":
-            settings_of(self.finetune)
+        if self.tuning is not None and self.tuning.while_rounding and self.hessian["stream"] != "original":
+            raise InputError(
+                f"finetune={self.tuning.name} needs hessian=original (as preset=quip_sharp and qtip have); found the "
+                f"stream {self.hessian['stream']!r}"
+            )
         for group, key in (("hessian", "batch"), ("evaluate", "batch")):
             if getattr(self, group)[key] < 1:
                 raise InputError(
                     f"{group}.{key} is {getattr(self, group)[key]}; it is the number of sequences per step, at least 1"
                 )
 
+    @functools.cached_property
+    def tuning(self) -> TuningMethod | None:
+        """The tuning method, None where there is none. Raises InputError for one or for options that do not exist."""
+        return method_of(self.finetune)
+
     @property
     def streamed(self) -> bool:
         """Whether the run makes one pass over the blocks at a time alone; sketches and tuning go back and forth."""
         sketched = self.hessian["estimator"] != "input" or bool(self.hessian["fit_sequences"])
-        return not sketched and self.finetune["name"] in ("none", "block")
+        return not sketched and (self.tuning is None or self.tuning.while_rounding)
 
     def fingerprint(self, tokens: TokenSplit) -> dict[str, Any]:
         """All that decides the run's bytes: settings without places and conveniences, model, tokens, versions."""

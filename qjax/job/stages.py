@@ -11,7 +11,7 @@ import jax
 
 from qjax import models
 from qjax.evaluate.compare import compare, reference_states
-from qjax.finetune import BlockReport, BlockSettings
+from qjax.finetune import BlockReport, BlockTuning
 from qjax.hessian.fit import Fit
 from qjax.hessian.store import HessianStore
 from qjax.job.hessians import fits, provide
@@ -106,16 +106,16 @@ def compared(started: Started, params: Any, teacher: Any) -> dict[str, Any]:
 def tuned(started: Started, rounded: Rounded, teacher: Any) -> tuple[QuantizedModel, dict[str, Any]]:
     """The model after the tuning that the job asks for, and what its results say of it."""
     job, quantized = started.job, rounded.model
-    if job.finetune["name"] == "none":
+    if job.tuning is None:
         return quantized, {}
-    if job.finetune["name"] == "block":  # was tuned as it was rounded
+    if job.tuning.while_rounding:  # was tuned as it was rounded
         return quantized, {"finetune": {"blocks": rounded.blocks}}
     before = compared(started, quantized.params, teacher)
     with started.watch.stage("finetune"):
         found = finetune_model(
             started.model,
             quantized.params,
-            options=job.finetune,
+            method=job.tuning,
             text=job.data,
             seed=job.seed,
             cache=job.cache,
@@ -179,13 +179,13 @@ def _rounded_by(started: Started, batch: int, place: list[str]) -> Rounded:
             tracker.log({f"block/{key}": value for key, value in entry.items()}, step=progress.done)
             _log.info("block %d: %s", index, report)
 
-        if job.finetune["name"] == "block" and source.hessians is not None:
+        if isinstance(job.tuning, BlockTuning) and source.hessians is not None:
             quantized = quantize_and_tune(
                 model.config,
                 model.params,
                 calibration.tokens,
                 job.recipe,
-                BlockSettings.of(job.finetune),
+                job.tuning,
                 seed=job.seed,
                 hessians=source.hessians,
                 records=started.records,

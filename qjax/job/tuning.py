@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -12,8 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from qjax import data
-from qjax.errors import InputError
-from qjax.finetune import Settings, Step, Tuned, end_to_end, lora, pv
+from qjax.finetune import Step, Tuned, TuningMethod, lora
 from qjax.interchange import artifact
 from qjax.matrix.operator import operators
 from qjax.models import Model
@@ -23,29 +21,21 @@ from qjax.runtime.progress import Progress
 from qjax.runtime.tracker import Tracker
 
 __all__ = [
-    "FINETUNE",
     "finetune_model",
     "recovered",
     "save_adapters",
-    "settings_of",
     "stored_bits",
     "whole_model_bytes",
 ]
 
-FINETUNE = ("none", "block", "e2e", "lora", "pv", "qat")
 _log = logging.getLogger("qjax")
-
-
-def settings_of(options: Mapping[str, Any]) -> Settings | pv.Settings:
-    """The settings of tuning a whole quantised model. Raises InputError for wrong ones."""
-    return pv.Settings.of(options) if options["name"] == "pv" else Settings.of(options)
 
 
 def finetune_model(
     model: Model,
     params: Any,
     *,
-    options: Mapping[str, Any],
+    method: TuningMethod,
     text: Mapping[str, Any],
     seed: int,
     cache: pathlib.Path,
@@ -56,18 +46,17 @@ def finetune_model(
     """Tune the quantised `params` of the reference `model`.
 
     Args:
-      options: of the `finetune` group.
+      method: of the `finetune` group.
       text: of `qjax.data.load`; its calibration side is tuned on.
       cache: its folder `teachers` keeps the reference's states.
       out: its folder `finetune` keeps checkpoints.
       mesh: its axis "data" shares out parameters and batches, None is one device.
     """
-    settings = settings_of(options)
     tokens = data.load(
         tokenizer=model.tokenizer,
         vocab_size=model.config.vocab_size,
         seed=seed,
-        **{**text, "calibration_sequences": settings.windows()},
+        **{**text, "calibration_sequences": method.windows()},
     )
     with contextlib.ExitStack() as stack:
         shown: list[Progress] = []
@@ -91,16 +80,10 @@ def finetune_model(
             tracker.log({"finetune/loss": step.loss, "finetune/validation": step.validation}, step=step.step)
             _log.info("%s", step)
 
-        run: Any = functools.partial(end_to_end, mesh=mesh)
-        if isinstance(settings, pv.Settings):
-            if mesh is not None:
-                raise InputError("finetune=pv runs on one device; use mesh.data=1 mesh.model=1")
-            run = pv.alternate
-        tuned: Tuned = run(
+        tuned = method.tune(
             model,
             params,
             tokens.calibration,
-            settings,
             seed=seed,
             identity=identity(model.fingerprint["sha256"]),
             cache=cache / "teachers",
@@ -108,6 +91,7 @@ def finetune_model(
             on_plan=on_plan,
             on_teacher=on_teacher,
             on_step=on_step,
+            mesh=mesh,
         )
     if tuned.report["stopped"] is not None:
         print(f"fine-tuning stopped early at {tuned.report['stopped']}", flush=True)

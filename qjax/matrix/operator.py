@@ -65,7 +65,7 @@ class LinearOperator(Protocol):
         ...
 
 
-OPERATORS: Registry[LinearOperator] = Registry("operator")
+OPERATORS: Registry[LinearOperator] = Registry("operator", "qjax.matrix.OPERATORS")
 """Readers by kind: `reader(spec, arrays)` is the operator whose `spec()` and leaves by path these are.
 
 A reader raises InputError (or KeyError, TypeError, ValueError) for what does not fit; it must not trust any size.

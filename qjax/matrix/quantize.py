@@ -99,6 +99,8 @@ def default_scale_rule(codebook: Codebook, scale: float | ScaleRule | None) -> S
 
     The affine `grid` defaults to min–max per row (GPTQ), all other codebooks to one RMS scale for the matrix.
     """
+    if isinstance(scale, ScaleRule) and scale.method == "auto":
+        scale = None
     if isinstance(scale, ScaleRule):
         return scale
     if scale is None and getattr(codebook, "name", None) == "grid":

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from qjax.finetune.block import BlockReport, BlockSettings, tune_block
+from qjax.finetune.block import BlockReport, BlockTuning, tune_block
 from qjax.linalg.kronecker import Hessian
 from qjax.matrix.operator import LinearOperator, is_operator
 from qjax.matrix.quantize import MatrixReport
@@ -36,7 +36,7 @@ def quantize_and_tune(
     params: Any,
     tokens: np.ndarray,
     recipe: Recipe,
-    settings: BlockSettings,
+    settings: BlockTuning,
     *,
     seed: int,
     hessians: Callable[[int], Mapping[str, Hessian]],
@@ -92,7 +92,7 @@ def _one_block(
     x: np.ndarray,
     y: np.ndarray,
     config: ModelConfig,
-    tuning: BlockSettings,
+    tuning: BlockTuning,
     seed: int,
     quantize: Callable[[Any, str], tuple[LinearOperator, MatrixReport] | None],
 ) -> _Block:

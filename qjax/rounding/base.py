@@ -14,7 +14,7 @@ from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
 from qjax.linalg.kronecker import Hessian
-from qjax.registry import Registry
+from qjax.registry import Registry, check_options
 
 __all__ = ["ROUNDINGS", "Coded", "Problem", "Rounded", "Rounding", "RoundingAlgorithm", "check_shapes"]
 
@@ -70,7 +70,7 @@ class Rounding(Protocol):
         ...
 
 
-ROUNDINGS: Registry[Rounding] = Registry("rounding")
+ROUNDINGS: Registry[Rounding] = Registry("rounding", "qjax.rounding.ROUNDINGS")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +126,17 @@ class Coded:
 class RoundingAlgorithm(abc.ABC):
     """Base class of roundings: checks, default scaling, key, decoded values and `spec`; a subclass adds `round`.
 
-    A subclass is a frozen dataclass whose fields are its options, checked in `__post_init__`.
+    A subclass is a frozen dataclass whose fields are its options, checked by their types (`qjax.registry.ranges`).
 
     Attributes:
       name: the registered name.
     """
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Check the options. Raises InputError for a value of another kind or out of its range."""
+        check_options(self, "rounding")
 
     @abc.abstractmethod
     def round(self, problem: Problem) -> Coded:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +11,15 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling
-from qjax.errors import InputError
 from qjax.linalg.damping import damped_factor, unit_mean_diagonal
 from qjax.linalg.ldl import factor_blocks, invert_blocks, times_blocks
 from qjax.linalg.precision import precise
+from qjax.registry import Count, OneOf
 from qjax.rounding.base import ROUNDINGS, Coded, Problem, RoundingAlgorithm
 from qjax.rounding.columns import column_block, encode_columns, reorder
 from qjax.rounding.sweep import Sweep, merge_codes, resweep, widths
 
-__all__ = ["Greedy", "check_passes", "coupling", "damped", "descend", "split_codes"]
-
-
-def check_passes(passes: int, least: int) -> None:
-    """Raise InputError unless `passes` is a whole number, at least `least`."""
-    if passes != int(passes) or passes < least:
-        raise InputError(
-            f"rounding.passes is {passes}; it is a whole number of passes over the columns, at least {least}"
-        )
+__all__ = ["Greedy", "coupling", "damped", "descend", "split_codes"]
 
 
 def damped(hessian: Float[Array, "n n"], damping: Array | float) -> Float[Array, "n n"]:
@@ -136,14 +128,9 @@ class Greedy(RoundingAlgorithm):
     """
 
     name: ClassVar[str] = "greedy"
-    passes: int = 9
-    order: str = "descending"
-    block: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.order not in ("natural", "descending"):
-            raise InputError(f"rounding.order is {self.order!r}; allowed for greedy are natural, descending")
-        check_passes(self.passes, 1)
+    passes: Count = 9
+    order: Annotated[str, OneOf("natural", "descending")] = "descending"
+    block: Count | None = None
 
     @property
     def independent_rows(self) -> bool:

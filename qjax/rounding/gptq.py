@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from qjax.codebooks.scaling import ScaleRule, Scaling, fit
 from qjax.errors import InputError
 from qjax.linalg.cholesky import invert_lower
 from qjax.linalg.damping import damped_factor
+from qjax.registry import OneOf
 from qjax.rounding.base import ROUNDINGS, Coded, Problem, RoundingAlgorithm
 from qjax.rounding.columns import compact, encode_columns, place, reorder
 from qjax.rounding.sweep import Sweep, merge_codes, sweep, widths
@@ -46,13 +47,9 @@ class GPTQ(RoundingAlgorithm):
     """
 
     name: ClassVar[str] = "gptq"
-    order: str = "natural"
+    order: Annotated[str, OneOf("natural", "descending")] = "natural"
     static_groups: bool = False
     rule: ScaleRule | None = None
-
-    def __post_init__(self) -> None:
-        if self.order not in ("natural", "descending"):
-            raise InputError(f"rounding.order is {self.order!r}; allowed for gptq are natural, descending")
 
     @property
     def independent_rows(self) -> bool:

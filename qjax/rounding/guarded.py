@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from qjax.errors import InputError
 from qjax.linalg.damping import damped_factor
+from qjax.registry import Count, NotNegative, Positive
 from qjax.rounding.base import ROUNDINGS, Coded, Problem, RoundingAlgorithm
 from qjax.rounding.descent import damped
 from qjax.rounding.ldlq import feedback_codes
@@ -38,20 +39,10 @@ class GuardedLDLQ(RoundingAlgorithm):
     """
 
     name: ClassVar[str] = "ldlq_guarded"
-    slack: float = 1.0
-    iterations: int = 100
-    rho: float = 0.1
+    slack: NotNegative = 1.0
+    iterations: Count = 100
+    rho: Positive = 0.1
     stochastic: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.slack >= 0:
-            raise InputError(f"rounding.slack is {self.slack}; it is a squared norm, 0 or more (QuIP uses 1)")
-        if self.iterations != int(self.iterations) or self.iterations < 1:
-            raise InputError(
-                f"rounding.iterations is {self.iterations}; it is a whole number, at least 1 (QuIP uses 100)"
-            )
-        if not self.rho > 0:
-            raise InputError(f"rounding.rho is {self.rho}; it is a positive number (QuIP uses 0.1)")
 
     @property
     def independent_rows(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import Scaling
-from qjax.errors import InputError
 from qjax.linalg.damping import damped_factor
+from qjax.registry import Count, Natural, OneOf
 from qjax.rounding.base import ROUNDINGS, Coded, Problem, RoundingAlgorithm
 from qjax.rounding.columns import column_block, encode_columns, place, reorder
-from qjax.rounding.descent import check_passes, damped, descend
+from qjax.rounding.descent import damped, descend
 from qjax.rounding.nearest import stochastic_codes
 from qjax.rounding.sweep import Sweep, merge_codes, sweep, widths
 
@@ -39,15 +39,10 @@ class LDLQ(RoundingAlgorithm):
     """
 
     name: ClassVar[str] = "ldlq"
-    block: int | None = None
-    order: str = "natural"
+    block: Count | None = None
+    order: Annotated[str, OneOf("natural", "ascending")] = "natural"
     stochastic: bool = False
-    passes: int = 0
-
-    def __post_init__(self) -> None:
-        if self.order not in ("natural", "ascending"):
-            raise InputError(f"rounding.order is {self.order!r}; allowed for ldlq are natural, ascending")
-        check_passes(self.passes, 0)
+    passes: Natural = 0
 
     @property
     def independent_rows(self) -> bool:

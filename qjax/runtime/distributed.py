@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from qjax import errors
 from qjax.errors import InputError, QjaxError, RunError
+from qjax.registry import Count, Natural
 
 __all__ = ["DistributedSettings", "initialise", "is_primary", "lost", "on_all", "on_primary"]
 
@@ -36,10 +37,10 @@ class DistributedSettings:
     """
 
     coordinator: str | None = None
-    processes: int = 1
-    process: int = 0
-    start_s: int = 300
-    heartbeat_s: int = 100
+    processes: Count = 1
+    process: Natural = 0
+    start_s: Count = 300
+    heartbeat_s: Count = 100
 
     def __post_init__(self) -> None:
         for name in ("processes", "process", "start_s", "heartbeat_s"):

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qjax.errors import InputError
+from qjax.registry import Count
 
 __all__ = ["AXES", "EACH", "WHOLE", "MeshSettings", "fetched", "make", "place", "single"]
 
@@ -33,8 +34,8 @@ class MeshSettings:
     Raises InputError for a size that is not a positive whole number.
     """
 
-    data: int | None = 1
-    model: int = 1
+    data: Count | None = 1
+    model: Count = 1
 
     def __post_init__(self) -> None:
         for axis, size in (("data", self.data), ("model", self.model)):

@@ -42,7 +42,7 @@ class Tracker(Protocol):
         ...
 
 
-TRACKERS: Registry[Tracker] = Registry("tracker")
+TRACKERS: Registry[Tracker] = Registry("tracker", "qjax.runtime.TRACKERS")
 make = TRACKERS.make
 
 
@@ -101,10 +101,10 @@ class JsonLines:
         run_name: str | None = None,
         group: str | None = None,
         config: Mapping[str, Any] | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ):
         path = pathlib.Path(folder) / "metrics.jsonl"
-        self._clock = clock
+        self._clock = clock or time.time
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab+")

@@ -70,7 +70,7 @@ class Family(abc.ABC):
         """The factor of the vocabulary's matrix; x the last block's output, `parameters` the model's "norm"."""
 
 
-FAMILIES: Registry[Family] = Registry("model family")
+FAMILIES: Registry[Family] = Registry("model family", "qjax.models.families.FAMILIES")
 """By the name of the architecture in `config.json`."""
 
 

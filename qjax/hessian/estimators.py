@@ -1,0 +1,101 @@
+"""Hessian estimators: frozen dataclasses whose fields are the options of `hessian=`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+from qjax.registry import Count, Natural, OneOf, Positive, Registry, Share, check_options
+
+__all__ = ["ESTIMATORS", "Estimator", "Moments", "SketchA", "SketchB"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """What all estimators have in common.
+
+    Attributes:
+      stream: whose activations calibrate a block: "original", the original model's, whose Hessians are kept in the
+        cache and shared by every run on the same model and tokens (QuIP#, QTIP); "quantized", what the quantised blocks
+        before it produce (GPTQ, QuIP); "corrected", as quantized, and every block's targets make up for the errors of
+        the blocks before it (QEP, GPTAQ): V = W + s W (C − H) H⁻¹, at twice the calibration time.
+      batch: sequences per step.
+      correction: the share s of the least-squares correction; 1 fits the calibration text fully. Of stream=corrected.
+      sequences: of the calibration, from the first on; None is all of them. Of stream=original.
+      fit_sequences: evaluation sequences on which the cosine with the true Fisher and an error bound are measured. Of
+        stream=original.
+    """
+
+    name: ClassVar[str]
+    stream: Annotated[str, OneOf("original", "quantized", "corrected")] = "original"
+    batch: Count = 8
+    correction: Share = 0.5
+    sequences: Count | None = None
+    fit_sequences: Natural = 0
+
+    def __post_init__(self) -> None:
+        """Check the options. Raises InputError for a value of another kind or out of its range."""
+        check_options(self, "hessian")
+
+
+ESTIMATORS: Registry[Estimator] = Registry("Hessian estimator", "qjax.hessian.ESTIMATORS")
+
+
+@ESTIMATORS.register("input")
+@dataclasses.dataclass(frozen=True)
+class Moments(Estimator):
+    """The second moment of the inputs, `H_in = E[x xᵀ]`, uncentred. Source: GPTQ (2210.17323)."""
+
+    name: ClassVar[str] = "input"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sketched(Estimator):
+    """What both sketches have in common.
+
+    Attributes:
+      batch: sequences per step; sampling labels needs 12 bytes × batch × length × vocabulary.
+      labels: "sampled" from the model's own softmax (the true Fisher), "data" (the empirical Fisher).
+      seed: of the labels.
+      compute: dtype of activations, gradients and operands of products (sums stay float32); bfloat16 for devices that
+        multiply it faster.
+      input: "sketch", or "moment": E[x xᵀ] as input factor, of the stream; the sketch then gives H_out only.
+      budget_gb: sums held at once; a pass is repeated for every range of blocks that this makes necessary.
+      checkpoint_s: seconds between checkpoints of a collection.
+    """
+
+    batch: Count = 4
+    labels: Annotated[str, OneOf("sampled", "data")] = "sampled"
+    seed: Natural = 0
+    compute: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
+    input: Annotated[str, OneOf("sketch", "moment")] = "sketch"
+    budget_gb: Positive = 8.0
+    checkpoint_s: Positive = 600.0
+
+
+@ESTIMATORS.register("sketch_a")
+@dataclasses.dataclass(frozen=True)
+class SketchA(_Sketched):
+    """YAQA's sketch A (2505.22988): both factors of `H ≈ H_out ⊗ H_in`, tokens taken as independent.
+
+    Attributes:
+      rounds: half-steps of the power iteration, E[x xᵀ] being the first: 2 adds H_out, 3 renews H_in, ...
+    """
+
+    name: ClassVar[str] = "sketch_a"
+    rounds: Count = 2
+
+
+@ESTIMATORS.register("sketch_b")
+@dataclasses.dataclass(frozen=True)
+class SketchB(_Sketched):
+    """YAQA's sketch B (2505.22988): both factors of `H ≈ H_out ⊗ H_in` from gradients of whole sequences.
+
+    Attributes:
+      rounds: passes over the data, from the identity.
+      prefixes: sizes such as [192, 384]: the same pass also stores their sketches, for runs with that many `sequences`.
+    """
+
+    name: ClassVar[str] = "sketch_b"
+    rounds: Count = 1
+    prefixes: tuple[Count, ...] = ()
