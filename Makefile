@@ -46,7 +46,7 @@ ISA_AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
 ISA_SSE4_2 := ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem
 
 .PHONY: help demo test test-short test-isa test-isa-short test-isa-AVX2 test-isa-SSE4_2 test-gpu-aot test-tpu-aot \
-  lint typecheck format bench clean venv
+  lint typecheck format config-reference bench clean venv
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -69,7 +69,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 
 demo: $(STAMP) ## quantise SmolLM2-135M at 2 bits with three rounding algorithms and compare them
 	$(BIN)/python -m experiments.quantize -m experiment=demo rounding=nearest,gptq,ldlq
-	$(BIN)/python -m experiments.quantize experiment=demo recipe=ldlq out=runs/demo/ldlq-corrected
+	$(BIN)/python -m experiments.quantize experiment=demo preset=ldlq out=runs/demo/ldlq-corrected
 	$(BIN)/python -m experiments.report runs=runs/demo out=runs/demo/report
 
 test: lint typecheck ## lint, format check, type check and all tests
@@ -111,6 +111,9 @@ typecheck: $(STAMP) ## pyright
 format: $(STAMP) ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+config-reference: $(STAMP) ## build docs/config-reference.md from what is registered
+	$(BIN)/python scripts/make_config_reference.py
 
 bench: $(STAMP) ## seconds and GFLOP/s of the steps for one matrix
 	$(BIN)/python -m experiments.bench matrix

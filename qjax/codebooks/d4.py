@@ -73,8 +73,10 @@ class D4(VectorCodebook):
 
 @CODEBOOKS.register("d4")
 def d4(bits: int | float = 2, rms: Positive | None = None) -> D4:
-    """D4 (2 bits). `rms` defaults to 1.21, the Gaussian optimum; QuIP# suggests 1.1 for a whole pipeline.
+    """D4 (2 bits): 256 points of D4 + ½. Raises InputError for another bit width.
 
-    Raises InputError for another bit width.
+    Args:
+      bits: 2.
+      rms: the input RMS; None is 1.21, the Gaussian optimum; QuIP# suggests 1.1 for a whole pipeline.
     """
     return D4("d4", check_bits("d4", bits), check_rms("d4", rms, 1.21))

@@ -108,5 +108,10 @@ def _pick(values: list[Array], at: Array) -> Array:
 
 @CODEBOOKS.register("e81b")
 def e81b(bits: int | float = 1, rms: Positive | None = None) -> E81B:
-    """E81B (1 bit). `rms` defaults to 0.6, the Gaussian optimum. Raises InputError for another bit width."""
+    """E81B (1 bit): 256 points of E8. Raises InputError for another bit width.
+
+    Args:
+      bits: 1.
+      rms: the input RMS; None is 0.6, the Gaussian optimum.
+    """
     return E81B("e81b", check_bits("e81b", bits), check_rms("e81b", rms, 0.6))

@@ -230,8 +230,10 @@ def _encode(option: Array, levels: Sequence[Array], negative: Sequence[Array], m
 
 @CODEBOOKS.register("e8p")
 def e8p(bits: int | float = 2, rms: Positive | None = None) -> E8P:
-    """E8P12 (2 bits). `rms` defaults to 1.03, the Gaussian optimum; QuIP# suggests 0.9 for a whole pipeline.
+    """E8P12 (2 bits), the lattice codebook of QuIP#. Raises InputError for another bit width.
 
-    Raises InputError for another bit width.
+    Args:
+      bits: 2.
+      rms: the input RMS; None is 1.03, the Gaussian optimum; QuIP# suggests 0.9 for a whole pipeline.
     """
     return E8P("e8p", check_bits("e8p", bits), check_rms("e8p", rms, 1.03))

@@ -122,28 +122,48 @@ def _check(name: str, bits: int | float) -> int:
 
 @CODEBOOKS.register("grid")
 def grid(bits: int | float, rms: Positive | None = None) -> UniformCodebook:
-    """Integers `0 … 2^bits − 1`, to be used with a scale and a zero per row or group (GPTQ, section 3)."""
+    """Integers `0 … 2^bits − 1`, to be used with a scale and a zero per row or group (GPTQ, section 3).
+
+    Args:
+      bits: per weight.
+      rms: the input RMS, for a scale by RMS; None is what suits a Gaussian best.
+    """
     bits = _check("grid", bits)
     return UniformCodebook("grid", bits, rms or _symmetric_rms(bits), 0.0)
 
 
 @CODEBOOKS.register("half_integer")
 def half_integer(bits: int | float, rms: Positive | None = None) -> UniformCodebook:
-    """Symmetric levels `±½, ±3/2, …`; `rms` defaults to the Gaussian optimum (0.63, 1.005, 1.71, 2.985 at 1–4 bits)."""
+    """Symmetric levels `±½, ±3/2, …`.
+
+    Args:
+      bits: per weight.
+      rms: the input RMS; None is the Gaussian optimum (0.63, 1.005, 1.71, 2.985 at 1–4 bits).
+    """
     bits = _check("half_integer", bits)
     return UniformCodebook("half_integer", bits, rms or _symmetric_rms(bits), -(2**bits - 1) / 2)
 
 
 @CODEBOOKS.register("quip_grid")
 def quip_grid(bits: int | float, rms: Positive | None = None) -> UniformCodebook:
-    """`2^bits` uniform levels on ±2.4 RMS: in units of the step the RMS is `(2^bits − 1) / 4.8` (QuIP, section 4)."""
+    """`2^bits` uniform levels on ±2.4 RMS: in units of the step the RMS is `(2^bits − 1) / 4.8` (QuIP, section 4).
+
+    Args:
+      bits: per weight.
+      rms: the input RMS; None is QuIP's.
+    """
     bits = _check("quip_grid", bits)
     return UniformCodebook("quip_grid", bits, rms or (2**bits - 1) / 4.8, -(2**bits - 1) / 2)
 
 
 @CODEBOOKS.register("lloyd_max")
 def lloyd_max(bits: int | float, rms: Positive | None = None) -> LevelCodebook:
-    """The Lloyd–Max quantiser of N(0, 1): distortion 0.3634, 0.1175, 0.03455, 0.00950 at 1–4 bits."""
+    """The Lloyd–Max quantiser of N(0, 1): distortion 0.3634, 0.1175, 0.03455, 0.00950 at 1–4 bits.
+
+    Args:
+      bits: per weight.
+      rms: the input RMS; None is 1, for which the levels are best.
+    """
     bits = _check("lloyd_max", bits)
     return LevelCodebook("lloyd_max", bits, rms or 1.0, np.asarray(lloyd_max_levels(bits), np.float32))
 

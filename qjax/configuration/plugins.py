@@ -93,7 +93,10 @@ def _cause(error: Exception, name: str) -> str:
 
 
 def load_installed() -> int:
-    """Import what installed packages name under the entry point `qjax.plugins`; the number of them. Raises InputError as `load` does."""
+    """Import what installed packages name under the entry point `qjax.plugins`, and return how many there are.
+
+    Raises InputError as `load` does.
+    """
     points = metadata.entry_points(group=ENTRY_POINTS)
     for point in points:
         try:

@@ -1,7 +1,5 @@
 """Calibration and evaluation token streams: fixed-length windows of named sources, hashed and described."""
 
-from qjax.data import hub as _hub
-from qjax.data import text as _text  # both imports fill SOURCES
 from qjax.data.corpus import SOURCES, Corpus
 from qjax.data.loading import BOS_POLICIES, PACKINGS, load
 from qjax.data.stream import Tokenizer, TokenSplit, TokenStream, check_disjoint, check_vocabulary
@@ -18,5 +16,3 @@ __all__ = [
     "check_vocabulary",
     "load",
 ]
-
-del _hub, _text

@@ -61,7 +61,14 @@ def hf(
 ) -> Corpus:
     """Rows of a dataset: at most `limit` of each split, in the dataset's order.
 
-    Where the dataset has one split only, the fraction `split` of its characters (whole rows) is calibration. Raises
+    Args:
+      protocol: "wikitext2", "c4" or "redpajama".
+      field: the column of a document's text.
+      limit: rows that are read of each split.
+      split: where the dataset has one split only, the share of its characters (whole rows) that is calibration.
+      opener: opens the rows, in place of the library.
+
+    Raises
     InputError for an unknown protocol and DataError without the library, the network, or text in `field`.
     Source: the data loaders of GPTQ (arXiv:2210.17323) and the calibration sections of QuIP# (arXiv:2402.04396).
     """

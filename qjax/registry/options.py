@@ -8,15 +8,28 @@ import functools
 import inspect
 import math
 import pathlib
+import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from qjax.errors import InputError
 from qjax.registry.ranges import OneOf, Range
 
-__all__ = ["ANY", "REQUIRED", "Kind", "Option", "Options", "build", "check_options", "kind_of", "options_of", "plain"]
+__all__ = [
+    "ANY",
+    "REQUIRED",
+    "Kind",
+    "Option",
+    "Options",
+    "build",
+    "check_options",
+    "described",
+    "kind_of",
+    "options_of",
+    "plain",
+]
 
 REQUIRED = "???"
 """The default of an option that must be given, as OmegaConf writes it."""
@@ -120,7 +133,7 @@ class Options(Mapping[str, Option]):
     def __getitem__(self, name: str) -> Option:
         return self.known[name]
 
-    def __iter__(self) -> typing.Iterator[str]:
+    def __iter__(self) -> Iterator[str]:
         return iter(self.known)
 
     def __len__(self) -> int:
@@ -201,13 +214,14 @@ def options_of(constructor: Callable[..., Any]) -> Options:
         hints = typing.get_type_hints(_annotated(constructor), include_extras=True)
     except Exception:  # annotations of another module's own names: their values are then left to the constructor
         hints = {}
-    known, takes_others = {}, False
+    known, takes_others, told = {}, False, described(inspect.getdoc(constructor) or "")
     for parameter in inspect.signature(constructor).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             takes_others = True
         elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
             default = _default(constructor, parameter)
-            known[parameter.name] = Option(parameter.name, default, kind_of(hints.get(parameter.name, Any), _fields))
+            kind = kind_of(hints.get(parameter.name, Any), _fields)
+            known[parameter.name] = Option(parameter.name, default, kind, told.get(parameter.name, ""))
     return Options(known, takes_others, inspect.getdoc(constructor) or "")
 
 
@@ -259,3 +273,22 @@ def _typed(value: Any, annotation: Any) -> Any:
         inner = arguments[0] if arguments else Any
         return tuple(_typed(item, inner) for item in value)
     return value
+
+
+def described(doc: str) -> dict[str, str]:
+    """What a docstring says of each option, under "Attributes:" or "Args:"."""
+    part = re.search(r"^(?:Attributes|Args):\n((?:[ \t]+.*\n?|\n)+)", doc, re.M)
+    if part is None:
+        return {}
+    lines = [line for line in part.group(1).splitlines() if line.strip()]
+    indent = min(len(line) - len(line.lstrip()) for line in lines)
+    found: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in lines:
+        begun = re.match(r"([\w, ]+): (.*)", line[indent:])
+        if begun and not line[indent:].startswith(" "):
+            current = [begun.group(2).strip()]
+            found |= dict.fromkeys((name.strip() for name in begun.group(1).split(",")), current)
+        else:
+            current.append(line.strip())
+    return {name: " ".join(text) for name, text in found.items()}

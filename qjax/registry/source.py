@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qjax.registry import ranges
-from qjax.registry.options import ANY, REQUIRED, Kind, Option, Options, kind_of
+from qjax.registry.options import ANY, REQUIRED, Kind, Option, Options, described, kind_of
 
 __all__ = ["Unreadable", "found_in", "options_at"]
 
@@ -146,12 +146,12 @@ def _resolved(module: str, name: str) -> _Place | None:
 
 def _options(place: _Place) -> Options:
     node, doc = place.node, ast.get_docstring(place.node) or ""
-    described = _described(doc)
+    told = described(doc)
     if isinstance(node, ast.FunctionDef):
         known, takes_others = _arguments(place.module, node)
     else:
         known, takes_others = _members(place)
-    known = {key: dataclasses.replace(option, doc=described.get(key, option.doc)) for key, option in known.items()}
+    known = {key: dataclasses.replace(option, doc=told.get(key, option.doc)) for key, option in known.items()}
     return Options(known, takes_others, doc)
 
 
@@ -173,7 +173,8 @@ def _members(place: _Place) -> tuple[dict[str, Option], bool]:
             if text.startswith("ClassVar"):
                 continue
             default = REQUIRED if statement.value is None else _field_default(place.module, statement.value)
-            known[name] = Option(name, default, _kind(place.module, statement.annotation))
+            inherited = known[name].doc if name in known else ""
+            known[name] = Option(name, default, _kind(place.module, statement.annotation), inherited)
     return known, False
 
 
@@ -289,22 +290,3 @@ def _kind(module: str, annotation: ast.expr) -> Kind:
         return _options(place)
 
     return kind_of(_evaluated(annotation, _Names(module)), fields)
-
-
-def _described(doc: str) -> dict[str, str]:
-    """What a docstring says of each option, under "Attributes:" or "Args:"."""
-    part = re.search(r"^(?:Attributes|Args):\n((?:[ \t]+.*\n?|\n)+)", doc, re.M)
-    if part is None:
-        return {}
-    lines = [line for line in part.group(1).splitlines() if line.strip()]
-    indent = min(len(line) - len(line.lstrip()) for line in lines)
-    found: dict[str, list[str]] = {}
-    current: list[str] = []
-    for line in lines:
-        begun = re.match(r"([\w, ]+): (.*)", line[indent:])
-        if begun and not line[indent:].startswith(" "):
-            current = [begun.group(2).strip()]
-            found |= dict.fromkeys((name.strip() for name in begun.group(1).split(",")), current)
-        else:
-            current.append(line.strip())
-    return {name: " ".join(text) for name, text in found.items()}

@@ -11,10 +11,10 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from qjax.errors import InputError, RunError
-from qjax.registry import Registry
+from qjax.registry import OneOf, Registry
 
 __all__ = ["TRACKERS", "JsonLines", "NoTracker", "Tracker", "Wandb", "make"]
 
@@ -61,7 +61,14 @@ def _plain(value: Any) -> Any:
 
 @TRACKERS.register("none")
 class NoTracker:
-    """A tracker that records nothing. The arguments are those of the others."""
+    """A tracker that records nothing, beyond the files of the run directory.
+
+    Args:
+      folder: the run directory.
+      run_name: of the run.
+      group: of runs; null is the name of the sweep, with -m.
+      config: the settings of the run.
+    """
 
     def __init__(
         self,
@@ -92,6 +99,13 @@ class JsonLines:
 
     Every line has `kind` (`start`, `log`, `summary`, `artifact`) and `time` (seconds since 1970). A line that a killed
     run left unfinished is cut off. Raises RunError when the file cannot be opened.
+
+    Args:
+      folder: the run directory.
+      run_name: of the run.
+      group: of runs; null is the name of the sweep, with -m.
+      config: the settings of the run.
+      clock: the time of a line, in seconds since 1970.
     """
 
     def __init__(
@@ -154,6 +168,15 @@ class Wandb:
 
     The first failure of wandb, its absence included, is reported as one warning of the log; the run goes on without it.
     `wandb sync <folder>/wandb/offline-run-*` uploads later. Raises InputError for another mode.
+
+    Args:
+      folder: the run directory.
+      run_name: of the run.
+      group: of runs; null is the name of the sweep, with -m.
+      config: the settings of the run.
+      project: of W&B.
+      mode: "offline" or "online".
+      tags: a list; null is model, bits, rounding, codebook and what else was chosen by name.
     """
 
     def __init__(
@@ -164,7 +187,7 @@ class Wandb:
         group: str | None = None,
         config: Mapping[str, Any] | None = None,
         project: str = "qjax",
-        mode: str = "offline",
+        mode: Annotated[str, OneOf("offline", "online")] = "offline",
         tags: list[str] | None = None,
     ):
         if mode not in ("offline", "online"):

@@ -12,13 +12,15 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import experiments.quantize as quantize
-from experiments import _kinds, bench, evaluate, finetune, generate, hessians, report, train_tiny
+from experiments import bench, evaluate, finetune, generate, hessians, report, train_tiny
 from experiments._entry import plain
-from experiments._ranges import LIMITS
+from qjax.configuration import groups
+from qjax.configuration.check import check
 from qjax.errors import InputError, QjaxError
+from qjax.registry.options import Kind
 
 CONFIGS = pathlib.Path(quantize.CONFIGS)
-ENTRIES = {
+MAINS = {
     "quantize": quantize.main,
     "hessians": hessians.main,
     "evaluate_artifact": evaluate.main,
@@ -42,23 +44,35 @@ WIDTHS = {"e81b": 1, "e8p_rvq": 4}
 def base(entry):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose(entry, [f"{key}={GIVEN[key]}" for key in GIVEN if f"{key}: ???" in text(entry)])
-    return plain(config)
+        return plain(compose(entry, given(entry)))
 
 
-def text(entry):
-    return (CONFIGS / f"{entry}.yaml").read_text()
+def options(entry, group):
+    """The names of a group's options, those of files too."""
+    chosen = groups.GROUPS[group]
+    plain_one = [groups.PLAIN[group]] if group in groups.PLAIN else chosen.names()
+    return sorted({*plain_one, *(file.stem for file in (CONFIGS / group).glob("*.yaml"))})
 
 
-def option(group, name):
-    node = OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"))
+@functools.cache
+def option(entry, group, name):
+    """The settings of an option, what must be given filled in."""
+    if (CONFIGS / group / f"{name}.yaml").is_file():
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            node = OmegaConf.to_container(compose(entry, [*given(entry), f"{group}={name}"])[group], resolve=True)
+    else:
+        node = groups.GROUPS[group].node(name)
     return {key: "given" if value == "???" else value for key, value in node.items()}
+
+
+def given(entry):
+    return [f"{key}={GIVEN[key]}" for key, one in groups.options_of_entry(entry).items() if one.default == "???"]
 
 
 def own_groups(entry):
     """The groups whose options are values of their own, not presets of others."""
-    names = (name for name in _kinds.groups_of(entry) if isinstance(base(entry).get(name), dict))
-    return [name for name in names if name not in ("recipe", "method")]
+    return [name for name in groups.ENTRIES[entry].groups if name != "preset" and not groups.GROUPS[name].flat]
 
 
 def leaves(node, path=()):
@@ -93,12 +107,12 @@ def starts(entry):
     """(settings, paths of what is changed) for the entry itself and for every option of its groups."""
     yield base(entry), [(key,) for key, value in base(entry).items() if not isinstance(value, dict)]
     for group in own_groups(entry):
-        for file in sorted((CONFIGS / group).glob("*.yaml")):
-            settings = {**base(entry), group: option(group, file.stem)}
+        for name in options(entry, group):
+            settings = {**base(entry), group: option(entry, group, name)}
             if entry == "quantize":
-                for other, chosen in PARTNERS.get((group, file.stem), {}).items():
-                    settings[other] = option(other, chosen)
-                settings["bits"] = WIDTHS.get(file.stem, 2) if group == "codebook" else 2
+                for other, chosen in PARTNERS.get((group, name), {}).items():
+                    settings[other] = option(entry, other, chosen)
+                settings["bits"] = WIDTHS.get(name, 2) if group == "codebook" else 2
             yield settings, [path for path, _ in leaves({group: settings[group]})]
 
 
@@ -108,54 +122,65 @@ def at(settings, path):
     return settings
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+def kind_at(settings, entry, path):
+    """The kind of a setting; None for the one that names an option."""
+    group = groups.GROUPS.get(path[0]) if path[0] in groups.ENTRIES[entry].groups else None
+    if group is None:
+        known = {**groups.options_of_entry(entry).known, **flat(settings, entry)}
+        inner = path
+    else:
+        if len(path) == 1:
+            return Kind(frozenset({dict}))
+        if path[1] == group.key:
+            return None
+        known = group.options("" if group.key is None else settings[path[0]][group.key]).known
+        inner = path[1:]
+    kind = known[inner[0]].kind
+    for key in inner[1:]:
+        if kind.fields is None:
+            return None
+        kind = kind.fields[key].kind
+    return kind
+
+
+def flat(settings, entry):
+    """The settings at the top level that come from the option of a flat group."""
+    chosen = [groups.GROUPS[name] for name in groups.ENTRIES[entry].groups if groups.GROUPS[name].flat]
+    return {key: option for group in chosen for key, option in group.options(settings[group.key]).items()}
+
+
+@pytest.mark.parametrize("entry", MAINS)
 def test_every_value_of_another_kind_is_refused(entry):
     cases = 0
     for settings, paths in starts(entry):
-        _kinds.check(settings, entry)  # what is right is accepted
+        check(settings, entry)  # what is right is accepted
         for path in paths:
-            name = ".".join(path)
+            if path == ("bench",) or (kind := kind_at(settings, entry, path)) is None:
+                continue
+            assert kind.types, path  # everything has a kind
             for value in wrong(at(settings, path)):
-                kinds = _kinds.known_kinds(entry)[name]
-                if (
-                    _kinds._is(value, kinds)
-                    or (name in _kinds._ONE_TOO and list in kinds)
-                    or (value == {"a": 1} and dict in kinds)
-                ):
-                    continue  # another option of the group has this kind
+                if kind.takes(value):
+                    continue  # the option has two kinds
                 with pytest.raises(InputError, match=re.escape(path[0])):
-                    _kinds.check(changed(settings, path, value), entry)
+                    check(changed(settings, path, value), entry)
                 cases += 1
     assert cases > 10
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", MAINS)
 def test_every_misspelt_key_is_refused_with_the_keys_there_are(entry):
     for settings, paths in starts(entry):
         for path in paths:
-            misspelt = (*path[:-1], path[-1] + "s")
-            if ".".join(misspelt) in _kinds.known_kinds(entry):
-                continue
+            misspelt = (*path[:-1], path[-1] + "_")
             with pytest.raises(InputError, match=re.escape(f"no {misspelt[-1]!r}")) as info:
-                _kinds.check(changed(settings, misspelt, 1), entry)
+                check(changed(settings, misspelt, 1), entry)
             assert "did you mean" in str(info.value) and path[-1] in str(info.value)
-
-
-def test_what_is_only_null_in_the_files_has_a_kind():
-    for entry in ENTRIES:
-        for name, kinds in _kinds.known_kinds(entry).items():
-            assert kinds != {type(None)}, f"{entry}: {name} is missing in NULLS"
-
-
-def test_the_ranges_are_of_settings_that_exist():
-    known = set().union(*(_kinds.known_kinds(entry) for entry in ENTRIES))
-    assert set(LIMITS) <= known, sorted(set(LIMITS) - known)
 
 
 def refusal(settings, *, build):
     """What is said against settings, or None; any other error than qjax's is a failure of the test."""
     try:
-        _kinds.check(settings, "quantize")
+        check(settings, "quantize")
         if build:
             quantize.job_of(OmegaConf.create(settings)).recipe.plan(["layers.0.mlp.up_proj"])
     except QjaxError as error:
@@ -185,7 +210,7 @@ def test_numbers_out_of_range_make_no_job():
 def refused(monkeypatch, capsys, entry, *words):
     monkeypatch.setattr(sys, "argv", [entry, *words])
     with pytest.raises(SystemExit) as info:
-        ENTRIES[entry]()
+        MAINS[entry]()
     printed = capsys.readouterr()
     assert info.value.code in (1, 2) and "Traceback" not in printed.err and "HYDRA_FULL_ERROR" not in printed.err
     return printed.out + printed.err
@@ -193,7 +218,7 @@ def refused(monkeypatch, capsys, entry, *words):
 
 WORDS = {  # command line -> what the message says
     "quantize roundng=ldlq": "did you mean rounding?",
-    "quantize rounding=ldlqq": "gptq",
+    "quantize rounding=ldlqq": "did you mean ldlq?",
     "quantize rounding.pases=3": "did you mean passes?",
     "quantize experiment=demoo": "demo",
     "quantize +nonsense=1": "there is no 'nonsense'",
