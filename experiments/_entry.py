@@ -20,13 +20,14 @@ from jax.sharding import Mesh
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments._kinds import check
-from experiments._refusals import explain
-from experiments._sweep import Sweep
 from qjax.errors import QjaxError
 from qjax.runtime.distributed import DistributedSettings, initialise, is_primary, lost
 from qjax.runtime.freed_memory import keep_between_steps
 from qjax.runtime.mesh import MeshSettings
+
+from ._kinds import check
+from ._refusals import explain
+from ._sweep import Sweep
 
 __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "join", "mesh_of", "mesh_or_none", "plain"]
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from experiments._ranges import LIMITS
 from qjax.errors import InputError, listed
+
+from ._ranges import LIMITS
 
 __all__ = ["NULLS", "Mistyped", "check", "groups_of", "known_kinds", "suggestion"]
 

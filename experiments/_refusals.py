@@ -12,8 +12,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments._kinds import groups_of, suggestion
 from qjax.errors import listed
+
+from ._kinds import groups_of, suggestion
 
 __all__ = ["explain"]
 

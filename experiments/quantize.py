@@ -12,10 +12,6 @@ from hydra.types import RunMode
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import _sweep
-from experiments._devices import claim
-from experiments._entry import CONFIGS, cache_folder, compilation_cache, entry, join, mesh_of, plain
-from experiments._kinds import check
 from qjax import incoherence, rounding
 from qjax.codebooks.scaling import ScaleRule
 from qjax.errors import InputError
@@ -25,6 +21,11 @@ from qjax.job.settings import Job
 from qjax.pipeline.recipe import LayerRule, Recipe
 from qjax.runtime import tracker
 from qjax.runtime.distributed import is_primary
+
+from . import _sweep
+from ._devices import claim
+from ._entry import CONFIGS, cache_folder, compilation_cache, entry, join, mesh_of, plain
+from ._kinds import check
 
 __all__ = ["CONFIGS", "job_of"]
 
