@@ -48,8 +48,8 @@ def refusal() -> str | None:
         return f"no whole qjax is installed for {sys.executable} (its qjax/__init__.py is missing); {REMEDY}"
     if not _MARK.search(_text(file)):
         owners = [f"{one.name} {one.version}" for one in metadata.distributions() if _owns(one, file)]
-        whose = f"which the distribution {' and '.join(owners)} installed" if owners else "of no installed distribution"
-        return f"{file} ({whose}) is not the qjax of {DISTRIBUTION} but another project's, and lies in front; {REMEDY}"
+        whose = f"installed by {' and '.join(owners) or 'no distribution'}"
+        return f"{file} ({whose}) is another project's qjax, in front of that of {DISTRIBUTION}; {REMEDY}"
     try:
         other = metadata.distribution("qjax")
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Measure single steps: `python -m experiments.bench matrix`, or another of `configs/bench/`."""
+"""Measure single steps: `qjax bench matrix`, or another of `configs/bench/`."""
 
 from __future__ import annotations
 

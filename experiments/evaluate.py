@@ -1,4 +1,4 @@
-"""Evaluate an artifact against its reference model: `python -m experiments.evaluate artifact=runs/a/artifact`.
+"""Evaluate an artifact against its reference model: `qjax evaluate artifact=runs/a/artifact`.
 
 With `tasks=[…]` the tasks of the lm-evaluation-harness, on the artifact and on its reference; with `artifact=null
 model=…` on a dense model alone.

@@ -1,4 +1,4 @@
-"""Tune the model of a finished run: `python -m experiments.finetune artifact=runs/a/artifact out=runs/b`."""
+"""Tune the model of a finished run: `qjax finetune artifact=runs/a/artifact out=runs/b`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continue texts: `python -m experiments.generate artifact=runs/a/artifact prompt="The function returns"`."""
+"""Continue texts: `qjax generate artifact=runs/a/artifact prompt="The function returns"`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collect the Hessians of a model into the shared cache: `python -m experiments.hessians model=tiny data=pydoc`."""
+"""Collect the Hessians of a model into the shared cache: `qjax hessians model=tiny data=pydoc`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantise a language model: `python -m experiments.quantize model=tiny rounding=ldlq bits=2 out=runs/a`."""
+"""Quantise a language model: `qjax quantize model=tiny rounding=ldlq bits=2 out=runs/a`."""
 
 from __future__ import annotations
 

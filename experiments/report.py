@@ -1,4 +1,4 @@
-"""Compare finished runs: `python -m experiments.report runs=runs/demo out=runs/demo/report`."""
+"""Compare finished runs: `qjax report runs=runs/demo out=runs/demo/report`."""
 
 from __future__ import annotations
 

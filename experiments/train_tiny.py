@@ -1,4 +1,4 @@
-"""Train the embedded model: `python -m experiments.train_tiny` (options: `--help`, configs/train_tiny.yaml)."""
+"""Train the embedded model: `qjax train_tiny` (options: `--help`, configs/train_tiny.yaml)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from hydra.utils import to_absolute_path
-from omegaconf import DictConfig
 
 __all__ = ["FOLDER", "Listener"]
 
@@ -20,6 +19,6 @@ class Listener(Callback):
     `configs/quantize.yaml` names it, so it has the same name in a clone and in an installation.
     """
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Put the folder into the environment, which the processes that the launcher starts inherit."""
         os.environ[FOLDER] = to_absolute_path(str(config.hydra.sweep.dir))
