@@ -49,7 +49,7 @@ def refusal() -> str | None:
     if not _MARK.search(_text(file)):
         owners = [f"{one.name} {one.version}" for one in metadata.distributions() if _owns(one, file)]
         whose = f"installed by {' and '.join(owners) or 'no distribution'}"
-        return f"{file} ({whose}) is another project's qjax, in front of that of {DISTRIBUTION}; {REMEDY}"
+        return f"{file} ({whose}) is another project's qjax, where that of {DISTRIBUTION} should be; {REMEDY}"
     try:
         other = metadata.distribution("qjax")
     except metadata.PackageNotFoundError:

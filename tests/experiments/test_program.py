@@ -71,7 +71,9 @@ def test_a_stranger_in_front_is_refused_and_not_imported(tmp_path, stranger, way
     found = python(*WAYS[way], "--help", path=(stranger, ROOT), cwd=tmp_path)
     file = stranger / "qjax" / "__init__.py"
     assert found.returncode == 2 and found.stdout == ""
-    told = f"error: {file} (installed by qjax 0.2.0) is another project's qjax, in front of that of qjax-compression; "
+    told = (
+        f"error: {file} (installed by qjax 0.2.0) is another project's qjax, where that of qjax-compression should be; "
+    )
     assert found.stderr == f"{told}{REMEDY}\n"
 
 
