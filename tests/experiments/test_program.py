@@ -104,7 +104,7 @@ def test_another_program_gets_an_import_error(tmp_path, stranger):
 
 def test_this_qjax_is_not_refused():
     assert _program.refusal() is None
-    assert qjax.__distribution__ == _program.DISTRIBUTION  # pyright: ignore[reportAttributeAccessIssue]
+    assert qjax.__distribution__ == _program.DISTRIBUTION
 
 
 def test_modules_of_experiments_find_each_other_under_both_names():
