@@ -21,8 +21,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments._refusals import explain
-from experiments._sweep import Sweep
 from qjax.configuration import former, plugins, store
 from qjax.configuration.check import check
 from qjax.errors import QjaxError
@@ -31,6 +29,9 @@ if TYPE_CHECKING:  # a typing error is answered before JAX is imported
     from jax.sharding import Mesh
 
     from qjax.runtime.mesh import MeshSettings
+
+from ._refusals import explain
+from ._sweep import Sweep
 
 __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "join", "mesh_of", "mesh_or_none", "plain"]
 

@@ -13,19 +13,16 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hydra.experimental.callback import Callback
-from hydra.utils import to_absolute_path
-from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from qjax.configuration.check import Mistyped
 from qjax.errors import InputError, QjaxError
+from qjax.job.sweep import FOLDER
 
-__all__ = ["FAILURE", "Listener", "Sweep", "attempt", "directory"]
+__all__ = ["FAILURE", "Sweep", "attempt", "directory"]
 
 FAILURE = "failure.json"
 _SWEEP = "QJAX_SWEEP"  # identifies one start; processes of the launchers inherit it
-_FOLDER = "QJAX_SWEEP_FOLDER"  # where its jobs are listed, as the process that started it sees it
 _JOBS = "jobs.jsonl"
 _CONSTANT = ("experiment", "model", "data", "debug", "tracker", "memory", "cache", "sweep", "out", "resume")
 _CONSTANT = (*_CONSTANT, "mesh", "distributed", "dry_run")
@@ -68,7 +65,7 @@ _ended: list[dict[str, Any]] = []  # jobs of this process: they are listed even 
 def _record(folder: pathlib.Path, line: dict[str, Any]) -> None:
     """Append a line in one write, which processes that append at the same time do not interleave."""
     _ended.append(line)
-    for place in {folder.absolute(), pathlib.Path(os.environ.get(_FOLDER) or folder).absolute()}:
+    for place in {folder.absolute(), pathlib.Path(os.environ.get(FOLDER) or folder).absolute()}:
         try:
             place.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(place / _JOBS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -78,14 +75,6 @@ def _record(folder: pathlib.Path, line: dict[str, Any]) -> None:
                 os.close(descriptor)
         except OSError as problem:
             print(f"{place / _JOBS}: cannot be written ({problem.strerror})", file=sys.stderr, flush=True)
-
-
-class Listener(Callback):
-    """Hydra's callback in the process that starts a sweep: says where `hydra.sweep.dir` is, wherever that may be."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember the folder for `Sweep`, and for the processes that the launcher starts."""
-        os.environ[_FOLDER] = to_absolute_path(str(config.hydra.sweep.dir))
 
 
 def attempt(
@@ -130,14 +119,14 @@ class Sweep:
 
     def __enter__(self) -> Sweep:
         self._mark = os.environ[_SWEEP] = secrets.token_hex(8)
-        os.environ.pop(_FOLDER, None)
+        os.environ.pop(FOLDER, None)
         _ended.clear()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         jobs = self.jobs()
         os.environ.pop(_SWEEP, None)
-        os.environ.pop(_FOLDER, None)
+        os.environ.pop(FOLDER, None)
         if not jobs:
             return
         bad = [job for job in jobs if job["status"] != "finished"]
@@ -153,7 +142,7 @@ class Sweep:
     def jobs(self) -> list[dict[str, Any]]:
         """The jobs of this start that ended, of all processes, in the order in which they ended."""
         found = []
-        folder = os.environ.get(_FOLDER)
+        folder = os.environ.get(FOLDER)
         file = pathlib.Path(folder) / _JOBS if folder else None
         if file is not None and file.is_file():
             for line in file.read_text(errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""Measure single steps: `python -m experiments.bench matrix`, or another of `configs/bench/`."""
+"""Measure single steps: `qjax bench matrix`, or another of `configs/bench/`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from omegaconf import DictConfig
 
 import pallas_kernels.bench as kernels
-from experiments._entry import entry, plain
 from qjax import codebooks
 from qjax.bench import codebook, decode, finetune, matrix, two_sided
 from qjax.bench.timing import load_average, surroundings
 from qjax.errors import InputError
 from qjax.report import Table, aligned
 from qjax.runtime.atomic import write_json
+
+from ._entry import entry, plain
 
 __all__ = ["main", "overrides"]
 

@@ -1,4 +1,4 @@
-"""Evaluate an artifact against its reference model: `python -m experiments.evaluate artifact=runs/a/artifact`.
+"""Evaluate an artifact against its reference model: `qjax evaluate artifact=runs/a/artifact`.
 
 With `tasks=[…]` the tasks of the lm-evaluation-harness, on the artifact and on its reference; with `artifact=null
 model=…` on a dense model alone.
@@ -17,7 +17,6 @@ import yaml
 from jax.sharding import Mesh
 from omegaconf import DictConfig
 
-from experiments._entry import cache_folder, compilation_cache, entry, join, mesh_or_none, plain
 from qjax import data, models
 from qjax.errors import InputError
 from qjax.evaluate.compare import compare, reference_states
@@ -29,6 +28,8 @@ from qjax.runtime.atomic import write_json
 from qjax.runtime.distributed import is_primary
 from qjax.runtime.group import speaking
 from qjax.tensor_parallel import distribute, summary
+
+from ._entry import cache_folder, compilation_cache, entry, join, mesh_or_none, plain
 
 
 def run_settings(folder: pathlib.Path) -> dict[str, Any]:

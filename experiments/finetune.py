@@ -1,4 +1,4 @@
-"""Tune the model of a finished run: `python -m experiments.finetune artifact=runs/a/artifact out=runs/b`."""
+"""Tune the model of a finished run: `qjax finetune artifact=runs/a/artifact out=runs/b`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Any
 import jax
 from omegaconf import DictConfig
 
-from experiments._entry import cache_folder, compilation_cache, entry, join, mesh_or_none, plain
-from experiments.evaluate import run_settings
-from experiments.quantize import tuning_line
 from qjax import data, models
 from qjax.errors import InputError, RunError, listed
 from qjax.evaluate.compare import compare, reference_states
@@ -25,6 +22,10 @@ from qjax.runtime.fingerprint import device, versions
 from qjax.runtime.group import leading
 from qjax.runtime.monitor import peak_memory_bytes
 from qjax.runtime.tracker import make
+
+from ._entry import cache_folder, compilation_cache, entry, join, mesh_or_none, plain
+from .evaluate import run_settings
+from .quantize import tuning_line
 
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Continue texts: `python -m experiments.generate artifact=runs/a/artifact prompt="The function returns"`."""
+"""Continue texts: `qjax generate artifact=runs/a/artifact prompt="The function returns"`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from experiments._entry import cache_folder, compilation_cache, entry, mesh_or_none, plain
-from experiments.evaluate import opened
 from qjax import models
 from qjax.errors import InputError
 from qjax.finetune import lora
@@ -18,6 +16,9 @@ from qjax.models.sampling import Sampling
 from qjax.models.tokenizers.chat import chat_prompt, stop_ids
 from qjax.models.tokenizers.text_stream import TextStream
 from qjax.tensor_parallel import distribute, summary
+
+from ._entry import cache_folder, compilation_cache, entry, mesh_or_none, plain
+from .evaluate import opened
 
 
 def _texts(settings: dict[str, Any], tokenizer: models.Tokenizer) -> list[str]:

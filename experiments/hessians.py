@@ -1,4 +1,4 @@
-"""Collect the Hessians of a model into the shared cache: `python -m experiments.hessians model=tiny data=pydoc`."""
+"""Collect the Hessians of a model into the shared cache: `qjax hessians model=tiny data=pydoc`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 
 from omegaconf import DictConfig
 
-from experiments._entry import cache_folder, compilation_cache, entry, join, mesh_of, plain
 from qjax import data, models
 from qjax.errors import InputError
 from qjax.hessian.store import HessianStore
@@ -14,6 +13,8 @@ from qjax.job.hessians import check_settings, fits, provide
 from qjax.models.structure import structure
 from qjax.runtime.distributed import is_primary
 from qjax.runtime.monitor import peak_memory_bytes
+
+from ._entry import cache_folder, compilation_cache, entry, join, mesh_of, plain
 
 
 @entry("hessians")

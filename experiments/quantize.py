@@ -1,4 +1,4 @@
-"""Quantise a language model: `python -m experiments.quantize model=tiny rounding=ldlq bits=2 out=runs/a`."""
+"""Quantise a language model: `qjax quantize model=tiny rounding=ldlq bits=2 out=runs/a`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from hydra.types import RunMode
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import _sweep
-from experiments._devices import claim
-from experiments._entry import CONFIGS, cache_folder, compilation_cache, entry, join, mesh_of, plain
 from qjax.codebooks.scaling import ScaleRule
 from qjax.configuration import plugins
 from qjax.configuration.check import check
@@ -28,6 +25,10 @@ from qjax.registry import build
 from qjax.rounding import ROUNDINGS
 from qjax.runtime import tracker
 from qjax.runtime.distributed import is_primary
+
+from . import _sweep
+from ._devices import claim
+from ._entry import CONFIGS, cache_folder, compilation_cache, entry, join, mesh_of, plain
 
 __all__ = ["CONFIGS", "job_of"]
 

@@ -1,4 +1,4 @@
-"""Compare finished runs: `python -m experiments.report runs=runs/demo out=runs/demo/report`."""
+"""Compare finished runs: `qjax report runs=runs/demo out=runs/demo/report`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from experiments._entry import entry, plain
 from qjax import report
 from qjax.report.figure import draw
 from qjax.report.page import page
@@ -18,6 +17,8 @@ from qjax.report.parquet import parquet_bytes
 from qjax.report.table import ordered
 from qjax.report.text import left_out
 from qjax.runtime.atomic import write_bytes, write_text
+
+from ._entry import entry, plain
 
 __all__ = ["main"]
 

@@ -1,4 +1,4 @@
-"""Train the embedded model: `python -m experiments.train_tiny` (options: `--help`, configs/train_tiny.yaml)."""
+"""Train the embedded model: `qjax train_tiny` (options: `--help`, configs/train_tiny.yaml)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer
 
 import qjax
-from experiments._entry import entry
 from qjax.errors import RunError
 from qjax.models.checkpoints.export import rounded, write_directory
 from qjax.models.config import ModelConfig
@@ -32,6 +31,8 @@ from qjax.training.text import (
     train_tokenizer,
     windows,
 )
+
+from ._entry import entry
 
 __all__ = ["INSTALLED", "main", "run"]
 

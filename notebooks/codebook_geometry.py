@@ -23,7 +23,7 @@ from qjax.codebooks.e8p import e8p_magnitudes
 
 try:
     import matplotlib.pyplot as plt
-except ImportError:  # the numbers need no figure: pip install 'qjax[plots]'
+except ImportError:  # the numbers need no figure: pip install -e '.[plots]' in a clone of qjax
     plt = None
 
 # %% [markdown]

@@ -23,7 +23,7 @@ from qjax.hessian.fit import measure_fit
 
 try:
     import matplotlib.pyplot as plt
-except ImportError:  # the numbers need no figure: pip install 'qjax[plots]'
+except ImportError:  # the numbers need no figure: pip install -e '.[plots]' in a clone of qjax
     plt = None
 
 model = qjax.models.load("tiny")

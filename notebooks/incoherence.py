@@ -24,7 +24,7 @@ import qjax
 
 try:
     import matplotlib.pyplot as plt
-except ImportError:  # the numbers need no figure: pip install 'qjax[plots]'
+except ImportError:  # the numbers need no figure: pip install -e '.[plots]' in a clone of qjax
     plt = None
 
 model = qjax.models.load("tiny")

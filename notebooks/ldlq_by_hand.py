@@ -23,7 +23,7 @@ from qjax.linalg import damped_factor
 
 try:
     import matplotlib.pyplot as plt
-except ImportError:  # the numbers need no figure: pip install 'qjax[plots]'
+except ImportError:  # the numbers need no figure: pip install -e '.[plots]' in a clone of qjax
     plt = None
 
 rng = np.random.default_rng(0)

@@ -5,7 +5,8 @@ from qjax.hessian import Hessian
 from qjax.matrix.quantize import MatrixReport, quantize_matrix
 from qjax.matrix.quantized import QuantizedMatrix
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+__distribution__ = "qjax-compression"  # a stranger's package of this name has no such line
 
 __all__ = [
     "Hessian",

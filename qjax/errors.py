@@ -13,6 +13,7 @@ __all__ = [
     "QjaxError",
     "RunError",
     "listed",
+    "missing_extra",
 ]
 
 
@@ -47,3 +48,11 @@ class ArtifactError(QjaxError):
 def listed(names: Iterable[object]) -> str:
     """`a, b, c` for a message, in a stable order."""
     return ", ".join(sorted(str(name) for name in names)) or "none"
+
+
+def missing_extra(extra: str, package: str) -> str:
+    """`needs polars: pip install …`, for a message about a package that an extra of `pyproject.toml` brings.
+
+    By the clone's path: the registry's distribution of the name qjax is another project's.
+    """
+    return f"needs {package}: pip install -e '.[{extra}]' in a clone of qjax"

@@ -20,15 +20,17 @@ ENTRIES = {"evaluate": "evaluate_artifact"}  # whose configuration has another n
 
 
 def commands():
-    """Every `python -m experiments.…` of a page that has no placeholder, as (page, words)."""
+    """Every `qjax …` and `python -m experiments.…` of a page without a placeholder, as (page, words of the latter)."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        found = re.findall(r"`(python -m experiments\.[^`]+)`", text)
+        found = re.findall(r"`((?:python -m experiments\.|qjax [a-z])[^`]+)`", text)
         for block in re.findall(r"```console\n(.*?)```", text, re.S):
             found += [
-                line for line in block.replace("\\\n", " ").splitlines() if line.startswith("python -m experiments.")
+                line
+                for line in block.replace("\\\n", " ").splitlines()
+                if line.startswith(("python -m experiments.", "qjax "))
             ]
-        for command in found:
+        for command in (re.sub(r"^qjax ", "python -m experiments.", line) for line in found):
             if "…" not in command and "[" not in command.split("'")[0] and "<" not in command:
                 yield page.name, shlex.split(" ".join(command.split()), comments=True)
 
@@ -118,7 +120,9 @@ def test_the_config_reference_describes_every_option():
         for name in group.names() or [""]:
             options = group.options(name)
             for option in options.values():
-                assert option.doc, f"{group.name}={name}: {option.name} has no description in its constructor's docstring"
+                assert option.doc, (
+                    f"{group.name}={name}: {option.name} has no description in its constructor's docstring"
+                )
                 assert f"| `{option.name}` |" in page
     for entry in groups.ENTRIES:
         assert all(option.doc for option in groups.options_of_entry(entry).values()), entry
@@ -131,3 +135,27 @@ def test_the_config_reference_describes_every_option():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+# The distribution of that bare name is another project's; an extra of it cannot be meant otherwise.
+BARE = re.compile(r"pip3? (?:install|download)(?:\s+-\S+)*\s+['\"]?qjax(?![\w./-])|\bqjax\[[a-z]")
+TEXTS = {".py", ".ipynb", ".md", ".yaml", ".toml", ".txt", ".sh", ".cff", ""}
+
+
+def test_no_text_tells_to_install_the_registrys_qjax():
+    folders = "qjax experiments pallas_kernels configs constraints docs findings notebooks scripts tests .ci".split()
+    files = [*ROOT.glob("*"), *(file for folder in folders for file in (ROOT / folder).rglob("*"))]
+    files = [file for file in files if file.is_file() and file.suffix in TEXTS and "__pycache__" not in file.parts]
+    assert len(files) > 500
+    for file in files:
+        assert not BARE.search(file.read_text(encoding="utf-8", errors="replace")), file
+
+
+@pytest.mark.parametrize("words", ["{}", "'{}[hf]'", "-U {}", '"{}[plots,hf]" -q', "{}==0.1"])
+def test_such_a_text_is_found(words):
+    assert BARE.search("first `pip install " + words.format("qjax") + "`, then")
+
+
+@pytest.mark.parametrize("words", ["-e '.[hf]'", "{}-compression", "-e . in a clone of {}", ". && import {}"])
+def test_other_install_commands_are_not(words):
+    assert not BARE.search("pip install " + words.format("qjax"))

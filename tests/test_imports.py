@@ -7,7 +7,7 @@ import grimp
 import pytest
 
 ORDER = [
-    {"experiments"},
+    {"experiments", "qjax.experiments"},
     {"qjax.job", "qjax.bench"},
     {"qjax.pipeline", "qjax.report"},
     {"qjax.finetune", "qjax.interchange", "qjax.tensor_parallel"},

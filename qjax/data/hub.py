@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qjax.data.corpus import SOURCES, Corpus, cut_documents
-from qjax.errors import DataError, InputError, listed
+from qjax.errors import DataError, InputError, listed, missing_extra
 from qjax.registry import Count, Part
 
 __all__ = ["PROTOCOLS", "Protocol", "hf"]
@@ -102,8 +102,7 @@ def _open_with_datasets(path: str, name: str | None, split: str, files: str | No
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise DataError(
-            f"{path}: the library 'datasets' is not installed; install qjax[hf], "
-            "or use data=pydoc, which needs no download"
+            f"{path}: {missing_extra('hf', 'datasets')}, or use data=pydoc, which needs no download"
         ) from None
     data_files = None if files is None else {split: files}
     try:

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on a model of qjax, quantised or dense: `pip install 'qjax[eval]'`."""
+"""Tasks of EleutherAI's lm-evaluation-harness on a model of qjax, quantised or dense: the extra `eval`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qjax.errors import InputError
+from qjax.errors import InputError, missing_extra
 from qjax.evaluate.continuations import continuations
 from qjax.models import Model
 from qjax.models.generate import generate_batch
@@ -36,7 +36,7 @@ class HarnessModel(_TemplateLM):
     def __init__(self, model: Model, batch: int = 8, chat_options: Mapping[str, Any] | None = None):
         """Raises InputError where lm-eval is not installed, or the model has neither BOS nor EOS."""
         if _TemplateLM is object:
-            raise InputError("tasks: needs the harness: pip install 'qjax[eval]'")
+            raise InputError(f"tasks {missing_extra('eval', 'lm-eval')}")
         super().__init__()
         if model.tokenizer.bos_id is None and model.tokenizer.eos_id is None:
             raise InputError(f"{model.name}: its tokenizer has neither BOS nor EOS, and tasks need a first token")

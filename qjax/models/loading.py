@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from qjax.errors import ModelFileError
+from qjax.errors import ModelFileError, missing_extra
 from qjax.models.checkpoints.distributions import OFFLINE_COMMAND, fetch_from_distribution
 from qjax.models.checkpoints.files import PICKLE_SUFFIXES, check_weight_file, read_json, sha256_file, sha256_text
 from qjax.models.checkpoints.gguf_format import read_gguf_header
@@ -123,7 +123,7 @@ def load(source: str | Path, dtype: str = "float32", fingerprint: dict[str, str]
 def _open_tiny() -> ModelFiles:
     folder = Path(__file__).parent / "tiny"
     if not (folder / "config.json").is_file():
-        raise ModelFileError(f"the embedded model is not in {folder}; make it with `python -m experiments.train_tiny`")
+        raise ModelFileError(f"the embedded model is not in {folder}; make it with `qjax train_tiny`")
     return _open_folder(folder, "tiny")
 
 
@@ -186,8 +186,8 @@ def _fitting(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> Tokenize
 def _fetch_from_hub(name: str) -> Path:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ModelFileError(
-            f"{name!r} is no file or folder here, and fetching it from the Hugging Face hub needs the package "
-            f"huggingface_hub: pip install 'qjax[hf]'. Without a network, run the embedded model: {OFFLINE_COMMAND}"
+            f"{name!r} is no file or folder here, and fetching it from the Hugging Face hub "
+            f"{missing_extra('hf', 'huggingface_hub')}. Without a network, run the embedded model: {OFFLINE_COMMAND}"
         )
     import huggingface_hub
 

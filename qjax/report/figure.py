@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from qjax.errors import InputError
+from qjax.errors import InputError, missing_extra
 from qjax.report.runs import Run
 from qjax.report.series import PANELS, WEIGHT_ERROR, Point, Series, label_positions, limits, series, ticks, varied_bits
 from qjax.report.table import number, references
@@ -237,7 +237,7 @@ def _style() -> Any:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise InputError("the figure needs matplotlib: pip install 'qjax[plots]', or figure=false") from error
+        raise InputError(f"the figure {missing_extra('plots', 'matplotlib')}, or figure=false") from error
     return mpl.rc_context(
         {"font.family": "DejaVu Sans", "font.size": 9.5, "svg.hashsalt": "qjax", "svg.fonttype": "path"}
     )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from qjax.errors import InputError
+from qjax.errors import InputError, missing_extra
 from qjax.report.runs import Run
 from qjax.report.text import columns
 
@@ -34,7 +34,7 @@ def parquet_bytes(runs: Sequence[Run]) -> bytes:
         import polars  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
-            "parquet=true needs polars: pip install 'qjax[parquet]'; report.csv holds the same columns"
+            f"parquet=true {missing_extra('parquet', 'polars')}; report.csv holds the same columns"
         ) from error
     rows = [columns(run) for run in runs]
     names = list({key: None for row in rows for key in row})

@@ -91,7 +91,7 @@ def find(sources: str | os.PathLike[str] | Sequence[str]) -> list[pathlib.Path]:
         if len(found) == before and len(listed) == 1:
             raise InputError(
                 f"runs: there is no run below {source} (no results.json, no fingerprint.json); "
-                "make one with python -m experiments.quantize … out=<folder>, or check the path"
+                "make one with qjax quantize … out=<folder>, or check the path"
             )
     if not found:
         raise InputError(f"runs: there is no run below any of {', '.join(listed) or 'an empty list'}; check the paths")

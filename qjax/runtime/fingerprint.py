@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 
+import qjax
 from qjax.errors import InputError
 
 __all__ = ["device", "differences", "digest", "identity", "versions"]
 
 _PACKAGES = (
-    "qjax",
     "jax",
     "jaxlib",
     "numpy",
@@ -80,7 +80,7 @@ def differences(old: Any, new: Any) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, qjax and the packages that can change a result; what is not installed is left out."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "qjax": qjax.__version__}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

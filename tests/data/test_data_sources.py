@@ -175,7 +175,7 @@ def test_hub_errors(monkeypatch):
     with pytest.raises(DataError, match="row 0: no text in field 'text'; the row has content"):
         SOURCES.make("hf", protocol="c4", opener=lambda *_: [{"content": "a"}])
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"'datasets' is not installed; install qjax\[hf\]"):
+    with pytest.raises(DataError, match=r"needs datasets: pip install -e '\.\[hf\]'"):
         SOURCES.make("hf", protocol="c4")
 
     def unreachable(*_, **__):

@@ -10,7 +10,7 @@ from experiments.evaluate import main
 from qjax import models
 from qjax.evaluate import harness
 
-needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs pip install 'qjax[eval]'")
+needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra `eval`")
 
 DOCUMENTS = [
     {"question": "import", "choices": [" os\nimport sys", " zq zq zq"], "answer": 0},
@@ -106,4 +106,4 @@ def test_errors_of_the_command(monkeypatch, capsys):
     assert "say which dense model" in run(monkeypatch, capsys, "artifact=null", "tasks=[piqa]")
     if importlib.util.find_spec("lm_eval") is None:
         message = run(monkeypatch, capsys, "artifact=null", "model={source: tiny}", "tasks=[piqa]")
-        assert "pip install 'qjax[eval]'" in message
+        assert "tasks needs lm-eval: pip install -e '.[eval]'" in message

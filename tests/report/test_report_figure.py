@@ -117,7 +117,7 @@ def test_runs_without_evaluation_have_no_figure(tmp_path):
 
 def test_without_matplotlib_the_message_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"pip install 'qjax\[plots\]'"):
+    with pytest.raises(InputError, match=r"the figure needs matplotlib: pip install -e '\.\[plots\]'"):
         draw(sweep(), tmp_path)
 
 

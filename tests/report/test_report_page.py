@@ -80,4 +80,4 @@ def test_the_figure_has_the_colours_of_the_theme_and_the_same_bytes_every_time()
 def test_without_matplotlib_a_sentence_stands_in_the_figures_place(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = page([made()], [])
-    assert "<p>the figure needs matplotlib: pip install &#x27;qjax[plots]&#x27;" in text and "0.8317" in text
+    assert "<p>the figure needs matplotlib: pip install -e &#x27;.[plots]&#x27;" in text and "0.8317" in text

@@ -141,7 +141,7 @@ def test_originals_of_one_name_are_told_apart():
 
 
 def test_parquet_holds_what_the_csv_holds():
-    polars = pytest.importorskip("polars", reason="needs polars: pip install 'qjax[parquet]'")
+    polars = pytest.importorskip("polars", reason="needs polars, of the extra `parquet`")
     runs = [
         run("a", settings={"rounding.block": None, "seeds": [1, 2]}),
         run("b", settings={"rounding.block": 8}, kl=math.inf),
@@ -158,5 +158,5 @@ def test_parquet_holds_what_the_csv_holds():
 
 def test_parquet_without_polars_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "polars", None)
-    with pytest.raises(InputError, match="pip install 'qjax\\[parquet\\]'"):
+    with pytest.raises(InputError, match=r"needs polars: pip install -e '\.\[parquet\]'"):
         parquet_bytes([run("a")])

