@@ -2,100 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 from omegaconf import DictConfig
 
-from qjax import models
-from qjax.errors import InputError
-from qjax.finetune import lora
-from qjax.interchange import artifact
-from qjax.matrix.kernel_layout import pack_model
-from qjax.models.sampling import Sampling
-from qjax.models.tokenizers.chat import chat_prompt, stop_ids
-from qjax.models.tokenizers.text_stream import TextStream
-from qjax.tensor_parallel import distribute, summary
+from ._entry import entry
 
-from ._entry import cache_folder, compilation_cache, entry, mesh_or_none, plain
-from .evaluate import opened
-
-
-def _texts(settings: dict[str, Any], tokenizer: models.Tokenizer) -> list[str]:
-    texts = [settings["prompt"]] if settings["prompts"] is None else settings["prompts"]
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"prompts is {texts!r}; a list of texts is expected, e.g. 'prompts=[One day,\"The list\"]'")
-    if not isinstance(settings["chat_options"], dict | None):
-        raise InputError(f"chat_options is {settings['chat_options']!r}; names and values are expected, e.g. {{a: 1}}")
-    if not settings["chat"]:
-        return texts
-    system = [] if settings["system"] is None else [{"role": "system", "content": settings["system"]}]
-    options = settings["chat_options"]
-    return [chat_prompt([*system, {"role": "user", "content": text}], tokenizer, options) for text in texts]
-
-
-def _check_numbers(settings: dict[str, Any]) -> None:
-    whole, real = (int,), (int, float)
-    allowed = {"temperature": real, "top_p": real, "top_k": (int, type(None)), "seed": whole, "max_new_tokens": whole}
-    for key, kinds in allowed.items():
-        if not isinstance(settings[key], kinds) or isinstance(settings[key], bool):
-            kind = "number" if float in kinds else "whole number"
-            raise InputError(f"{key} is {settings[key]}; a {kind} is expected{', or null' if key == 'top_k' else ''}")
+__all__ = ["main"]
 
 
 @entry("generate")
 def main(config: DictConfig) -> None:
     """Print the prompts and their continuations, and how fast they came."""
-    settings = plain(config)
-    _check_numbers(settings)
-    compilation_cache(cache_folder(settings["cache"]))
-    sampling = Sampling(*(settings[key] for key in ("temperature", "top_k", "top_p", "seed")))
-    mesh = mesh_or_none(settings)
-    if settings["artifact"] is not None:
-        model = artifact.load(settings["artifact"], device=mesh is None)
-    else:
-        model = opened(settings["model"]["source"], settings["model"]["dtype"], mesh)
-    params = model.params
-    if settings["adapters"] is not None:
-        params = lora.attached(params, lora.load(settings["adapters"], model.fingerprint["sha256"]))
-        params = params if mesh is None else lora.summed(params)
-    if mesh is not None:
-        params = distribute(params, model.config, mesh, packed=settings["packed"])
-        print(f"[{summary(params)}]")
-    elif settings["packed"] and settings["adapters"] is None:
-        params = pack_model(params)
-    texts = _texts(settings, model.tokenizer)
-    prompts = [model.tokenizer.encode(text) for text in texts]
-    if model.tokenizer.adds_bos and not settings["chat"]:
-        first = np.array([model.tokenizer.bos_id], np.int32)
-        prompts = [np.concatenate([first, ids]) for ids in prompts]
-    streaming = settings["stream"] and len(prompts) == 1
-    stream = TextStream(model.tokenizer)
+    from ._generate import start  # with it comes JAX: names and kinds have been checked by now
 
-    def show(new: np.ndarray, going: np.ndarray) -> None:
-        if going[0]:
-            print(stream.add(int(new[0])), end="", flush=True)
-
-    if streaming:
-        print(texts[0], end="", flush=True)
-    found = models.generate_batch(
-        params,
-        model.config,
-        prompts,
-        settings["max_new_tokens"],
-        sampling=sampling,
-        eos_id=stop_ids(model.tokenizer) if settings["chat"] else model.tokenizer.eos_id,
-        on_tokens=show if streaming else None,
-    )
-    if streaming:
-        print(stream.rest())
-    else:
-        for text, new in zip(texts, found.tokens, strict=True):
-            print(text + model.tokenizer.decode(new))
-    print(
-        f"[{found.prompt_tokens} tokens read and the first new ones in {found.prefill_seconds:.2f} s; "
-        f"{found.tokens_per_second:.1f} new tokens/s]"
-    )
+    return start(config)
 
 
 if __name__ == "__main__":

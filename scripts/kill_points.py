@@ -209,7 +209,7 @@ class Scenario:
         from hydra import compose, initialize_config_dir
         from hydra.core.global_hydra import GlobalHydra
 
-        import experiments.quantize as entry
+        import experiments._quantize as entry
 
         self.jobs = []
         for overrides in SCENARIOS[self.name]:

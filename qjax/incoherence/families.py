@@ -208,12 +208,10 @@ class Kronecker(Incoherence):
     """QuIP's two-stage random orthogonal transform. Source: QuIP (2307.13304), section 4.
 
     Attributes:
-      rescale: on by default, as published; models with a few enormous inputs are ruined without it.
       mode: "butterfly" for independent factors per block, "single" for one factor per stage (a Kronecker product).
     """
 
     name: ClassVar[str] = "kronecker"
-    rescale: bool = True
     mode: Annotated[str, OneOf("butterfly", "single")] = "butterfly"
 
     def _padded(self, size: int, multiple: int) -> int:

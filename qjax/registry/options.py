@@ -92,7 +92,7 @@ class Kind:
         if self.limits is not None and isinstance(value, int | float) and not self.limits.holds(value):
             return f"{name} is {value}; it is {self.limits.words}"
         if self.choices is not None and isinstance(value, str) and value not in self.choices:
-            return f"{name} is {value!r}; allowed are {', '.join(map(str, self.choices))}"
+            return f"{name} is {value!r}; allowed are: {', '.join(map(str, self.choices))}"
         return None
 
 

@@ -68,13 +68,13 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
         """Raises InputError for an unknown name or option."""
         if name not in self:
             near = nearest(str(name), list(self))
-            raise InputError(f"unknown {self.kind} {name!r}{near}; there is: {listed(self)}")
+            raise InputError(f"unknown {self.kind} {name!r}; there is: {listed(self)}{near}")
         known = options_of(self[name])
         unknown = [] if known.open else [option for option in options if option not in known]
         if unknown:
             allowed = listed(list(known)[len(args) :])
             near = nearest(unknown[0], list(known)[len(args) :])
-            raise InputError(f"{self.kind} {name!r} has no option {listed(unknown)}{near}; its options are: {allowed}")
+            raise InputError(f"{self.kind} {name!r} has no option {listed(unknown)}; its options are: {allowed}{near}")
 
     def build(self, options: Mapping[str, Any], *given: Any) -> T:
         """The entry that a mapping of YAML values describes: `{"name": …, **options}`.

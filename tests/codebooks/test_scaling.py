@@ -77,7 +77,7 @@ def test_the_outlier_of_one_row_does_not_reach_float16_limits():
         ({"granularity": "column"}, "scale.granularity"),
         ({"granularity": "group"}, "group_size"),
         ({"group_size": 8}, "group_size"),
-        ({"granularity": "group", "group_size": 0}, "positive"),
+        ({"granularity": "group", "group_size": 0}, "group_size is 0; it is a number of things, at least 1"),
         ({"rms": 0.0}, "scale.rms"),
         ({"method": "search", "candidates": ()}, "candidates"),
     ],

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-import experiments.quantize as entry_point
+import experiments._quantize as entry_point
 from qjax import codebooks
 from qjax.codebooks.base import CODEBOOKS
 from qjax.configuration import former, groups

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from experiments import _sweep, quantize
+from experiments import _quantize, _sweep
 from experiments.quantize import main
 from qjax.errors import InputError, RunError
 
@@ -65,7 +65,7 @@ def test_a_sweep_goes_on_and_repeats_nothing(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("place", ["sweep=deep/er", "hydra.sweep.dir={}/elsewhere", "out={}/jobs/${{rounding.name}}"])
 def test_failures_are_listed_wherever_the_sweep_lies(tmp_path, monkeypatch, capsys, place):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quantize, "carry_out", lambda task: 1 / 0)
+    monkeypatch.setattr(_quantize, "carry_out", lambda task: 1 / 0)
     monkeypatch.setattr(
         sys, "argv", ["quantize", "-m", "debug=fast", "bits=2,3", f"cache={tmp_path}/c", place.format(tmp_path)]
     )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.train_tiny import sample
+from experiments._train_tiny import sample
 from qjax.errors import InputError, RunError
 from qjax.models.config import ModelConfig
 from qjax.models.transformer import forward
@@ -37,7 +37,7 @@ def compose(tmp_path):
 
 @pytest.fixture
 def short_text(monkeypatch):
-    from experiments import train_tiny
+    from experiments import _train_tiny as train_tiny
 
     words = "the function returns a new object which is the value of its argument "
     monkeypatch.setattr(train_tiny, "documentation", lambda: (words * 60, words * 12))

@@ -8,10 +8,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-import experiments.quantize as entry_point
+import experiments._quantize as entry_point
 from qjax import models
 from qjax.errors import InputError
-from qjax.finetune import BlockSettings, RateRule, tune_block
+from qjax.finetune import BlockTuning, RateRule, tune_block
 from qjax.interchange import artifact
 from qjax.job.run import run
 from qjax.pipeline.records import Records
@@ -86,15 +86,15 @@ def test_a_block_without_errors_has_nothing_to_gain():
     tokens = np.arange(10 * 16, dtype=np.int32).reshape(10, 16)
     x = embedded(model.params["embed"], tokens, model.config, 4)
     y = forward_block(parameters, x, model.config, 4)
-    options = BlockSettings((RateRule(".", 1e-3),), epochs=2, batch=4, validation=2)
+    options = BlockTuning(rules=(RateRule(".", 1e-3),), epochs=2, batch=4, validation=2)
     tuned, report = tune_block(parameters, x, y, model.config, options, seed=0)
     assert report.before < 1e-9 and report.after <= report.before
     for one, other in zip(jax.tree.leaves(tuned), jax.tree.leaves(parameters), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     with pytest.raises(InputError, match="10 calibration windows"):
-        tune_block(parameters, x, y, model.config, BlockSettings((RateRule(".", 1e-3),), batch=9), seed=0)
+        tune_block(parameters, x, y, model.config, BlockTuning(rules=(RateRule(".", 1e-3),), batch=9), seed=0)
     with pytest.raises(InputError, match="no rule covers input_layernorm"):
-        tune_block(parameters, x, y, model.config, BlockSettings((RateRule("gain", 1e-3),), validation=2), seed=0)
+        tune_block(parameters, x, y, model.config, BlockTuning(rules=(RateRule("gain", 1e-3),), validation=2), seed=0)
 
 
 @pytest.mark.parametrize(

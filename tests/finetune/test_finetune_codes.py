@@ -8,13 +8,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-import experiments.finetune as entry
-import experiments.quantize as quantize
+import experiments._finetune as entry
+import experiments._quantize as quantize
 from qjax.errors import InputError
-from qjax.finetune import pv
+from qjax.finetune import method_of, pv
 from qjax.interchange import artifact
 from qjax.job.run import run
-from qjax.job.tuning import settings_of
 from qjax.matrix.quantized import QuantizedMatrix
 
 SMALL = ["data.calibration_sequences=8", "data.evaluation_sequences=4", "data.length=64"]
@@ -92,16 +91,14 @@ def test_steps_of_codes_move_at_most_their_share_and_lower_the_loss(bases):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("finetune.rounds=1", "at least 2 rounds"),
-        ("finetune.share=0", "above 0 and at most 1"),
-        ("finetune.batches=0", "1 batch"),
+        ("finetune.rounds=1", "rounds is 1; it is a number of rounds, at least 2"),
+        ("finetune.share=0", "share is 0; it is a share, greater than 0 and at most 1"),
+        ("finetune.batches=0", "batches is 0; it is a number of things, at least 1"),
         ("+finetune.tau=0.1", "no option tau"),
     ],
 )
 def test_bad_options(tmp_path, option, message):
     with pytest.raises(InputError, match=message):
-        settings_of(
-            entry.plain(composed("finetune", tmp_path, "finetune=pv", "artifact=a", "out=b", option))["finetune"]
-        )
+        method_of(entry.plain(composed("finetune", tmp_path, "finetune=pv", "artifact=a", "out=b", option))["finetune"])
     good = entry.plain(composed("finetune", tmp_path, "finetune=pv", "artifact=a", "out=b"))["finetune"]
-    assert isinstance(settings_of(good), pv.Settings)
+    assert isinstance(method_of(good), pv.PV)

@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-import experiments.quantize as entry_point
+import experiments._quantize as entry_point
 from qjax import finetune, models
 from qjax.errors import InputError, RunError
 from qjax.evaluate.compare import compare, reference_states

@@ -185,9 +185,9 @@ def test_entry_tunes_an_artifact_with_adapters_and_with_gains(tmp_path, capsys):
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    import experiments.finetune as entry
-    import experiments.quantize as quantize
-    from experiments import evaluate
+    import experiments._finetune as entry
+    import experiments._quantize as quantize
+    from experiments import _evaluate as evaluate
     from qjax.interchange import artifact
     from qjax.job.run import run
 

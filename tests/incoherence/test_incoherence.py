@@ -271,7 +271,7 @@ def test_sides_leave_the_other_axis_alone():
         ("hadamard", {"side": "left"}, "side is 'left'; allowed are: both, input, output"),
         ("kronecker", {"mode": "dense"}, "mode is 'dense'; allowed are: butterfly, single"),
         ("block_hadamard", {"block": 100 + 72}, "dimension of 172"),
-        ("block_hadamard", {"block": 0}, "dimension of 0"),
+        ("block_hadamard", {"block": 0}, "block is 0; it is a number of things, at least 1"),
     ],
 )
 def test_bad_options(name, options, message):

@@ -11,15 +11,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-import experiments.quantize as quantize
-from experiments import bench, evaluate, finetune, generate, hessians, report, train_tiny
+import experiments._quantize as job
+from experiments import bench, evaluate, finetune, generate, hessians, quantize, report, train_tiny
 from experiments._entry import plain
 from qjax.configuration import groups
 from qjax.configuration.check import check
 from qjax.errors import InputError, QjaxError
 from qjax.registry.options import Kind
 
-CONFIGS = pathlib.Path(quantize.CONFIGS)
+CONFIGS = pathlib.Path(job.CONFIGS)
 MAINS = {
     "quantize": quantize.main,
     "hessians": hessians.main,
@@ -182,7 +182,7 @@ def refusal(settings, *, build):
     try:
         check(settings, "quantize")
         if build:
-            quantize.job_of(OmegaConf.create(settings)).recipe.plan(["layers.0.mlp.up_proj"])
+            job.job_of(OmegaConf.create(settings)).recipe.plan(["layers.0.mlp.up_proj"])
     except QjaxError as error:
         return str(error)
     return None

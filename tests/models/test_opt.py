@@ -12,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-import experiments.quantize as entry_point
+import experiments._quantize as entry_point
 from qjax.errors import ModelFileError
 from qjax.interchange import artifact
 from qjax.job.run import run

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-import experiments.quantize as entry_point
+import experiments._quantize as entry_point
+from experiments.quantize import main
 from qjax import models
 from qjax.errors import ArtifactError, InputError, RunError
 from qjax.evaluate.compare import compare, reference_states
@@ -281,7 +282,7 @@ def test_the_command_line_explains_mistakes_without_a_traceback(tmp_path, monkey
     for argument, expected in (("rounding=gtpq", "gptq"), ("roundng=gptq", "roundng")):
         monkeypatch.setattr(sys, "argv", ["quantize", argument])
         with pytest.raises(SystemExit) as info:
-            entry_point.main()
+            main()
         error = capsys.readouterr().err
         assert info.value.code != 0 and expected in error, error
         assert "Traceback" not in error

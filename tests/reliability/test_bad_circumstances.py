@@ -97,7 +97,7 @@ def task(out, cache, *overrides):
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    import experiments.quantize as entry
+    import experiments._quantize as entry
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(entry.CONFIGS, version_base="1.3"):

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-import experiments.quantize as entry
+import experiments._quantize as entry
 from qjax.errors import ArtifactError, QjaxError, RunError
 from qjax.interchange import artifact
 from qjax.job.run import run
