@@ -16,60 +16,21 @@ from experiments import _sweep
 from experiments._devices import claim
 from experiments._entry import CONFIGS, cache_folder, compilation_cache, entry, join, mesh_of, plain
 from experiments._kinds import check
-from qjax import incoherence, rounding
-from qjax.codebooks.scaling import ScaleRule
 from qjax.errors import InputError
 from qjax.job.inputs import Inputs
 from qjax.job.run import run
 from qjax.job.settings import Job
-from qjax.pipeline.recipe import LayerRule, Recipe
+from qjax.pipeline.presets import recipe_of
 from qjax.runtime import tracker
 from qjax.runtime.distributed import is_primary
 
 __all__ = ["CONFIGS", "job_of"]
-
-_RULE_KEYS = {"pattern", "skip", "bits", "codebook", "damping", "scale"}
-
-
-def scale_rule(settings: Mapping[str, Any]) -> ScaleRule | None:
-    """The scale group as a rule; None lets the codebook decide."""
-    if settings["method"] == "auto":
-        return None
-    options: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
-    }
-    return ScaleRule(**options)
-
-
-def layer_rules(settings: list[Any]) -> tuple[LayerRule, ...]:
-    """The ordered exceptions, with a clear error for a key that does not exist."""
-    rules = []
-    for rule in settings:
-        if not isinstance(rule, Mapping) or "pattern" not in rule or set(rule) - _RULE_KEYS:
-            raise InputError(
-                f"rules: {rule!r} is not a rule; give pattern and some of {', '.join(sorted(_RULE_KEYS - {'pattern'}))}"
-            )
-        rules.append(LayerRule(**rule))
-    return tuple(rules)
 
 
 def only(settings: Mapping[str, Any], group: str, allowed: Mapping[str, Any]) -> None:
     """Refuse a value of a group in which nothing else exists yet."""
     if dict(settings) != dict(allowed):
         raise InputError(f"{group} is {dict(settings)}; only {dict(allowed)} exists")
-
-
-def recipe_of(settings: Mapping[str, Any]) -> Recipe:
-    """The recipe that the settings describe."""
-    return Recipe(
-        codebook={key: value for key, value in settings["codebook"].items() if value is not None},
-        bits=settings["bits"],
-        rounding=rounding.make(**settings["rounding"]),
-        incoherence=incoherence.make(**settings["incoherence"]),
-        scale=scale_rule(settings["scale"]),
-        damping=settings["damping"],
-        rules=layer_rules(settings["rules"]),
-    )
 
 
 def default_out(settings: Mapping[str, Any]) -> str:
@@ -116,7 +77,6 @@ def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs |
         model=settings["model"],
         data={key: value for key, value in settings["data"].items() if value is not None},
         recipe=recipe_of(settings),
-        hessian=settings["hessian"],
         evaluate=settings["evaluate"],
         memory=settings["memory"],
         seed=settings["seed"],
@@ -125,7 +85,6 @@ def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs |
         settings=settings,
         settings_yaml=OmegaConf.to_yaml(OmegaConf.create(settings)),
         tracker=make_tracker,
-        finetune=settings["finetune"],
         resume=settings["resume"],
         dry_run=settings["dry_run"],
         inputs=inputs or Inputs(),

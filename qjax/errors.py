@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "QjaxError",
     "RunError",
     "listed",
+    "suggested",
 ]
 
 
@@ -47,3 +49,9 @@ class ArtifactError(QjaxError):
 def listed(names: Iterable[object]) -> str:
     """`a, b, c` for a message, in a stable order."""
     return ", ".join(sorted(str(name) for name in names)) or "none"
+
+
+def suggested(found: object, names: Iterable[str]) -> str:
+    """` (did you mean 'ldlq'?)` for a message, the name nearest to what was found; empty where none is near."""
+    near = difflib.get_close_matches(str(found), [str(name) for name in names], n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

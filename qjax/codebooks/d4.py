@@ -10,7 +10,6 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
 from jaxtyping import Float, UInt8
 
@@ -25,6 +24,7 @@ from qjax.codebooks.half_lattice import (
     search_ball,
 )
 from qjax.codebooks.vector import VectorCodebook, check_bits, check_rms, nibble_table, nibble_values
+from qjax.typing import pytree
 
 __all__ = ["D4", "d4"]
 
@@ -41,7 +41,7 @@ def _table() -> np.ndarray:
 _TABLE = _table()
 
 
-@struct.dataclass
+@pytree
 class D4(VectorCodebook):
     """Two bits per weight, tiles of 1×4, uint8 codes."""
 

@@ -4,7 +4,7 @@ from qjax.data import hub as _hub
 from qjax.data import text as _text  # both imports fill SOURCES
 from qjax.data.corpus import SOURCES, Corpus
 from qjax.data.loading import BOS_POLICIES, PACKINGS, load
-from qjax.data.stream import Tokenizer, TokenSplit, TokenStream, check_disjoint, check_vocabulary
+from qjax.data.stream import Tokenizer, TokenSplit, TokenStream, as_stream, check_disjoint, check_vocabulary
 
 __all__ = [
     "BOS_POLICIES",
@@ -14,6 +14,7 @@ __all__ = [
     "TokenSplit",
     "TokenStream",
     "Tokenizer",
+    "as_stream",
     "check_disjoint",
     "check_vocabulary",
     "load",

@@ -11,11 +11,7 @@ import jax
 
 from qjax.data import TokenSplit
 from qjax.errors import InputError
-from qjax.finetune import BlockSettings
-from qjax.job.hessians import check_settings
 from qjax.job.inputs import Inputs
-from qjax.job.tuning import FINETUNE, settings_of
-from qjax.pipeline.quantize_model import STREAMS
 from qjax.pipeline.recipe import Recipe
 from qjax.runtime.fingerprint import versions
 from qjax.runtime.mesh import MeshSettings
@@ -36,11 +32,9 @@ class Job:
     Attributes:
       model: {"source", "dtype"}.
       data: arguments of `qjax.data.load`.
-      hessian: {"estimator", "stream", "batch"}, and the options of a sketch.
+      recipe: by which the model is quantised, options of Hessians and tuning included.
       evaluate: {"enabled", "batch"}.
       memory: {"device_gb", "host_gb", "disk_gb"}.
-      finetune: {"name": "none"}, "block" with the options of `qjax.finetune.BlockSettings`, "e2e", "lora" or "qat" with
-        those of `qjax.finetune.Settings`, "pv" with those of `qjax.finetune.pv.Settings`.
       cache: folder shared between runs for Hessians and reference states.
       tracker: makes the tracker, given the run directory.
       inputs: the model and the tokens that jobs of one process share.
@@ -50,7 +44,6 @@ class Job:
     model: Mapping[str, Any]
     data: Mapping[str, Any]
     recipe: Recipe
-    hessian: Mapping[str, Any]
     evaluate: Mapping[str, Any]
     memory: Mapping[str, Any]
     seed: int
@@ -59,7 +52,6 @@ class Job:
     settings: Mapping[str, Any]
     settings_yaml: str
     tracker: Callable[[pathlib.Path], Tracker]
-    finetune: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
     resume: bool = True
     dry_run: bool = False
     inputs: Inputs = dataclasses.field(default_factory=Inputs)
@@ -68,27 +60,20 @@ class Job:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; it lies in 0 … 2^32 − 1")
-        check_settings(self.hessian)
-        if self.hessian["stream"] not in STREAMS:
-            raise InputError(f"hessian.stream is {self.hessian['stream']!r}; allowed are {', '.join(STREAMS)}")
-        if not 0 <= self.hessian["correction"] <= 1:
-            raise InputError(f"hessian.correction is {self.hessian['correction']}; it is a share, 0 to 1")
-        if self.finetune["name"] not in FINETUNE:
-            raise InputError(f"finetune is {self.finetune['name']!r}; there is: {', '.join(FINETUNE)}")
-        if self.finetune["name"] == "block":
-            BlockSettings.of(self.finetune)
-            if self.hessian["stream"] != "original":
-                raise InputError(
-                    f"finetune=block needs hessian=original (as recipe=quip_sharp and qtip have); found the stream "
-                    f"{self.hessian['stream']!r}"
-                )
-        elif self.finetune["name"] != "none":
-            settings_of(self.finetune)
-        for group, key in (("hessian", "batch"), ("evaluate", "batch")):
-            if getattr(self, group)[key] < 1:
-                raise InputError(
-                    f"{group}.{key} is {getattr(self, group)[key]}; it is the number of sequences per step, at least 1"
-                )
+        if self.evaluate["batch"] < 1:
+            raise InputError(
+                f"evaluate.batch is {self.evaluate['batch']}; it is the number of sequences per step, at least 1"
+            )
+
+    @property
+    def hessian(self) -> Mapping[str, Any]:
+        """The options of the `hessian` group."""
+        return self.recipe.hessian
+
+    @property
+    def finetune(self) -> Mapping[str, Any]:
+        """The options of the `finetune` group, {"name": "none"} without tuning."""
+        return self.recipe.finetune or {"name": "none"}
 
     @property
     def streamed(self) -> bool:

@@ -1,9 +1,7 @@
-"""Fine-tuning inside a run: text, progress, tracker and files around `qjax.finetune`."""
+"""Fine-tuning inside a run: text, tracker and files around `qjax.pipeline.tuning`."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -12,33 +10,21 @@ from typing import Any
 from jax.sharding import Mesh
 
 from qjax import data
-from qjax.errors import InputError
-from qjax.finetune import Settings, Step, Tuned, end_to_end, lora, pv
+from qjax.finetune import Step, Tuned, lora
 from qjax.interchange import artifact
 from qjax.matrix.operator import operators
 from qjax.models import Model
-from qjax.runtime.distributed import on_primary
-from qjax.runtime.fingerprint import identity
-from qjax.runtime.progress import Progress
+from qjax.pipeline.tuning import settings_of, tuned
 from qjax.runtime.tracker import Tracker
 
 __all__ = [
-    "FINETUNE",
     "finetune_model",
     "recovered",
-    "save_adapters",
-    "settings_of",
     "stored_bits",
     "whole_model_bytes",
 ]
 
-FINETUNE = ("none", "block", "e2e", "lora", "pv", "qat")
 _log = logging.getLogger("qjax")
-
-
-def settings_of(options: Mapping[str, Any]) -> Settings | pv.Settings:
-    """The settings of tuning a whole quantised model. Raises InputError for wrong ones."""
-    return pv.Settings.of(options) if options["name"] == "pv" else Settings.of(options)
 
 
 def finetune_model(
@@ -62,57 +48,29 @@ def finetune_model(
       out: its folder `finetune` keeps checkpoints.
       mesh: its axis "data" shares out parameters and batches, None is one device.
     """
-    settings = settings_of(options)
     tokens = data.load(
         tokenizer=model.tokenizer,
         vocab_size=model.config.vocab_size,
         seed=seed,
-        **{**text, "calibration_sequences": settings.windows()},
+        **{**text, "calibration_sequences": settings_of(options).windows()},
     )
-    with contextlib.ExitStack() as stack:
-        shown: list[Progress] = []
 
-        def on_teacher(done: int, total: int) -> None:
-            if done == 1:
-                shown.append(stack.enter_context(Progress("teacher", total)))
-            shown[-1].update(done)
+    def on_step(step: Step) -> None:
+        tracker.log({"finetune/loss": step.loss, "finetune/validation": step.validation}, step=step.step)
+        _log.info("%s", step)
 
-        def on_plan(steps: int) -> None:
-            stack.close()
-            shown.append(stack.enter_context(Progress(f"tune {out.name}", steps)))
-
-        def on_step(step: Step) -> None:
-            progress = shown[-1]
-            if progress.done == 0 and step.step > 1:  # resumed: the steps before do not count for the time left
-                stack.close()
-                shown.append(stack.enter_context(Progress(f"tune {out.name}", step.steps, done=step.step - 1)))
-            known = "" if step.validation is None else f", validation {step.validation:.4f}"
-            shown[-1].update(step.step, note=f"loss {step.loss:.4f}{known}")
-            tracker.log({"finetune/loss": step.loss, "finetune/validation": step.validation}, step=step.step)
-            _log.info("%s", step)
-
-        run: Any = functools.partial(end_to_end, mesh=mesh)
-        if isinstance(settings, pv.Settings):
-            if mesh is not None:
-                raise InputError("finetune=pv runs on one device; use mesh.data=1 mesh.model=1")
-            run = pv.alternate
-        tuned: Tuned = run(
-            model,
-            params,
-            tokens.calibration,
-            settings,
-            seed=seed,
-            identity=identity(model.fingerprint["sha256"]),
-            cache=cache / "teachers",
-            folder=out / "finetune",
-            on_plan=on_plan,
-            on_teacher=on_teacher,
-            on_step=on_step,
-        )
-    if tuned.report["stopped"] is not None:
-        print(f"fine-tuning stopped early at {tuned.report['stopped']}", flush=True)
-        _log.warning("fine-tuning stopped early at %s", tuned.report["stopped"])
-    return tuned
+    return tuned(
+        model,
+        params,
+        tokens.calibration,
+        options,
+        seed=seed,
+        cache=cache / "teachers",
+        folder=out / "finetune",
+        label=f"tune {out.name}",
+        on_step=on_step,
+        mesh=mesh,
+    )
 
 
 def recovered(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
@@ -122,13 +80,6 @@ def recovered(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | No
     """
     lost = before["perplexity"] - before["perplexity_reference"]
     return (before["perplexity"] - after["perplexity"]) / lost if 0 < lost < float("inf") else None
-
-
-def save_adapters(folder: pathlib.Path, params: Any) -> None:
-    """`adapters.safetensors` beside `artifact/`, when the model has adapters. All processes of a group call this."""
-    if lora.adapters(params):
-        file, own = folder / "adapters.safetensors", folder / "artifact"
-        on_primary(lambda: lora.save(file, params, artifact.fingerprint(own)["sha256"]))
 
 
 def stored_bits(params: Any) -> int:

@@ -14,8 +14,8 @@ from qjax.errors import InputError
 from qjax.finetune import pv
 from qjax.interchange import artifact
 from qjax.job.run import run
-from qjax.job.tuning import settings_of
 from qjax.matrix.quantized import QuantizedMatrix
+from qjax.pipeline.tuning import settings_of
 
 SMALL = ["data.calibration_sequences=8", "data.evaluation_sequences=4", "data.length=64"]
 
