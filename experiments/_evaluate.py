@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -18,8 +17,8 @@ from qjax.errors import InputError
 from qjax.evaluate.compare import compare, reference_states
 from qjax.evaluate.harness import evaluate_tasks
 from qjax.finetune import lora
-from qjax.interchange import artifact
 from qjax.job.tuning import whole_model_bytes
+from qjax.pipeline.stored import load_artifact
 from qjax.runtime.atomic import write_json
 from qjax.runtime.distributed import is_primary
 from qjax.runtime.group import speaking
@@ -48,18 +47,10 @@ def spread(model: models.Model, mesh: Mesh | None) -> models.Model:
     return placed
 
 
-def with_adapters(quantized: models.Model, folder: pathlib.Path, adapters: str | None, mesh: Mesh | None = None) -> Any:
-    """The artifact's parameters with `adapters`, as sums for a mesh; without, those beside it are pointed out."""
-    if adapters is not None:
-        adapted = lora.attached(quantized.params, lora.load(adapters, quantized.fingerprint["sha256"]))
-        return adapted if mesh is None else lora.summed(adapted)
-    beside = folder.parent / "adapters.safetensors"
-    if beside.is_file():
-        print(
-            f"[without the adapters that this artifact was tuned with: adapters={beside} evaluates it with them]",
-            file=sys.stderr,
-        )
-    return quantized.params
+def stored(folder: str, adapters: str | None, mesh: Mesh | None) -> models.Model:
+    """The model of an artifact with `adapters`; for a mesh on the host, with adapted layers as sums."""
+    model = load_artifact(folder, adapters, device=mesh is None)
+    return model if mesh is None or adapters is None else dataclasses.replace(model, params=lora.summed(model.params))
 
 
 def tasks_of(settings: dict[str, Any], mesh: Mesh | None = None) -> dict[str, Any]:
@@ -74,11 +65,9 @@ def tasks_of(settings: dict[str, Any], mesh: Mesh | None = None) -> dict[str, An
         raise InputError("say which dense model: model='{source: …}', or with an artifact reference=false")
     report: dict[str, Any] = {}
     if folder is not None:
-        quantized = artifact.load(folder, device=mesh is None)
-        params = with_adapters(quantized, pathlib.Path(folder), settings["adapters"], mesh)
-        model = spread(dataclasses.replace(quantized, params=params), mesh)
+        model = spread(stored(folder, settings["adapters"], mesh), mesh)
         report["quantized"] = evaluate_tasks(model, settings["tasks"], seed=seed, **options)
-        del quantized, params, model
+        del model
     if source is not None and (folder is None or settings["reference"]):
         dense = spread(opened(source["source"], source.get("dtype", "float32"), mesh), mesh)
         report["reference"] = evaluate_tasks(dense, settings["tasks"], seed=seed, **options)
@@ -106,8 +95,7 @@ def _evaluate(settings: dict[str, Any], mesh: Mesh | None, cache: pathlib.Path) 
     if settings["artifact"] is None:
         raise InputError("artifact=null needs tasks=[…]; give the artifact/ folder of a run")
     folder = pathlib.Path(settings["artifact"])
-    quantized = artifact.load(folder, device=mesh is None)
-    params = with_adapters(quantized, folder, settings["adapters"], mesh)
+    quantized = stored(str(folder), settings["adapters"], mesh)
     known = run_settings(folder)
     for group in ("model", "data", "seed"):
         if settings[group] is None and group not in known:
@@ -116,9 +104,9 @@ def _evaluate(settings: dict[str, Any], mesh: Mesh | None, cache: pathlib.Path) 
     model = opened(settings["model"]["source"], settings["model"].get("dtype", "float32"), mesh)
     options = {key: value for key, value in settings["data"].items() if value is not None}
     tokens = data.load(tokenizer=model.tokenizer, vocab_size=model.config.vocab_size, seed=settings["seed"], **options)
-    size = whole_model_bytes(params)
-    model, tested = spread(model, mesh), spread(dataclasses.replace(quantized, params=params), mesh)
-    del quantized, params
+    size = whole_model_bytes(quantized.params)
+    model, tested = spread(model, mesh), spread(quantized, mesh)
+    del quantized
     teacher = reference_states(model, tokens.evaluation, settings["batch"], cache, mesh)
     report = compare(model, tested.params, teacher, tokens.evaluation, settings["batch"], tokens.rows, mesh)
     report["whole_model_bytes"] = size

@@ -15,7 +15,8 @@ from qjax.evaluate.compare import compare, reference_states
 from qjax.finetune import TUNINGS, lora, method_of
 from qjax.finetune.sharding import check_mesh
 from qjax.interchange import artifact
-from qjax.job.tuning import finetune_model, recovered, save_adapters, stored_bits, whole_model_bytes
+from qjax.job.tuning import finetune_model, recovered, stored_bits, whole_model_bytes
+from qjax.pipeline.compressed import save_adapters
 from qjax.runtime.atomic import read_json, write_json
 from qjax.runtime.distributed import is_primary, on_primary
 from qjax.runtime.fingerprint import device, versions

@@ -9,16 +9,15 @@ from omegaconf import DictConfig
 
 from qjax import models
 from qjax.errors import InputError
-from qjax.finetune import lora
-from qjax.interchange import artifact
 from qjax.matrix.kernel_layout import pack_model
+from qjax.models.continuation import ends, prompt_ids
 from qjax.models.sampling import Sampling
-from qjax.models.tokenizers.chat import chat_prompt, stop_ids
+from qjax.models.tokenizers.chat import chat_prompt
 from qjax.models.tokenizers.text_stream import TextStream
 from qjax.tensor_parallel import distribute, summary
 
 from ._entry import cache_folder, compilation_cache, mesh_or_none, plain
-from ._evaluate import opened
+from ._evaluate import opened, stored
 
 
 def _texts(settings: dict[str, Any], tokenizer: models.Tokenizer) -> list[str]:
@@ -51,23 +50,19 @@ def start(config: DictConfig) -> None:
     sampling = Sampling(*(settings[key] for key in ("temperature", "top_k", "top_p", "seed")))
     mesh = mesh_or_none(settings)
     if settings["artifact"] is not None:
-        model = artifact.load(settings["artifact"], device=mesh is None)
+        model = stored(settings["artifact"], settings["adapters"], mesh)
+    elif settings["adapters"] is not None:
+        raise InputError("adapters belong to an artifact: give artifact= too")
     else:
         model = opened(settings["model"]["source"], settings["model"]["dtype"], mesh)
     params = model.params
-    if settings["adapters"] is not None:
-        params = lora.attached(params, lora.load(settings["adapters"], model.fingerprint["sha256"]))
-        params = params if mesh is None else lora.summed(params)
     if mesh is not None:
         params = distribute(params, model.config, mesh, packed=settings["packed"])
         print(f"[{summary(params)}]")
     elif settings["packed"] and settings["adapters"] is None:
         params = pack_model(params)
     texts = _texts(settings, model.tokenizer)
-    prompts = [model.tokenizer.encode(text) for text in texts]
-    if model.tokenizer.adds_bos and not settings["chat"]:
-        first = np.array([model.tokenizer.bos_id], np.int32)
-        prompts = [np.concatenate([first, ids]) for ids in prompts]
+    prompts = [prompt_ids(model.tokenizer, text, chat=settings["chat"]) for text in texts]
     streaming = settings["stream"] and len(prompts) == 1
     stream = TextStream(model.tokenizer)
 
@@ -83,7 +78,7 @@ def start(config: DictConfig) -> None:
         prompts,
         settings["max_new_tokens"],
         sampling=sampling,
-        eos_id=stop_ids(model.tokenizer) if settings["chat"] else model.tokenizer.eos_id,
+        eos_id=ends(model.tokenizer, chat=settings["chat"]),
         on_tokens=show if streaming else None,
     )
     if streaming:

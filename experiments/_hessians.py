@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 from qjax import data, models
 from qjax.errors import InputError
 from qjax.hessian.store import HessianStore
-from qjax.job.hessians import check_settings, fits, provide
 from qjax.models.structure import structure
+from qjax.pipeline.hessians import check_settings, fits, provide
 from qjax.runtime.distributed import is_primary
 from qjax.runtime.monitor import peak_memory_bytes
 

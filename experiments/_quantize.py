@@ -12,17 +12,13 @@ from hydra.types import RunMode
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
-from qjax.codebooks.scaling import ScaleRule
 from qjax.configuration import plugins
 from qjax.configuration.check import check
 from qjax.errors import InputError
-from qjax.incoherence import INCOHERENCE
 from qjax.job.inputs import Inputs
 from qjax.job.run import run
 from qjax.job.settings import Job
-from qjax.pipeline.recipe import LayerRule, Recipe
-from qjax.registry import build
-from qjax.rounding import ROUNDINGS
+from qjax.pipeline.presets import recipe_of
 from qjax.runtime import tracker
 from qjax.runtime.distributed import is_primary
 
@@ -32,43 +28,11 @@ from ._entry import CONFIGS, cache_folder, compilation_cache, join, mesh_of, pla
 
 __all__ = ["CONFIGS", "job_of", "start"]
 
-_RULE_KEYS = {"pattern", "skip", "bits", "codebook", "damping", "scale"}
-
-
-def scale_rule(settings: Mapping[str, Any]) -> ScaleRule | None:
-    """The scale group as a rule; None lets the codebook decide."""
-    return None if settings["method"] == "auto" else build(ScaleRule, settings)
-
-
-def layer_rules(settings: list[Any]) -> tuple[LayerRule, ...]:
-    """The ordered exceptions, with a clear error for a key that does not exist."""
-    rules = []
-    for rule in settings:
-        if not isinstance(rule, Mapping) or "pattern" not in rule or set(rule) - _RULE_KEYS:
-            raise InputError(
-                f"rules: {rule!r} is not a rule; give pattern and some of {', '.join(sorted(_RULE_KEYS - {'pattern'}))}"
-            )
-        rules.append(LayerRule(**rule))
-    return tuple(rules)
-
 
 def only(settings: Mapping[str, Any], group: str, allowed: Mapping[str, Any]) -> None:
     """Refuse a value of a group in which nothing else exists yet."""
     if dict(settings) != dict(allowed):
         raise InputError(f"{group} is {dict(settings)}; only {dict(allowed)} exists")
-
-
-def recipe_of(settings: Mapping[str, Any]) -> Recipe:
-    """The recipe that the settings describe."""
-    return Recipe(
-        codebook={key: value for key, value in settings["codebook"].items() if value is not None},
-        bits=settings["bits"],
-        rounding=ROUNDINGS.build(settings["rounding"]),
-        incoherence=INCOHERENCE.build(settings["incoherence"]),
-        scale=scale_rule(settings["scale"]),
-        damping=settings["damping"],
-        rules=layer_rules(settings["rules"]),
-    )
 
 
 def default_out(settings: Mapping[str, Any]) -> str:
@@ -116,7 +80,6 @@ def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs |
         model=settings["model"],
         data={key: value for key, value in settings["data"].items() if value is not None},
         recipe=recipe_of(settings),
-        hessian=settings["hessian"],
         evaluate=settings["evaluate"],
         memory=settings["memory"],
         seed=settings["seed"],
@@ -125,7 +88,6 @@ def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs |
         settings=settings,
         settings_yaml=OmegaConf.to_yaml(OmegaConf.create(settings)),
         tracker=make_tracker,
-        finetune=settings["finetune"],
         resume=settings["resume"],
         dry_run=settings["dry_run"],
         inputs=inputs or Inputs(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "RunError",
     "listed",
     "missing_extra",
+    "suggested",
 ]
 
 
@@ -56,3 +58,9 @@ def missing_extra(extra: str, package: str) -> str:
     By the clone's path: the registry's distribution of the name qjax is another project's.
     """
     return f"needs {package}: pip install -e '.[{extra}]' in a clone of qjax"
+
+
+def suggested(found: object, names: Iterable[str]) -> str:
+    """` (did you mean 'ldlq'?)` for a message, the name nearest to what was found; empty where none is near."""
+    near = difflib.get_close_matches(str(found), [str(name) for name in names], n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +10,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import KernelError, choose, runnable
-from pallas_kernels.gram import pallas_mosaic_gpu, pallas_tpu, reference
+from pallas_kernels.gram import reference
 
 __all__ = ["available", "chosen", "gram"]
 
-_RUN = {"mosaic_gpu": pallas_mosaic_gpu.gram, "pallas_tpu": pallas_tpu.gram, "xla": reference.gram}
+_KERNELS = {"mosaic_gpu": "pallas_mosaic_gpu", "pallas_tpu": "pallas_tpu"}
+
+
+def _kernel(name: str) -> Any:
+    """The module of a kernel, imported when it is asked for: Pallas takes half a second."""
+    return importlib.import_module(f"pallas_kernels.gram.{_KERNELS[name]}")
 
 
 def chosen(dtype: Any, implementation: str | None = None) -> str:
@@ -32,8 +37,7 @@ def available(dtype: Any) -> list[str]:
 
 
 def _obstacles(dtype: Any) -> dict[str, Callable[[], str | None]]:
-    kernels = {"mosaic_gpu": pallas_mosaic_gpu.obstacle, "pallas_tpu": pallas_tpu.obstacle}
-    return {name: functools.partial(obstacle, dtype) for name, obstacle in kernels.items()}
+    return {name: lambda name=name: _kernel(name).obstacle(dtype) for name in _KERNELS}
 
 
 def gram(x: Float[Array, "rows n"], implementation: str | None = None) -> Float[Array, "n n"]:
@@ -43,4 +47,5 @@ def gram(x: Float[Array, "rows n"], implementation: str | None = None) -> Float[
     """
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise KernelError(f"gram: dtype {x.dtype}; allowed are float32 and bfloat16")
-    return _RUN["xla" if x.size == 0 else chosen(x.dtype, implementation)](x)
+    name = "xla" if x.size == 0 else chosen(x.dtype, implementation)
+    return (reference if name == "xla" else _kernel(name)).gram(x)

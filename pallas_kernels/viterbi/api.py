@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import choose
-from pallas_kernels.viterbi import pallas_gpu, reference
+from pallas_kernels.viterbi import reference
 
 __all__ = ["chosen", "costs", "search"]
 
 
 def chosen(states: int, b: int, implementation: str | None = None) -> str:
     """The implementation that runs for a trellis of `states` states with b bits a step. Raises KernelError."""
-    return choose("viterbi", implementation, {"pallas_gpu": functools.partial(pallas_gpu.obstacle, states, b)})
+
+    def obstacle() -> str | None:
+        from pallas_kernels.viterbi import pallas_gpu  # here and below: Pallas takes 0.2 s to import
+
+        return pallas_gpu.obstacle(states, b)
+
+    return choose("viterbi", implementation, {"pallas_gpu": obstacle})
 
 
 def costs(
@@ -32,6 +36,8 @@ def costs(
     Source: QTIP (2406.11235), section 2.3.
     """
     if chosen(lut.shape[0], b, implementation) == "pallas_gpu":
+        from pallas_kernels.viterbi import pallas_gpu
+
         return pallas_gpu.forward(x, lut, b, cost, False)[0].T.astype(cost.dtype)
     return reference.forward(x, lut, b, cost, False)[0]
 
@@ -50,6 +56,8 @@ def search(
     Raises KernelError when a named implementation cannot run.
     """
     if chosen(lut.shape[0], b, implementation) == "pallas_gpu":
+        from pallas_kernels.viterbi import pallas_gpu
+
         final, first, states = pallas_gpu.search(x, lut, b, cost, end)
         return final.astype(cost.dtype), first, states
     return reference.search(x, lut, b, cost, end)

@@ -10,7 +10,6 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
 from jaxtyping import Float, UInt8
 
@@ -26,6 +25,7 @@ from qjax.codebooks.half_lattice import (
 )
 from qjax.codebooks.vector import VectorCodebook, check_bits, check_rms, nibble_table, nibble_values
 from qjax.registry import Positive
+from qjax.typing import pytree
 
 __all__ = ["D4", "d4"]
 
@@ -42,7 +42,7 @@ def _table() -> np.ndarray:
 _TABLE = _table()
 
 
-@struct.dataclass
+@pytree
 class D4(VectorCodebook):
     """Two bits per weight, tiles of 1×4, uint8 codes."""
 

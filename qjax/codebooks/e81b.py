@@ -15,7 +15,6 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
 from jaxtyping import Float, UInt8
 
@@ -23,6 +22,7 @@ from qjax.codebooks.base import CODEBOOKS
 from qjax.codebooks.half_lattice import cheapest, odd
 from qjax.codebooks.vector import VectorCodebook, check_bits, check_rms, nibble_table, nibble_values
 from qjax.registry import Positive
+from qjax.typing import pytree
 
 __all__ = ["E81B", "e81b", "e81b_points", "e81b_table"]
 
@@ -53,7 +53,7 @@ def e81b_table() -> np.ndarray:
 _TABLE = e81b_table()
 
 
-@struct.dataclass
+@pytree
 class E81B(VectorCodebook):
     """One bit per weight, tiles of 1×8, uint8 codes."""
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array, lax
 from jaxtyping import Float, UInt16
 
@@ -34,6 +33,7 @@ from qjax.codebooks.half_lattice import (
 )
 from qjax.codebooks.vector import VectorCodebook, check_bits, check_rms, nibble_table, nibble_values
 from qjax.registry import Positive
+from qjax.typing import pytree
 
 __all__ = ["E8P", "MAX_CANDIDATES", "NIBBLES", "TABLE_VERSION", "e8p", "e8p_magnitudes", "e8p_table"]
 
@@ -74,7 +74,7 @@ def e8p_table() -> np.ndarray:
 _TABLE = e8p_table()
 
 
-@struct.dataclass
+@pytree
 class E8P(VectorCodebook):
     """Two bits per weight, tiles of 1×8, uint16 codes; RMS of the codewords 1.09375."""
 

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array, lax
 from jaxtyping import Float, UInt32
 
@@ -22,6 +21,7 @@ from qjax.codebooks.e81b import E81B, e81b
 from qjax.codebooks.vector import VectorCodebook, check_bits, check_rms
 from qjax.errors import InputError, listed
 from qjax.registry import Count, OneOf, Positive
+from qjax.typing import pytree, static
 
 __all__ = ["ResidualE8P", "e8p_rvq"]
 
@@ -36,7 +36,7 @@ SCALES = {
 _BEAM_TILES = 4096  # tiles whose candidates are held at once
 
 
-@struct.dataclass
+@pytree
 class ResidualE8P(VectorCodebook):
     """Three or four bits per weight, tiles of 1×8, uint32 codes.
 
@@ -49,8 +49,8 @@ class ResidualE8P(VectorCodebook):
 
     dim = 8
 
-    residual_scale: float = struct.field(pytree_node=False)
-    beam: int = struct.field(pytree_node=False)
+    residual_scale: float = static()
+    beam: int = static()
     first: E8P
     second: E8P | E81B
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, UInt8, UInt32
 
 from qjax.codebooks.base import CODEBOOKS
@@ -23,12 +23,12 @@ from qjax.codebooks.bitstream import pack_bits, unpack_bits
 from qjax.codebooks.gaussian import lloyd_max_levels, optimal_rms
 from qjax.errors import InputError
 from qjax.registry import Positive
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree, static
 
 __all__ = ["LevelCodebook", "ScalarCodebook", "UniformCodebook", "grid", "half_integer", "lloyd_max", "quip_grid"]
 
 
-@struct.dataclass
+@pytree
 class ScalarCodebook:
     """Base class of scalar codebooks: 1×1 tiles, uint8 codes in row-major order, `bits` bits each.
 
@@ -38,9 +38,9 @@ class ScalarCodebook:
       rms: the input RMS that the codebook is meant for.
     """
 
-    name: str = struct.field(pytree_node=False)
-    bits: int = struct.field(pytree_node=False)
-    rms: float = struct.field(pytree_node=False)
+    name: str = static()
+    bits: int = static()
+    rms: float = static()
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -60,11 +60,11 @@ class ScalarCodebook:
         return {"name": self.name, "bits": self.bits, "rms": self.rms}
 
 
-@struct.dataclass
+@pytree
 class UniformCodebook(ScalarCodebook):
     """Levels `first + 0, 1, …, 2^bits − 1`."""
 
-    first: float = struct.field(pytree_node=False, default=0.0)
+    first: float = static(default=0.0)
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -86,11 +86,11 @@ class UniformCodebook(ScalarCodebook):
         return codes.astype(jnp.float32) + self.first
 
 
-@struct.dataclass
+@pytree
 class LevelCodebook(ScalarCodebook):
     """An arbitrary ascending table of `2^bits` levels (a leaf)."""
 
-    levels: Leaf = struct.field(default_factory=lambda: np.zeros(2, np.float32))
+    levels: Leaf = dataclasses.field(default_factory=lambda: np.zeros(2, np.float32))
 
     def quantize(self, x: Float[Array, "m n"]) -> UInt8[Array, "m n"]:
         """The nearest level's index: the number of cell edges at or below x."""

@@ -7,14 +7,13 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qjax.codebooks.base import Codebook
 from qjax.errors import InputError
 from qjax.registry import Count, Natural, OneOf, Positive, check_options
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree, static
 
 __all__ = ["ScaleRule", "Scaling", "fit", "identity"]
 
@@ -59,7 +58,7 @@ class ScaleRule:
             raise InputError("scale.candidates is empty; search needs at least one factor")
 
 
-@struct.dataclass
+@pytree
 class Scaling:
     """The scales of one matrix: `scale = unit · relative`, `x = w / scale + zero`.
 
@@ -73,7 +72,7 @@ class Scaling:
     unit: Leaf
     relative: Leaf = None
     zero: Leaf = None
-    group: int | None = struct.field(pytree_node=False, default=None)
+    group: int | None = static(default=None)
 
     def at(self, columns: Int[Array, " width"], dtype: DTypeLike) -> tuple[Array, Array]:
         """(scale, zero), each `[rows or 1, width or 1]`, of the columns with these indices."""

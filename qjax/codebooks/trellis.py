@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Integer, UInt32
 
 from pallas_kernels.viterbi import chosen
@@ -18,7 +17,7 @@ from qjax.codebooks.trellis_codes import COMPUTED, RMS, TABLES, gaussian_table, 
 from qjax.codebooks.vector import check_bits, check_rms
 from qjax.errors import InputError, listed
 from qjax.registry import Count, Natural, OneOf, Positive
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree, static
 
 __all__ = ["Trellis", "trellis"]
 
@@ -29,7 +28,7 @@ _GAIN = {1: 1.05, 2: 1.0, 3: 0.95, 4: 0.9}
 """Input RMS over RMS of the code that gives a Gaussian the least error, by bits; 0.9 from 4 bits on."""
 
 
-@struct.dataclass
+@pytree
 class Trellis:
     """A bitshift trellis (L, K, V) over tiles of 16×16 weights, row-major; K bits per weight, V weights per step.
 
@@ -51,17 +50,17 @@ class Trellis:
       table: HYB's or the random code's values, None for a computed code.
     """
 
-    name: str = struct.field(pytree_node=False)
-    bits: int = struct.field(pytree_node=False)
-    rms: float = struct.field(pytree_node=False)
-    L: int = struct.field(pytree_node=False)
-    V: int = struct.field(pytree_node=False)
-    code: str = struct.field(pytree_node=False)
-    Q: int = struct.field(pytree_node=False)
-    seed: int = struct.field(pytree_node=False)
-    overlap: int | None = struct.field(pytree_node=False)
-    budget_mib: int = struct.field(pytree_node=False)
-    search: str = struct.field(pytree_node=False)
+    name: str = static()
+    bits: int = static()
+    rms: float = static()
+    L: int = static()
+    V: int = static()
+    code: str = static()
+    Q: int = static()
+    seed: int = static()
+    overlap: int | None = static()
+    budget_mib: int = static()
+    search: str = static()
     table: Leaf = None
 
     @property

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
 from jaxtyping import Float, Integer, UInt, UInt32
 
 from qjax.codebooks.bitstream import pack_bits, unpack_bits
 from qjax.errors import InputError, listed
+from qjax.typing import pytree, static
 
 __all__ = ["VectorCodebook", "check_bits", "check_rms", "nibble_table", "nibble_values"]
 
@@ -26,7 +26,7 @@ _WIDTHS = {
 }
 
 
-@struct.dataclass
+@pytree
 class VectorCodebook:
     """A codebook of `1 × dim` tiles whose codes `[m, n/dim]` have `code_bits` bits; `bits = code_bits / dim`.
 
@@ -38,9 +38,9 @@ class VectorCodebook:
 
     dim: ClassVar[int]
 
-    name: str = struct.field(pytree_node=False)
-    bits: int = struct.field(pytree_node=False)
-    rms: float = struct.field(pytree_node=False)
+    name: str = static()
+    bits: int = static()
+    rms: float = static()
 
     @property
     def tile(self) -> tuple[int, int]:

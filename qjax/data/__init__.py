@@ -2,7 +2,7 @@
 
 from qjax.data.corpus import SOURCES, Corpus
 from qjax.data.loading import BOS_POLICIES, PACKINGS, load
-from qjax.data.stream import Tokenizer, TokenSplit, TokenStream, check_disjoint, check_vocabulary
+from qjax.data.stream import Tokenizer, TokenSplit, TokenStream, as_stream, check_disjoint, check_vocabulary
 
 __all__ = [
     "BOS_POLICIES",
@@ -12,6 +12,7 @@ __all__ = [
     "TokenSplit",
     "TokenStream",
     "Tokenizer",
+    "as_stream",
     "check_disjoint",
     "check_vocabulary",
     "load",

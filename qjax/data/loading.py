@@ -10,7 +10,7 @@ import numpy as np
 
 from qjax.data.corpus import SOURCES, Corpus
 from qjax.data.packing import CHOICES, interleave, shares
-from qjax.data.stream import Tokenizer, TokenSplit, TokenStream, check_disjoint
+from qjax.data.stream import TextModel, Tokenizer, TokenSplit, TokenStream, check_disjoint
 from qjax.data.windows import Plan, stream_of
 from qjax.errors import DataError, InputError
 from qjax.registry import Count, OneOf
@@ -117,7 +117,7 @@ class _Options:
 
 def load(
     source: str,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | TextModel | None,
     *,
     calibration_sequences: int | None = Windows.calibration_sequences,
     evaluation_sequences: int | None = Windows.evaluation_sequences,
@@ -136,7 +136,8 @@ def load(
     Args:
       source: "pydoc", "kjv", "text", "jsonl", "hf", "tokens" (their options are `options`), or "mixture" with
         `parts={name: {"source": …, "weight": 1.0, …}}`.
-      tokenizer: needed by every source of text; "tokens" can do with `vocab_size` (and `bos_id`) instead.
+      tokenizer: needed by every source of text, or the model whose it is; "tokens" can do with `vocab_size` (and
+        `bos_id`) instead.
       calibration_sequences: number of windows; None takes all there are.
       evaluation_sequences: likewise.
       length: tokens per window, BOS included.
@@ -150,15 +151,19 @@ def load(
     Raises InputError for a wrong option, DataError for data that is missing, damaged, too short, outside the vocabulary
     or the same in calibration and evaluation.
     """
+    own: Any = tokenizer
+    if isinstance(tokenizer, TextModel):
+        vocab_size = tokenizer.config.vocab_size if vocab_size is None else vocab_size
+        own = tokenizer.tokenizer
     counts = (calibration_sequences, evaluation_sequences)
     for side, count in zip(("calibration", "evaluation"), counts, strict=True):
         if count is not None and count < 1:
             raise DataError(f"{side}_sequences={count} leaves zero {side} tokens; ask for at least 1 sequence")
     shared = _Options(length, bos, seed, windows, evaluation_windows, packing, vocab_size, bos_id)
     if source == "mixture":
-        split = _mixture(tokenizer, counts, shared, options)
+        split = _mixture(own, counts, shared, options)
     else:
-        split = _single(source, tokenizer, counts, shared, options)
+        split = _single(source, own, counts, shared, options)
     check_disjoint(split.calibration.tokens, split.evaluation.tokens, source)
     return split
 

@@ -12,7 +12,7 @@ import numpy as np
 from qjax.data.packing import interleave
 from qjax.errors import DataError, InputError
 
-__all__ = ["TokenSplit", "TokenStream", "Tokenizer", "check_disjoint", "check_vocabulary"]
+__all__ = ["TextModel", "TokenSplit", "TokenStream", "Tokenizer", "as_stream", "check_disjoint", "check_vocabulary"]
 
 
 @runtime_checkable
@@ -28,7 +28,18 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> Sequence[int] | np.ndarray: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@runtime_checkable
+class TextModel(Protocol):
+    """A model as the data layer uses it: its tokenizer, and the size of its vocabulary."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class TokenStream:
     """Windows `tokens [sequences, length]` int32 that a model reads independently of each other.
 
@@ -62,8 +73,12 @@ class TokenStream:
     def length(self) -> int:
         return self.tokens.shape[1]
 
+    def __repr__(self) -> str:
+        source = " ".join(str(self.description[key]) for key in ("source", "side") if key in self.description)
+        return f"TokenStream({source + ', ' if source else ''}{self.sequences} × {self.length} tokens)"
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class TokenSplit:
     """Calibration and evaluation windows that share no window.
 
@@ -83,6 +98,30 @@ class TokenSplit:
         sizes = [stream.sequences for stream in self.domains.values()]
         order = interleave([np.full((size, 1), index) for index, size in enumerate(sizes)])[:, 0]
         return {name: np.flatnonzero(order == index) for index, name in enumerate(self.domains)}
+
+    def __repr__(self) -> str:
+        sides = {"calibration": self.calibration, "evaluation": self.evaluation}
+        sizes = (f"{side} {own.sequences} × {own.length}" for side, own in sides.items())
+        return f"TokenSplit({', '.join(self.domains)}: {', '.join(sizes)} tokens)"
+
+
+def as_stream(tokens: Any, side: str) -> TokenStream:
+    """The stream that is meant: the `side` of a split, a stream itself, or that of token ids `[sequences, length]`.
+
+    Raises InputError for anything else.
+    """
+    if isinstance(tokens, TokenSplit):
+        return getattr(tokens, side)
+    if isinstance(tokens, TokenStream):
+        return tokens
+    array = np.asarray(tokens) if hasattr(tokens, "shape") or isinstance(tokens, list | tuple) else None
+    if array is None or array.ndim != 2 or not np.issubdtype(array.dtype, np.integer) or 0 in array.shape:
+        found = type(tokens).__name__ if array is None else f"{array.dtype}{list(array.shape)}"
+        raise InputError(
+            f"tokens are {found}; give what qjax.data.load returns, or token ids as an array of integers "
+            "[sequences, length]"
+        )
+    return TokenStream.of(array, {"source": "array"})
 
 
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, name: str) -> None:

@@ -1,19 +1,39 @@
-"""Evaluation of a model against its reference: perplexity, KL, agreement, each with a bootstrap interval."""
+"""Evaluation of a model against its reference: perplexity, KL, agreement, each with a bootstrap interval.
+
+The room can be called: `qjax.evaluate(model, tokens, reference)` is its `evaluate_model`.
+"""
+
+import sys
+import types
 
 from qjax.evaluate.evaluation import evaluate, hidden_states, perplexity
 from qjax.evaluate.metrics import divergence, token_metrics, token_nll
+from qjax.evaluate.model import Comparison, compare_models, evaluate_model
 from qjax.evaluate.reference_cache import TeacherCache
-from qjax.evaluate.summary import EvaluationReport, check_finite, summarise
+from qjax.evaluate.summary import Evaluation, EvaluationReport, check_finite, summarise
 
 __all__ = [
+    "Comparison",
+    "Evaluation",
     "EvaluationReport",
     "TeacherCache",
     "check_finite",
+    "compare_models",
     "divergence",
     "evaluate",
+    "evaluate_model",
     "hidden_states",
     "perplexity",
     "summarise",
     "token_metrics",
     "token_nll",
 ]
+
+
+class Room(types.ModuleType):
+    """The module of this room, which is `evaluate_model` where it is called."""
+
+    __call__ = staticmethod(evaluate_model)
+
+
+sys.modules[__name__].__class__ = Room

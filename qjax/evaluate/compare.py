@@ -8,8 +8,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from qjax import data, evaluate, models
-from qjax.evaluate import TeacherCache, hidden_states
+from qjax import data, models
+from qjax.evaluate.evaluation import evaluate, hidden_states
+from qjax.evaluate.reference_cache import TeacherCache
 from qjax.runtime.fingerprint import identity
 from qjax.runtime.progress import Progress
 
@@ -50,7 +51,7 @@ def compare(
     `domains`: rows of each.  `mesh`: where both models lie, None is one device.
     """
     with Progress("evaluate", model.config.num_layers) as progress:
-        report = evaluate.evaluate(
+        report = evaluate(
             teacher,
             models.head(model.params),
             params,

@@ -13,13 +13,13 @@ from jaxtyping import Float, Int
 from qjax.data.stream import TokenStream, check_vocabulary
 from qjax.errors import InputError
 from qjax.evaluate.metrics import token_metrics, token_nll
-from qjax.evaluate.summary import EvaluationReport, check_finite, summarise
+from qjax.evaluate.summary import Evaluation, check_finite, summarise
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
 from qjax.runtime.mesh import fetched
 from qjax.streams.blocks import blocks
 
-__all__ = ["evaluate", "hidden_states", "perplexity", "reference_perplexity"]
+__all__ = ["evaluate", "evaluate_alone", "hidden_states", "perplexity", "reference_perplexity"]
 
 Params = Any
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
@@ -61,7 +61,7 @@ def evaluate(
     progress: Progress | None = None,
     domains: Mapping[str, np.ndarray] | None = None,
     mesh: Mesh | None = None,
-) -> EvaluationReport:
+) -> Evaluation:
     """Perplexity, KL to the reference and agreement of the model `params` on windows of tokens.
 
     Args:
@@ -92,13 +92,7 @@ def evaluate(
     metrics = {name: np.concatenate([row[name] for row in rows])[: stream.sequences] for name in rows[0]}
     check_finite({"nll_reference": metrics["nll_reference"]}, "the reference model")
     check_finite({name: metrics[name] for name in ("nll", "kl")}, "the evaluated model")
-    protocol = {
-        "context_length": stream.length,
-        "stride": stream.description.get("stride", stream.length),
-        "bos": stream.description.get("bos", "unstated"),
-        "tokens_sha256": stream.sha256,
-        "seed": seed,
-    }
+    protocol = _protocol(stream, seed)
     report = summarise(metrics, **protocol)
     if domains is None or len(domains) < 2:
         return report
@@ -119,15 +113,38 @@ def perplexity(
     mesh: Mesh | None = None,
 ) -> float:
     """`exp(mean nll)` over the `length - 1` predictions of every window. Raises NumericsError for non-finite logits."""
-    windows = tokens.tokens if isinstance(tokens, TokenStream) else tokens
-    hidden = hidden_states(params, windows, config, batch, progress)
+    return evaluate_alone(params, tokens, config, batch=batch, progress=progress, mesh=mesh).perplexity
+
+
+def evaluate_alone(
+    params: Params,
+    tokens: TokenStream | Int[np.ndarray, "sequences length"],
+    config: ModelConfig,
+    *,
+    batch: int = BATCH,
+    seed: int = 0,
+    progress: Progress | None = None,
+    mesh: Mesh | None = None,
+) -> Evaluation:
+    """The perplexity of a model without a reference; arguments and errors as of `evaluate`."""
+    stream = tokens if isinstance(tokens, TokenStream) else TokenStream.of(tokens, {})
+    hidden = hidden_states(params, stream.tokens, config, batch, progress)
     head = transformer.head(params)
-    parts = zip(_batches(hidden, batch), _batches(windows[:, 1:], batch), strict=True)
+    parts = zip(_batches(hidden, batch), _batches(stream.tokens[:, 1:], batch), strict=True)
     found = [fetched(token_nll(head, part, targets, config, mesh)) for part, targets in parts]
-    nll = np.concatenate(found)[: len(windows)]
+    nll = np.concatenate(found)[: stream.sequences]
     check_finite({"nll": nll}, "the model")
-    with np.errstate(over="ignore"):
-        return float(np.exp(nll.mean(dtype=np.float64)))
+    return summarise({"nll": nll}, **_protocol(stream, seed))
+
+
+def _protocol(stream: TokenStream, seed: int) -> dict[str, Any]:
+    return {
+        "context_length": stream.length,
+        "stride": stream.description.get("stride", stream.length),
+        "bos": stream.description.get("bos", "unstated"),
+        "tokens_sha256": stream.sha256,
+        "seed": seed,
+    }
 
 
 def reference_perplexity(

@@ -12,7 +12,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -27,6 +26,7 @@ from qjax.finetune.parameters import Trainable, merged, tunable, view
 from qjax.finetune.rules import RateRule, assign
 from qjax.finetune.sharding import Parts, check_mesh, placing
 from qjax.finetune.targets import targets
+from qjax.linalg.prng import root_key
 from qjax.models import Model
 from qjax.models.transformer import head
 from qjax.registry import Count, OneOf
@@ -159,7 +159,7 @@ def end_to_end(
     steps = settings.tokens // (settings.batch * settings.accumulate * tokens.length)
     optimizer = settings.optimizer.over(steps)
     if settings.adapters is not None:
-        params = lora.adapted(params, wrapped_key(seed), **dataclasses.asdict(settings.adapters))
+        params = lora.adapted(params, root_key(seed), **dataclasses.asdict(settings.adapters))
     if settings.tunes_weights:
         params = latent.rounding_latents(params, reference.params)
     names = tunable(params)
@@ -218,11 +218,6 @@ def end_to_end(
     if settings.tunes_weights:
         tuned = latent.closed(tuned, model.layout, result.tuned)
     return Tuned(tuned, _report(result, task, len(names)))
-
-
-def wrapped_key(seed: int) -> Any:
-    """`jax.random.key(seed)` without compiling a program."""
-    return jax.random.wrap_key_data(jax.device_put(np.array([0, seed], np.uint32)))
 
 
 def _report(result: Result, task: Task, names: int) -> dict[str, Any]:

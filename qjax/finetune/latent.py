@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
 
 from qjax.errors import InputError
@@ -20,12 +19,12 @@ from qjax.finetune.discrete import nearest, straight_through
 from qjax.finetune.lora import mapped
 from qjax.finetune.parameters import Layout, layer_value
 from qjax.matrix.quantized import QuantizedMatrix
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree, static
 
 __all__ = ["Latent", "closed", "opened", "rounding_latents"]
 
 
-@struct.dataclass
+@pytree
 class Latent:
     """`W ≈ Uᵀ Z V` with Z `[padded_out, padded_in]` in the order and place of the codewords of `base`.
 
@@ -37,7 +36,7 @@ class Latent:
 
     latent: Leaf
     base: QuantizedMatrix
-    rounds: bool = struct.field(pytree_node=False)
+    rounds: bool = static()
 
     def dequantize(self) -> Float[Array, "out in"]:
         """The dense matrix in the original basis; gradients reach Z as if it were not rounded."""

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
 
 from qjax.errors import ArtifactError, InputError
@@ -33,7 +32,7 @@ from qjax.matrix.sums import Sum
 from qjax.models.linear import linears_of, replace_linears
 from qjax.registry import Count, Positive, check_options
 from qjax.runtime.atomic import read_safetensors, write_safetensors
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree, static
 
 __all__ = [
     "Adapted",
@@ -121,7 +120,7 @@ def _whole_bwd(scale: float, saved: Any, g: Array) -> tuple[None, Array, Array, 
 _whole_matmul.defvjp(_whole_fwd, _whole_bwd)
 
 
-@struct.dataclass
+@pytree
 class Adapted:
     """The sum `Ŵ + scale · B A` in training: Ŵ `[out, in]` is frozen, A `[r, in]` and B `[out, r]` have gradients.
 
@@ -135,7 +134,7 @@ class Adapted:
     base: Leaf
     lora_a: Leaf
     lora_b: Leaf
-    scale: float = struct.field(pytree_node=False)
+    scale: float = static()
 
     @property
     def sum(self) -> Sum:
@@ -165,7 +164,7 @@ class Adapted:
         return whole.replace(base=Dense(jax.lax.stop_gradient(self.base.dequantize())))
 
 
-@struct.dataclass
+@pytree
 class Merged:
     """The dense `Ŵ + scale · B A` `[out, in]`, which computes, and the layer that it was made of."""
 

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 from qjax.finetune.edges import edge_leaves, tree
@@ -28,7 +27,7 @@ from qjax.matrix.quantized import QuantizedMatrix
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
 from qjax.models.linear import linears_of, replace_linears
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree
 
 __all__ = [
     "Gained",
@@ -49,7 +48,7 @@ _TABLE = ".codebook.table"
 Named = dict[str, Any]
 
 
-@struct.dataclass
+@pytree
 class Gained:
     """`diag(a) B diag(b)` with a dense B `[out, in]` that stays as it is: no gradient of its size exists."""
 

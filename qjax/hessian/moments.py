@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -24,7 +23,7 @@ from qjax.runtime.mesh import AXES, EACH, WHOLE
 from qjax.streams import activations
 from qjax.streams.activations import Activations
 from qjax.streams.batches import Spread
-from qjax.typing import HostOrDevice, Leaf
+from qjax.typing import HostOrDevice, Leaf, pytree
 
 __all__ = [
     "NONE",
@@ -40,7 +39,7 @@ __all__ = [
 ]
 
 
-@struct.dataclass
+@pytree
 class Moments:
     """Running sums for one block, one on every device: `Σ x xᵀ` per site in two float32 parts (sum, compensation).
 

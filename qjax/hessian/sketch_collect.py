@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
@@ -26,7 +25,7 @@ from qjax.runtime.mesh import AXES, EACH, WHOLE, single
 from qjax.streams.batches import Spread
 from qjax.streams.blocks import blocks
 from qjax.streams.gradients import backward, there_and_back
-from qjax.typing import HostOrDevice, Leaf
+from qjax.typing import HostOrDevice, Leaf, pytree
 
 __all__ = [
     "Sums",
@@ -40,7 +39,7 @@ __all__ = [
 ]
 
 
-@struct.dataclass
+@pytree
 class Sums:
     """Running sums of one block by linear and factor ("input", "output"), float32 in two parts, one on every device.
 

@@ -59,6 +59,9 @@ class HessianStore:
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
 
+    def __repr__(self) -> str:
+        return f"HessianStore({str(self.path)!r})"
+
     def key(self, model_fingerprint: Any, tokens_sha256: str, estimator: str, batch: int) -> str:
         """The address of a collection (the batch is part of it: it fixes the order of the float32 sums)."""
         return digest(

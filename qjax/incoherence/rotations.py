@@ -6,14 +6,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Key
 
 from qjax.errors import InputError
 from qjax.linalg.hadamard import block_hadamard_transform, hadamard_factor, hadamard_transform
 from qjax.linalg.orthogonal import TwoStage, two_stage, two_stage_transform
 from qjax.registry import Registry
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree, static
 
 __all__ = ["ROTATIONS", "Rotation", "SignedHadamard", "TwoStageOrthogonal"]
 
@@ -24,7 +23,10 @@ _WORD = 32
 class Rotation(Protocol):
     """An orthogonal matrix R of `size`, as a pytree."""
 
-    size: int
+    @property
+    def size(self) -> int:
+        """The length of the axis."""
+        ...
 
     def apply(self, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         """`x @ R`, in the dtype of x."""
@@ -43,7 +45,7 @@ ROTATIONS: Registry[Rotation] = Registry("rotation", "qjax.incoherence.ROTATIONS
 """Builders of a rotation from its `spec()` and its arrays; raises InputError where they do not fit together."""
 
 
-@struct.dataclass
+@pytree
 class SignedHadamard:
     """`R = diag(s) Had`: random signs, then a Hadamard transform of the whole axis or of blocks of it.
 
@@ -55,8 +57,8 @@ class SignedHadamard:
     """
 
     words: Leaf
-    size: int = struct.field(pytree_node=False)
-    block: int = struct.field(pytree_node=False)
+    size: int = static()
+    block: int = static()
 
     @classmethod
     def sample(cls, key: Key[Array, ""], size: int, block: int | None = None) -> SignedHadamard:
@@ -103,7 +105,7 @@ def _signed_hadamard(words: Leaf, size: int, block: int) -> SignedHadamard:
     return SignedHadamard(words, size, block)
 
 
-@struct.dataclass
+@pytree
 class TwoStageOrthogonal:
     """QuIP's random orthogonal matrix, stored as a 64-bit key and drawn again from it whenever it is applied.
 
@@ -118,8 +120,8 @@ class TwoStageOrthogonal:
     """
 
     seed: Leaf
-    size: int = struct.field(pytree_node=False)
-    single: bool = struct.field(pytree_node=False)
+    size: int = static()
+    single: bool = static()
 
     @classmethod
     def sample(cls, key: Key[Array, ""], size: int, single: bool = False) -> TwoStageOrthogonal:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from qjax.errors import InputError
 from qjax.incoherence.rotations import Rotation
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree, static
 
 __all__ = ["Transform", "widened"]
 
@@ -55,7 +54,7 @@ def _congruence(hessian: Array, rotation: Rotation | None, size: int) -> Array:
     return _rotated(rotation, None, _rotated(rotation, h, jnp.zeros_like(h), transposed=True), transposed=False)
 
 
-@struct.dataclass
+@pytree
 class Transform:
     """The incoherence processing of one matrix [m, n], zero-padded to [M, N] before it is rotated.
 
@@ -70,8 +69,8 @@ class Transform:
     output_rotation: Rotation | None
     input_rotation: Rotation | None
     rescale: Leaf | None
-    shape: tuple[int, int] = struct.field(pytree_node=False)
-    padded: tuple[int, int] = struct.field(pytree_node=False)
+    shape: tuple[int, int] = static()
+    padded: tuple[int, int] = static()
 
     def _expect(self, what: str, found: tuple[int, ...], allowed: tuple[int, ...]) -> None:
         if found != allowed:

@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from qjax.interchange.checksums import CHECKSUMS, seal, verify
 from qjax.interchange.serialize import from_arrays
 from qjax.interchange.weights import named_leaves, sha256_of
 from qjax.matrix.operator import codebooks_of, is_operator
+from qjax.matrix.quantize import MatrixReport
 from qjax.models.checkpoints.weights import leaf_shapes
 from qjax.models.config import ModelConfig
 from qjax.models.loading import Model
@@ -36,7 +38,7 @@ from qjax.runtime.atomic import read_json
 from qjax.runtime.distributed import on_primary
 from qjax.runtime.durable import sync
 
-__all__ = ["FORMAT", "fingerprint", "load", "model_bytes", "save", "seal"]
+__all__ = ["FORMAT", "fingerprint", "identity", "load", "model_bytes", "reports", "save", "seal"]
 
 FORMAT = "qjax-artifact-2"
 _WEIGHTS = "weights"
@@ -58,25 +60,33 @@ def model_bytes(params: Any) -> int:
     return total + sum(tables.values())
 
 
-def save(path: str | pathlib.Path, model: Model, params: Any, records: str | pathlib.Path | None = None) -> None:
+def save(
+    path: str | pathlib.Path,
+    model: Model,
+    params: Any,
+    records: str | pathlib.Path | None = None,
+    reports: Sequence[MatrixReport] = (),
+) -> None:
     """Write `params` (dense leaves and operators) of `model`'s architecture to `path`, replacing what is there.
 
     `records` is the folder of the run's finished layers: an operator that is the same there becomes a hard link to its
-    file, or a copy where the file system has none. Written beside and renamed: `path` is always whole.
+    file, or a copy where the file system has none; the report of any other goes into its file. Written beside and
+    renamed: `path` is always whole.
     `params["blocks"]` is iterated once and written as it comes, so that blocks which are read one at a time
     (`qjax.pipeline.finished`) need no more memory than one. All processes of a group call this with the same
     parameters; process 0 writes.
     """
     path = pathlib.Path(path).absolute()
-    on_primary(lambda: _save(path, model, params, None if records is None else pathlib.Path(records)))
+    texts = {report.name: json.dumps(dataclasses.asdict(report), sort_keys=True) for report in reports}
+    on_primary(lambda: _save(path, model, params, None if records is None else pathlib.Path(records), texts))
 
 
-def _save(path: pathlib.Path, model: Model, params: Any, records: pathlib.Path | None) -> None:
+def _save(path: pathlib.Path, model: Model, params: Any, records: pathlib.Path | None, reports: dict[str, str]) -> None:
     scratch, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
     for leftover in (scratch, old):  # of a process that was killed here
         shutil.rmtree(leftover, ignore_errors=True)
     scratch.mkdir(parents=True)
-    operators, hashes = weights.write(scratch / _WEIGHTS, params, records)
+    operators, hashes = weights.write(scratch / _WEIGHTS, params, records, reports)
     about = {"format": FORMAT, "version": qjax.__version__, "operators": operators, "sha256": hashes}
     manifest.write(scratch, model, about)
     seal(scratch)
@@ -90,6 +100,21 @@ def _save(path: pathlib.Path, model: Model, params: Any, records: pathlib.Path |
 def fingerprint(path: str | pathlib.Path) -> dict[str, str]:
     """The hash of all arrays of an artifact that was just saved, as `load` gives it, from its manifest alone."""
     return _fingerprint(read_json(pathlib.Path(path) / manifest.MODEL))
+
+
+def identity(params: Any) -> dict[str, str]:
+    """The fingerprint that an artifact of these parameters will have."""
+    return _fingerprint({"sha256": weights.hashes(params)})
+
+
+def reports(path: str | pathlib.Path) -> list[MatrixReport]:
+    """The reports of the matrices of an artifact, in order; those of format 1 hold none.
+
+    Raises ArtifactError for a file that is damaged.
+    """
+    path = pathlib.Path(path)
+    texts = weights.reports(path / _WEIGHTS, read_json(path / manifest.MODEL).get("operators", ()))
+    return [MatrixReport.of(json.loads(text)) for text in texts]
 
 
 def _fingerprint(about: dict[str, Any]) -> dict[str, str]:

@@ -19,10 +19,10 @@ import numpy as np
 from qjax.errors import ArtifactError
 from qjax.interchange.serialize import described
 from qjax.matrix.operator import LinearOperator, is_operator, place_name
-from qjax.runtime.atomic import read_safetensors, write_safetensors
+from qjax.runtime.atomic import read_safetensors, verified_metadata, write_safetensors
 from qjax.runtime.durable import link_or_copy, sync
 
-__all__ = ["Stored", "named_leaves", "read", "sha256_of", "write"]
+__all__ = ["Stored", "hashes", "named_leaves", "read", "reports", "sha256_of", "write"]
 
 Stored = tuple[dict[str, np.ndarray], dict[str, Any]]
 """Host arrays by leaf path, `path#part` for those of an operator, and the description of every operator by its path."""
@@ -56,40 +56,57 @@ def _file_of(path: str) -> str:
     return path.replace("blocks/", "layers/", 1).removesuffix("/weight").replace("/", ".")
 
 
-def write(folder: pathlib.Path, params: Any, records: pathlib.Path | None) -> tuple[list[str], dict[str, str]]:
+def hashes(params: Any) -> dict[str, str]:
+    """The SHA-256 of every array by its name in `Stored`, as `write` finds them."""
+    found: dict[str, str] = {}
+    for path, leaf in named_leaves(params):
+        own = described(leaf)[0] if is_operator(leaf) else None
+        found |= {path: sha256_of(np.asarray(leaf))} if own is None else _hashes(path, own)
+    return found
+
+
+def _hashes(path: str, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    return {f"{path}#{part}": sha256_of(array) for part, array in arrays.items()}
+
+
+def write(
+    folder: pathlib.Path, params: Any, records: pathlib.Path | None, reports: Mapping[str, str] | None = None
+) -> tuple[list[str], dict[str, str]]:
     """The files of all leaves; (the paths of the operators, the SHA-256 of every array by its name in `Stored`).
 
-    An operator that has its record in the folder `records`, the same to the byte, gets that file itself.
+    An operator that has its record in the folder `records`, the same to the byte, gets that file itself; into the
+    others goes what `reports` has under its layer's name.
     `params["blocks"]` is iterated once, and no more than the dense leaves of a block are held at a time.
     """
     folder.mkdir()
     operators: list[str] = []
-    hashes: dict[str, str] = {}
+    found: dict[str, str] = {}
     for file, prefix, tree in _parts(params):
         dense: dict[str, np.ndarray] = {}
         for path, leaf in _leaves_of(tree, prefix):
             if is_operator(leaf):
-                arrays = _write_operator(folder, _file_of(path), leaf, records)
+                report = (reports or {}).get(_file_of(path))
+                arrays = _write_operator(folder, _file_of(path), leaf, records, report)
                 operators.append(path)
-                hashes |= {f"{path}#{part}": sha256_of(array) for part, array in arrays.items()}
+                found |= _hashes(path, arrays)
             else:
                 dense[path] = np.asarray(leaf)
-                hashes[path] = sha256_of(dense[path])
+                found[path] = sha256_of(dense[path])
         if dense:
             write_safetensors(folder / f"{file}.safetensors", dense)
     sync(folder)
-    return operators, hashes
+    return operators, found
 
 
 def _write_operator(
-    folder: pathlib.Path, file: str, operator: LinearOperator, records: pathlib.Path | None
+    folder: pathlib.Path, file: str, operator: LinearOperator, records: pathlib.Path | None, report: str | None
 ) -> dict[str, np.ndarray]:
     arrays, metadata = described(operator)
     target = folder / f"{file}.safetensors"
     if records is not None and _holds(records / target.name, arrays, metadata):
         link_or_copy(records / target.name, target)
     else:
-        write_safetensors(target, arrays, metadata)
+        write_safetensors(target, arrays, metadata if report is None else {**metadata, "report": report})
     return arrays
 
 
@@ -106,6 +123,13 @@ def _holds(record: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: Map
         and arrays.keys() == found.keys()
         and all(array.tobytes() == found[name].tobytes() for name, array in arrays.items())
     )
+
+
+def reports(folder: pathlib.Path, operators: Iterable[str]) -> list[str]:
+    """The reports that the files of these operators hold, in their order."""
+    files = (folder / f"{_file_of(path)}.safetensors" for path in operators)
+    found = (verified_metadata(file).get("report") for file in files if file.exists())
+    return [report for report in found if report is not None]
 
 
 def read(folder: pathlib.Path, operators: Iterable[str]) -> Stored:

@@ -14,8 +14,10 @@ from qjax.job.directory import RunDirectory
 from qjax.job.prepare import Prepared, prepare
 from qjax.job.results import bound, circumstances, finite, losses, sizes
 from qjax.job.settings import Job
-from qjax.job.stages import Rounded, Started, compared, reference, rounded, tuned
-from qjax.job.tuning import recovered, save_adapters
+from qjax.job.stages import Started, compared, reference, rounded, tuned
+from qjax.job.tuning import recovered
+from qjax.pipeline.by_recipe import Rounded
+from qjax.pipeline.compressed import save_adapters
 from qjax.pipeline.quantize_model import QuantizedModel
 from qjax.runtime.distributed import is_primary, on_primary
 from qjax.runtime.freed_memory import giving_back
@@ -63,7 +65,7 @@ def run(job: Job) -> dict[str, Any] | None:
             results |= compared(started, quantized.params, teacher)
             if "before" in results.get("finetune", {}):
                 results["finetune"]["recovered"] = recovered(results["finetune"]["before"], results)
-            return _stored(started, directory, quantized, first.peaks, results, compiles)
+            return _stored(started, directory, quantized, results, compiles)
 
 
 def _claimed(job: Job, prepared: Prepared) -> tuple[RunDirectory, Mapping[str, Any]]:
@@ -86,7 +88,6 @@ def _stored(
     started: Started,
     directory: RunDirectory,
     quantized: QuantizedModel,
-    peaks: Mapping[str, int],
     results: dict[str, Any],
     compiles: CompileCounter,
 ) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def _stored(
 
     def written() -> dict[str, Any]:
         with watch.stage("save"):
-            directory.write_layers(quantized.reports, peaks)
+            directory.write_layers(quantized.reports, started.peaks)
         tokens = started.prepared.tokens
         found = circumstances(job.settings, str(job.model["source"]), started.model, tokens, watch, compiles)
         return directory.write_results(finite(results | found))

@@ -13,9 +13,7 @@ import jax
 from qjax.data import TokenSplit
 from qjax.errors import InputError
 from qjax.finetune import TuningMethod, method_of
-from qjax.job.hessians import check_settings
 from qjax.job.inputs import Inputs
-from qjax.pipeline.quantize_model import STREAMS
 from qjax.pipeline.recipe import Recipe
 from qjax.runtime.fingerprint import versions
 from qjax.runtime.mesh import MeshSettings
@@ -36,10 +34,9 @@ class Job:
     Attributes:
       model: {"source", "dtype"}.
       data: arguments of `qjax.data.load`.
-      hessian: {"estimator", "stream", "batch"}, and the options of a sketch.
+      recipe: by which the model is quantised, options of Hessians and tuning included.
       evaluate: {"enabled", "batch"}.
       memory: {"device_gb", "host_gb", "disk_gb"}.
-      finetune: {"name": "none"}, or the name of a tuning method (`qjax.finetune.TUNINGS`) with its options.
       cache: folder shared between runs for Hessians and reference states.
       tracker: makes the tracker, given the run directory.
       inputs: the model and the tokens that jobs of one process share.
@@ -49,7 +46,6 @@ class Job:
     model: Mapping[str, Any]
     data: Mapping[str, Any]
     recipe: Recipe
-    hessian: Mapping[str, Any]
     evaluate: Mapping[str, Any]
     memory: Mapping[str, Any]
     seed: int
@@ -58,7 +54,6 @@ class Job:
     settings: Mapping[str, Any]
     settings_yaml: str
     tracker: Callable[[pathlib.Path], Tracker]
-    finetune: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
     resume: bool = True
     dry_run: bool = False
     inputs: Inputs = dataclasses.field(default_factory=Inputs)
@@ -67,21 +62,20 @@ class Job:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; it lies in 0 … 2^32 − 1")
-        check_settings(self.hessian)
-        if self.hessian["stream"] not in STREAMS:
-            raise InputError(f"hessian.stream is {self.hessian['stream']!r}; allowed are {', '.join(STREAMS)}")
-        if not 0 <= self.hessian["correction"] <= 1:
-            raise InputError(f"hessian.correction is {self.hessian['correction']}; it is a share, 0 to 1")
-        if self.tuning is not None and self.tuning.while_rounding and self.hessian["stream"] != "original":
+        if self.evaluate["batch"] < 1:
             raise InputError(
-                f"finetune={self.tuning.name} needs hessian=original (as preset=quip_sharp and qtip have); found the "
-                f"stream {self.hessian['stream']!r}"
+                f"evaluate.batch is {self.evaluate['batch']}; it is the number of sequences per step, at least 1"
             )
-        for group, key in (("hessian", "batch"), ("evaluate", "batch")):
-            if getattr(self, group)[key] < 1:
-                raise InputError(
-                    f"{group}.{key} is {getattr(self, group)[key]}; it is the number of sequences per step, at least 1"
-                )
+
+    @property
+    def hessian(self) -> Mapping[str, Any]:
+        """The options of the `hessian` group."""
+        return self.recipe.hessian
+
+    @property
+    def finetune(self) -> Mapping[str, Any]:
+        """The options of the `finetune` group, {"name": "none"} without tuning."""
+        return self.recipe.finetune or {"name": "none"}
 
     @functools.cached_property
     def tuning(self) -> TuningMethod | None:

@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
 from typing import Any
-
-import jax
 
 from qjax import models
 from qjax.evaluate.compare import compare, reference_states
-from qjax.finetune import BlockReport, BlockTuning
-from qjax.hessian.fit import Fit
+from qjax.finetune import BlockReport
 from qjax.hessian.store import HessianStore
-from qjax.job.hessians import fits, provide
 from qjax.job.prepare import Prepared
 from qjax.job.settings import Job
 from qjax.job.tuning import finetune_model
 from qjax.job.warnings import check_reference
 from qjax.matrix.quantize import MatrixReport
+from qjax.pipeline import by_recipe
+from qjax.pipeline.by_recipe import Observer, Rounded, Surroundings
 from qjax.pipeline.finished import HELD_BYTES
-from qjax.pipeline.quantize_and_tune import quantize_and_tune
-from qjax.pipeline.quantize_model import QuantizedModel, quantize_model
+from qjax.pipeline.quantize_model import QuantizedModel
 from qjax.pipeline.records import Records
 from qjax.runtime.distributed import on_primary
-from qjax.runtime.freed_memory import give_back
-from qjax.runtime.memory import forget_programs, shrinking
 from qjax.runtime.monitor import Stopwatch, peak_memory_bytes
-from qjax.runtime.progress import Progress
 from qjax.runtime.tracker import Tracker
-from qjax.streams.activations import placed
 
-__all__ = ["Rounded", "Started", "compared", "reference", "rounded", "tuned"]
+__all__ = ["Started", "compared", "reference", "rounded", "tuned"]
 
 _log = logging.getLogger("qjax")
 
-_GROWTH = 64 << 20  # bytes that a run may hold freed before they are given back between two matrices
-
 
 @dataclasses.dataclass(frozen=True)
-class Started:
-    """A job under way.
+class Started(Observer):
+    """A job under way, which watches its model being rounded.
 
     Attributes:
       job: its settings.
@@ -50,6 +41,7 @@ class Started:
       records: the finished matrices.
       watch: the seconds of every stage.
       tracker: of losses and reports.
+      peaks: peak memory by matrix, in bytes.
     """
 
     job: Job
@@ -58,23 +50,30 @@ class Started:
     records: Records
     watch: Stopwatch
     tracker: Tracker
+    peaks: dict[str, int] = dataclasses.field(default_factory=dict)
 
+    def stage(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        """Its seconds are counted."""
+        return self.watch.stage(name)
 
-@dataclasses.dataclass(frozen=True)
-class Rounded:
-    """The rounded model.
+    def layer(self, report: MatrixReport, found: bool, done: int) -> None:
+        """Peak memory, and for a new matrix the tracker and the log."""
+        self.peaks[report.name] = peak_memory_bytes()
+        if not found:
+            self.tracker.log({f"layer/{key}": value for key, value in dataclasses.asdict(report).items()}, step=done)
+            _log.info("%s", report)
+            _remark(report, self.job.recipe.damping)
 
-    Attributes:
-      model: its parameters and reports.
-      peaks: peak memory by matrix, in bytes.
-      blocks: reports of block-wise tuning.
-      fits: of the sketches, None where none were measured.
-    """
+    def block(self, index: int, report: BlockReport, done: int) -> None:
+        """The tracker and the log."""
+        entry = {"block": index, **dataclasses.asdict(report)}
+        self.tracker.log({f"block/{key}": value for key, value in entry.items()}, step=done)
+        _log.info("block %d: %s", index, report)
 
-    model: QuantizedModel
-    peaks: dict[str, int]
-    blocks: list[dict[str, Any]]
-    fits: Mapping[str, Fit] | None
+    def warning(self, text: str) -> None:
+        """Printed and logged."""
+        super().warning(text)
+        _log.warning("%s", text)
 
 
 def reference(started: Started) -> Any:
@@ -128,90 +127,21 @@ def tuned(started: Started, rounded: Rounded, teacher: Any) -> tuple[QuantizedMo
 
 
 def rounded(started: Started) -> Rounded:
-    """Collect and round; in one process with fewer sequences per step where memory runs out."""
-    place = ["the Hessians"]
-
-    def tell(text: str) -> None:
-        print(f"warning: {text}", flush=True)
-        _log.warning("%s", text)
-
-    def step(batch: int) -> Rounded:
-        return _rounded_by(started, batch, place)
-
-    batch = min(started.job.hessian["batch"], started.prepared.tokens.calibration.sequences)
-    with placed(started.prepared.where):
-        if jax.process_count() > 1:  # all would have to run out at once
-            return step(batch)
-        return shrinking(step, batch, lambda: place[0], tell)
-
-
-def _rounded_by(started: Started, batch: int, place: list[str]) -> Rounded:
-    job, model, calibration = started.job, started.model, started.prepared.tokens.calibration
-    watch, tracker = started.watch, started.tracker
-    place[0] = "the Hessians"
-    with watch.stage("hessians"):
-        store, settings = HessianStore(job.cache / "hessians"), {**job.hessian, "batch": batch}
-        source = provide(store, model, calibration, settings, started.prepared.mesh)
-        measured = fits(store, model, started.prepared.tokens.evaluation, settings, source)
-    forget_programs()
-    peaks: dict[str, int] = {}
-    place[0] = "the first matrix"
-    with watch.stage("quantize"), Progress(f"quantise {job.out.name}", started.prepared.need.matrices) as progress:
-
-        def on_layer(report: MatrixReport, found: bool) -> None:
-            give_back(grown=_GROWTH)
-            peaks[report.name] = peak_memory_bytes()
-            place[0] = f"what follows {report.name}"
-            progress.advance(note=f"{report.name} proxy loss {report.proxy_loss:.4f}")
-            if not found:
-                tracker.log(
-                    {f"layer/{key}": value for key, value in dataclasses.asdict(report).items()}, step=progress.done
-                )
-                _log.info("%s", report)
-                _remark(report, job.recipe.damping)
-
-        held = HELD_BYTES if job.streamed else None
-        block_reports: list[dict[str, Any]] = []
-
-        def on_block(index: int, report: BlockReport) -> None:
-            entry = {"block": index, **dataclasses.asdict(report)}
-            block_reports.append(entry)
-            tracker.log({f"block/{key}": value for key, value in entry.items()}, step=progress.done)
-            _log.info("block %d: %s", index, report)
-
-        if isinstance(job.tuning, BlockTuning) and source.hessians is not None:
-            quantized = quantize_and_tune(
-                model.config,
-                model.params,
-                calibration.tokens,
-                job.recipe,
-                job.tuning,
-                seed=job.seed,
-                hessians=source.hessians,
-                records=started.records,
-                batch=batch,
-                on_layer=on_layer,
-                on_block=on_block,
-                held_bytes=held,
-            )
-            return Rounded(quantized, peaks, block_reports, measured)
-        quantized = quantize_model(
-            model.config,
-            model.params,
-            calibration.tokens,
-            job.recipe,
-            seed=job.seed,
-            stream=job.hessian["stream"],
-            hessians=source.hessians,
-            outputs=source.outputs,
-            correction=job.hessian["correction"],
-            records=started.records,
-            batch=batch,
-            on_layer=on_layer,
-            mesh=started.prepared.mesh,
-            held_bytes=held,
-        )
-    return Rounded(quantized, peaks, block_reports, measured)
+    """The model rounded by the job's recipe, and told about: tracker, log, peak memory."""
+    job, prepared = started.job, started.prepared
+    around = Surroundings(
+        store=HessianStore(job.cache / "hessians"),
+        records=started.records,
+        mesh=prepared.mesh,
+        place=prepared.where,
+        held_bytes=HELD_BYTES if job.streamed else None,
+        label=f"quantise {job.out.name}",
+        observer=started,
+    )
+    tokens = prepared.tokens
+    return by_recipe.rounded(
+        started.model, tokens.calibration, job.recipe, around, seed=job.seed, evaluation=tokens.evaluation
+    )
 
 
 def _remark(report: MatrixReport, damping: float) -> None:

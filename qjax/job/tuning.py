@@ -1,8 +1,7 @@
-"""Fine-tuning inside a run: text, progress, tracker and files around `qjax.finetune`."""
+"""Fine-tuning inside a run: text, tracker and files around `qjax.pipeline.tuning`."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -15,15 +14,12 @@ from qjax.finetune import Step, Tuned, TuningMethod, lora
 from qjax.interchange import artifact
 from qjax.matrix.operator import operators
 from qjax.models import Model
-from qjax.runtime.distributed import on_primary
-from qjax.runtime.fingerprint import identity
-from qjax.runtime.progress import Progress
+from qjax.pipeline.tuning import tuned
 from qjax.runtime.tracker import Tracker
 
 __all__ = [
     "finetune_model",
     "recovered",
-    "save_adapters",
     "stored_bits",
     "whole_model_bytes",
 ]
@@ -58,45 +54,23 @@ def finetune_model(
         seed=seed,
         **{**text, "calibration_sequences": method.windows()},
     )
-    with contextlib.ExitStack() as stack:
-        shown: list[Progress] = []
 
-        def on_teacher(done: int, total: int) -> None:
-            if done == 1:
-                shown.append(stack.enter_context(Progress("teacher", total)))
-            shown[-1].update(done)
+    def on_step(step: Step) -> None:
+        tracker.log({"finetune/loss": step.loss, "finetune/validation": step.validation}, step=step.step)
+        _log.info("%s", step)
 
-        def on_plan(steps: int) -> None:
-            stack.close()
-            shown.append(stack.enter_context(Progress(f"tune {out.name}", steps)))
-
-        def on_step(step: Step) -> None:
-            progress = shown[-1]
-            if progress.done == 0 and step.step > 1:  # resumed: the steps before do not count for the time left
-                stack.close()
-                shown.append(stack.enter_context(Progress(f"tune {out.name}", step.steps, done=step.step - 1)))
-            known = "" if step.validation is None else f", validation {step.validation:.4f}"
-            shown[-1].update(step.step, note=f"loss {step.loss:.4f}{known}")
-            tracker.log({"finetune/loss": step.loss, "finetune/validation": step.validation}, step=step.step)
-            _log.info("%s", step)
-
-        tuned = method.tune(
-            model,
-            params,
-            tokens.calibration,
-            seed=seed,
-            identity=identity(model.fingerprint["sha256"]),
-            cache=cache / "teachers",
-            folder=out / "finetune",
-            on_plan=on_plan,
-            on_teacher=on_teacher,
-            on_step=on_step,
-            mesh=mesh,
-        )
-    if tuned.report["stopped"] is not None:
-        print(f"fine-tuning stopped early at {tuned.report['stopped']}", flush=True)
-        _log.warning("fine-tuning stopped early at %s", tuned.report["stopped"])
-    return tuned
+    return tuned(
+        model,
+        params,
+        tokens.calibration,
+        method,
+        seed=seed,
+        cache=cache / "teachers",
+        folder=out / "finetune",
+        label=f"tune {out.name}",
+        on_step=on_step,
+        mesh=mesh,
+    )
 
 
 def recovered(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
@@ -106,13 +80,6 @@ def recovered(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | No
     """
     lost = before["perplexity"] - before["perplexity_reference"]
     return (before["perplexity"] - after["perplexity"]) / lost if 0 < lost < float("inf") else None
-
-
-def save_adapters(folder: pathlib.Path, params: Any) -> None:
-    """`adapters.safetensors` beside `artifact/`, when the model has adapters. All processes of a group call this."""
-    if lora.adapters(params):
-        file, own = folder / "adapters.safetensors", folder / "artifact"
-        on_primary(lambda: lora.save(file, params, artifact.fingerprint(own)["sha256"]))
 
 
 def stored_bits(params: Any) -> int:

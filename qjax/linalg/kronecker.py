@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from flax import struct
-
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree, static
 
 __all__ = ["Hessian"]
 
 
-@struct.dataclass
+@pytree
 class Hessian:
     """`H ≈ H_out ⊗ H_in` of a layer `y = x Wᵀ`, W [out, in].
 
@@ -22,5 +20,5 @@ class Hessian:
 
     input: Leaf
     output: Leaf = None
-    tokens: int = struct.field(pytree_node=False, default=0)
+    tokens: int = static(default=0)
     cross: Leaf = None

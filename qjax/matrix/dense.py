@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from qjax.errors import InputError
 from qjax.matrix.operator import OPERATORS, checked_array, checked_format, checked_shape
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree
 
 __all__ = ["Dense"]
 
 _FORMAT = 1
 
 
-@struct.dataclass
+@pytree
 class Dense:
     """W itself.
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from pallas_kernels.dequant_matmul import (
@@ -31,12 +30,12 @@ from qjax.incoherence.transform import Transform
 from qjax.matrix.operator import is_operator
 from qjax.matrix.quantized import QuantizedMatrix
 from qjax.matrix.sums import Sum
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree
 
 __all__ = ["PackedLinear", "obstacle", "pack", "pack_model"]
 
 
-@struct.dataclass
+@pytree
 class PackedLinear:
     """`W ≈ diag(a) Uᵀ Q V diag(b)` with Q repacked for the kernels; see `QuantizedMatrix`."""
 

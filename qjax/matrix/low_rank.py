@@ -7,19 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from qjax.errors import InputError
 from qjax.matrix.operator import OPERATORS, checked_array, checked_format, checked_shape
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree, static
 
 __all__ = ["LowRank"]
 
 _FORMAT = 1
 
 
-@struct.dataclass
+@pytree
 class LowRank:
     """`scale · B A`, of rank r at most.
 
@@ -31,7 +30,7 @@ class LowRank:
 
     b: Leaf
     a: Leaf
-    scale: float = struct.field(pytree_node=False, default=1.0)
+    scale: float = static(default=1.0)
 
     @property
     def shape(self) -> tuple[int, int]:

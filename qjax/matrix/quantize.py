@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -19,7 +19,8 @@ from qjax.codebooks.scaling import ScaleRule, fit
 from qjax.errors import NumericsError
 from qjax.incoherence.families import Incoherence
 from qjax.linalg.kronecker import Hessian
-from qjax.linalg.prng import name_id
+from qjax.linalg.prng import name_id, root_key, seed_of
+from qjax.matrix.arguments import Short, codebook_of, hessian_of, incoherence_of, rounding_of, scale_of
 from qjax.matrix.quantized import QuantizedMatrix
 from qjax.matrix.validate import _validate
 from qjax.rounding.base import Rounded, Rounding
@@ -27,6 +28,7 @@ from qjax.rounding.correction import corrected_weight
 from qjax.rounding.losses import factor_norms, proxy_loss, quadratic, weight_mse
 from qjax.rounding.on_mesh import gathered, independent, round_rows
 from qjax.runtime.mesh import place
+from qjax.typing import pytree
 
 # Sums over rows and columns of squares of larger weights may overflow float32.
 _LARGE = 1e14
@@ -76,8 +78,13 @@ class MatrixReport:
     squared_error: float = 0.0
     kronecker_loss: float = 0.0
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> MatrixReport:
+        """A report from JSON values, in which shapes are lists."""
+        return cls(**{**values, "shape": tuple(values["shape"]), "padded": tuple(values["padded"])})
 
-@struct.dataclass
+
+@pytree
 class _Outcome:
     matrix: QuantizedMatrix
     proxy_loss: Array
@@ -223,15 +230,15 @@ def _undirected(weight: Array, hessian: Hessian, mesh: Mesh | None) -> Array:
 
 def quantize_matrix(
     weight: Float[Array, "out in"] | np.ndarray,
-    hessian: Hessian,
+    hessian: Short,
     *,
-    codebook: Codebook,
-    rounding: Rounding,
-    incoherence: Incoherence,
+    codebook: Short,
+    rounding: Short,
+    incoherence: Short,
     damping: float = 0.01,
-    scale: float | ScaleRule | None = None,
+    scale: Short = None,
     correction: float = 0.5,
-    key: Array,
+    key: Short,
     name: str = "matrix",
     mesh: Mesh | None = None,
 ) -> tuple[QuantizedMatrix, MatrixReport]:
@@ -241,23 +248,28 @@ def quantize_matrix(
 
     Args:
       weight: `[out, in]`, any float dtype.
-      hessian: input second moment `[in, in]` (its scale has no meaning), optionally an output factor `[out, out]`.
-      codebook, rounding, incoherence: objects of the `make` functions of their packages.
+      hessian: a `Hessian`: the input second moment `[in, in]` (its scale has no meaning), optionally an output factor
+        `[out, out]`; or the array `[in, in]` alone.
+      codebook, rounding, incoherence: objects of the `make` functions of their packages, or short forms of them
+        ("e8p", ("half_integer", 2), "ldlq", {"name": "ldlq", "passes": 3}, "hadamard"; see `qjax.matrix.arguments`).
       damping: multiple of the mean diagonal added to H before it is factored; raised until the factorisation succeeds.
-      scale: None for the codebook's default, a number for the RMS the codebook sees, or a `ScaleRule`.
+      scale: None for the codebook's default, a number for the RMS the codebook sees, a `ScaleRule`, or its method.
       correction: with `hessian.cross`, how much of earlier errors the target makes up for (see `corrected_weight`);
         the reported losses are then those of the corrected target.
-      key: `jax.random.key(seed)`; the layer's key is derived from it and `name`.
+      key: a seed, or `jax.random.key(seed)`; the layer's key is derived from it and `name`.
       mesh: split the rows over its devices, for roundings whose rows are independent (not stochastic ones, not YAQA);
         the result is the same. All processes of the mesh call this with the same arguments.
 
     Raises:
-      InputError: for shapes that do not belong together. NumericsError: for values that are not finite, or a
-        Hessian that stays indefinite at the largest damping.
+      InputError: for shapes that do not belong together, and for arguments of another type or name.
+      NumericsError: for values that are not finite, or a Hessian that stays indefinite at the largest damping.
     """
     started = time.perf_counter()
+    hessian, codebook = hessian_of(hessian, name), codebook_of(codebook)
+    rounding, incoherence = rounding_of(rounding), incoherence_of(incoherence)
+    key = key if isinstance(key, jax.Array) else root_key(seed_of(key))
     _validate(weight, hessian, name)
-    rule = default_scale_rule(codebook, scale)
+    rule = default_scale_rule(codebook, scale_of(scale))
     mesh = None if mesh is None or mesh.size == 1 else mesh
     arguments = (
         weight,  # host arrays go straight into the program: converting them beforehand would compile another one

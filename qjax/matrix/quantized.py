@@ -10,7 +10,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
 
 from qjax import codebooks
@@ -20,7 +19,7 @@ from qjax.errors import InputError
 from qjax.incoherence.rotations import ROTATIONS, Rotation
 from qjax.incoherence.transform import Transform
 from qjax.matrix.operator import OPERATORS, checked_array, checked_format, checked_shape, leaves, part
-from qjax.typing import Leaf
+from qjax.typing import Leaf, brief, pytree
 
 __all__ = ["QuantizedMatrix"]
 
@@ -33,7 +32,7 @@ def _gained(x: Array, gain: Array | np.ndarray | None) -> Array:
     return x if gain is None else x * gain.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-@struct.dataclass
+@pytree
 class QuantizedMatrix:
     """`W ≈ Uᵀ Q V` for a matrix [out, in]: Q the decoded codes in the rotated basis of `transform`.
 
@@ -72,6 +71,11 @@ class QuantizedMatrix:
         """All stored bits except the codebook's shared tables."""
         parts = (self.packed, self.scaling, self.transform, self.permutation, self.output_gain, self.input_gain)
         return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))
+
+    def __repr__(self) -> str:
+        (out, inner), book = self.shape, self.codebook
+        name, bits = getattr(book, "name", type(book).__name__), getattr(book, "bits", "?")
+        return f"QuantizedMatrix({out} × {inner}, {name} with {bits} bits, codes {brief(self.packed)})"
 
     def codewords(self) -> Float[Array, "padded_out padded_in"]:
         """The decoded values in units of the weight and in the order in which they were coded, float32."""

@@ -7,19 +7,18 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from flax import struct
 from jaxtyping import Array, Float
 
 from qjax.errors import InputError
 from qjax.matrix.operator import OPERATORS, checked_format, checked_shape, make, part
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree
 
 __all__ = ["Sum"]
 
 _FORMAT = 1
 
 
-@struct.dataclass
+@pytree
 class Sum:
     """`W = W₀ + W₁ + …`.
 

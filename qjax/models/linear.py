@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ __all__ = [
     "Operator",
     "Record",
     "affine",
+    "bits_per_weight",
     "linear",
     "linear_entry",
     "linear_weight",
@@ -153,3 +155,14 @@ def replace_linears(parameters: Any, matrices: Mapping[str, Any], key: str = "we
             node = node[group]
         node[last] = {**node[last], key: matrix}
     return result
+
+
+def bits_per_weight(params: Any) -> float:
+    """Stored bits per weight of the linears that are operators; of all linears, by their dtype, where none is."""
+    weights = [weight for block in params["blocks"] for weight in linears_of(block).values()]
+    operators: list[Any] = [weight for weight in weights if isinstance(weight, Operator)]
+    if operators:
+        bits = sum(operator.stored_bits for operator in operators)
+    else:
+        bits = sum(8 * weight.size * weight.dtype.itemsize for weight in weights)
+    return bits / sum(math.prod(weight.shape) for weight in operators or weights)

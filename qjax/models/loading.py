@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from qjax.models.checkpoints.hf_config import parse_config
 from qjax.models.checkpoints.safetensors_source import SafetensorsSource
 from qjax.models.checkpoints.weights import WeightSource, check_source, read_block, read_edges, resolve_dtype
 from qjax.models.config import ModelConfig
+from qjax.models.continuation import continued
 from qjax.models.tokenizers.chat_template import folder_template, gguf_template
 from qjax.models.tokenizers.tokenizer import Tokenizer, read_tokenizer_json
 from qjax.models.tokenizers.vocabularies import gguf_tokenizer, read_piece_list
@@ -58,7 +59,7 @@ class ModelFiles:
         return parts | {"sha256": sha256_text(f"{key}={value}" for key, value in sorted(parts.items()))}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Model:
     """A model in memory.
 
@@ -73,6 +74,23 @@ class Model:
     name: str
     description: str
     fingerprint: dict[str, str]
+
+    def __repr__(self) -> str:
+        own = self.config
+        return (
+            f"{type(self).__name__}({self.name}: {own.architecture}, {own.num_layers} blocks of width "
+            f"{own.hidden_size}, {self.description})"
+        )
+
+    def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 64, **options: Any) -> Any:
+        """The prompt and its continuation as one text, of several prompts a list of texts.
+
+        `options` are those of `qjax.models.continuation.continued`: temperature, top_k, top_p, seed, chat. Raises
+        InputError for a prompt that is empty or too long, and for options out of range.
+        """
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        found = continued(self.params, self.config, self.tokenizer, texts, max_new_tokens, **options)
+        return found[0] if isinstance(prompt, str) else found
 
 
 def open_model(source: str | Path) -> ModelFiles:

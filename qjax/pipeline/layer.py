@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from qjax.linalg.kronecker import Hessian
@@ -16,12 +15,7 @@ from qjax.pipeline.recipe import LayerPlan
 from qjax.rounding.base import Rounding
 from qjax.rounding.nearest import Nearest, Stochastic
 
-__all__ = ["quantize_layer", "root_key", "suspicious"]
-
-
-def root_key(seed: int) -> jax.Array:
-    """`jax.random.key(seed)` without compiling a program."""
-    return jax.random.wrap_key_data(jax.device_put(np.array([0, seed], np.uint32)))
+__all__ = ["quantize_layer", "suspicious"]
 
 
 def quantize_layer(

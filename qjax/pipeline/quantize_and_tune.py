@@ -11,6 +11,7 @@ import numpy as np
 
 from qjax.finetune.block import BlockReport, BlockTuning, tune_block
 from qjax.linalg.kronecker import Hessian
+from qjax.linalg.prng import root_key
 from qjax.matrix.operator import LinearOperator, is_operator
 from qjax.matrix.quantize import MatrixReport
 from qjax.models.config import ModelConfig
@@ -18,7 +19,7 @@ from qjax.models.linear import linear_weight, replace_linears
 from qjax.models.structure import structure
 from qjax.models.transformer import layer_names
 from qjax.pipeline.finished import FinishedBlocks
-from qjax.pipeline.layer import quantize_layer, root_key
+from qjax.pipeline.layer import quantize_layer
 from qjax.pipeline.quantize_model import QuantizedModel
 from qjax.pipeline.recipe import LayerPlan, Recipe
 from qjax.pipeline.records import Records

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from qjax.errors import InputError, RunError
 from qjax.hessian.moments import block_hessians, block_hessians_of_two_streams
 from qjax.linalg.kronecker import Hessian
+from qjax.linalg.prng import root_key
 from qjax.matrix.operator import LinearOperator
 from qjax.matrix.quantize import MatrixReport, splits_rows
 from qjax.models.config import ModelConfig
@@ -21,7 +22,8 @@ from qjax.models.linear import linear_weight, replace_linears
 from qjax.models.structure import structure
 from qjax.models.transformer import layer_names
 from qjax.pipeline.finished import FinishedBlocks
-from qjax.pipeline.layer import quantize_layer, root_key
+from qjax.pipeline.hessians import STREAMS
+from qjax.pipeline.layer import quantize_layer
 from qjax.pipeline.recipe import LayerPlan, Recipe
 from qjax.pipeline.records import Records
 from qjax.runtime.distributed import is_primary, on_all, on_primary
@@ -30,17 +32,18 @@ from qjax.runtime.shares import compute
 from qjax.streams.batches import Spread
 from qjax.streams.blocks import blocks
 
-__all__ = ["STREAMS", "QuantizedModel", "quantize_model"]
-
-STREAMS = ("quantized", "original", "corrected")
+__all__ = ["QuantizedModel", "quantize_model"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class QuantizedModel:
     """Parameters with operators in place of linears' weights, and the report of every quantised layer in order."""
 
     params: Any
     reports: list[MatrixReport]
+
+    def __repr__(self) -> str:
+        return f"QuantizedModel({len(self.reports)} matrices)"
 
 
 def quantize_model(

@@ -8,10 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qjax import codebooks
-from qjax.codebooks.base import Codebook
+from qjax.codebooks.base import CODEBOOKS, Codebook
 from qjax.codebooks.scaling import ScaleRule
-from qjax.errors import InputError
+from qjax.errors import InputError, suggested
 from qjax.incoherence.families import Incoherence
+from qjax.matrix.arguments import Short, incoherence_of, named, rounding_of, scale_of
+from qjax.pipeline.hessians import check_settings
+from qjax.pipeline.options import named_options
+from qjax.pipeline.tuning import check_tuning
 from qjax.rounding.base import Rounding
 
 __all__ = ["LayerPlan", "LayerRule", "Recipe"]
@@ -60,15 +64,53 @@ class LayerPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The settings of a run; `rules` are tried in order and the first that matches a layer's name applies."""
+    """The settings by which a model is quantised; the defaults are the command line's.
 
-    codebook: Mapping[str, Any]
-    bits: float
-    rounding: Rounding
-    incoherence: Incoherence
-    scale: float | ScaleRule | None = None
-    damping: float = 0.01
-    rules: Sequence[LayerRule] = ()
+    Short forms are made whole: a name becomes what it names (`qjax.matrix.arguments`).
+
+    Attributes:
+      codebook: `{"name": …, **options}` or a name; its bits stand in `bits`.
+      bits: per weight.
+      rounding: an algorithm, a name or `{"name": …, **options}`.
+      incoherence: likewise, None for none.
+      scale: a `ScaleRule`, its method or mapping; a number is the RMS that the codebook sees; None the codebook's own.
+      damping: added to the Hessian, as a fraction of its mean diagonal.
+      rules: ordered exceptions, `LayerRule`s or mappings; the first that matches a layer's name applies.
+      hessian: the options of the Hessians; given as a name ("original", "sequential", "corrected", "sketch_a",
+        "sketch_b"), `{"name": …, **options}`, or all options.
+      finetune: the options of tuning in the same forms ("block", "e2e", "lora", "pv", "qat"), None for none.
+
+    Raises InputError for names and options that do not exist, with the nearest, and for values of another type.
+    """
+
+    codebook: Short = "half_integer"
+    bits: Short = 2
+    rounding: Short = "ldlq"
+    incoherence: Short = "hadamard"
+    scale: Short = None
+    damping: Short = 0.01
+    rules: Sequence[Any] = ()
+    hessian: Short = "sequential"
+    finetune: Short = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("bits", self.bits), ("damping", self.damping)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InputError(f"{name} is {value!r} ({type(value).__name__}); it is a number")
+        tuning = named_options("finetune", "none" if self.finetune is None else self.finetune)
+        whole = {
+            "codebook": _codebook(self.codebook),
+            "rounding": rounding_of(self.rounding),
+            "incoherence": incoherence_of(self.incoherence),
+            "scale": scale_of(self.scale),
+            "rules": tuple(map(_rule, self.rules)),
+            "hessian": named_options("hessian", self.hessian),
+            "finetune": None if tuning["name"] == "none" else tuning,
+        }
+        for name, value in whole.items():
+            object.__setattr__(self, name, value)
+        check_settings(self.hessian)
+        check_tuning(self.finetune, self.hessian)
 
     def plan(self, names: Sequence[str]) -> dict[str, LayerPlan | None]:
         """The plan of every layer, None for layers that are left as they are.
@@ -109,3 +151,26 @@ class Recipe:
             scale=self.scale if rule is None or rule.scale is None else rule.scale,
             damping=self.damping if rule is None or rule.damping is None else rule.damping,
         )
+
+
+def _codebook(value: Any) -> dict[str, Any]:
+    """`{"name": …, **options}` of a codebook without its bits."""
+    if isinstance(value, Codebook):
+        value = value.spec()
+    options = named(value, CODEBOOKS, "codebook")
+    if "bits" in options:
+        raise InputError(f"codebook is {options}; bits of a recipe stand in Recipe(bits=…), or by layer in its rules")
+    return options
+
+
+def _rule(value: Any) -> LayerRule:
+    """A rule, also of a mapping. Raises InputError for keys that do not exist, or without a pattern."""
+    if isinstance(value, LayerRule):
+        return value
+    known = [field.name for field in dataclasses.fields(LayerRule)]
+    if not isinstance(value, Mapping) or "pattern" not in value or set(value) - set(known):
+        other = sorted(set(value) - set(known)) if isinstance(value, Mapping) else []
+        near = suggested(other[0], known) if other else ""
+        allowed = ", ".join(sorted(set(known) - {"pattern"}))
+        raise InputError(f"rules: {value!r} is not a rule{near}; give pattern and some of {allowed}")
+    return LayerRule(**value)

@@ -48,9 +48,7 @@ class Records:
         if found is None:
             return None
         arrays, metadata = found
-        report = json.loads(metadata["report"])
-        report["shape"], report["padded"] = tuple(report["shape"]), tuple(report["padded"])
-        return operator_of(arrays, metadata, file), MatrixReport(**report)
+        return operator_of(arrays, metadata, file), MatrixReport.of(json.loads(metadata["report"]))
 
     def save_dense(self, index: int, arrays: Mapping[str, np.ndarray], reports: Sequence[Mapping[str, Any]]) -> None:
         """Write durably what block `index` holds besides its matrices, last of all: it marks the block finished.

@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Shaped
 
 from qjax.codebooks.base import Codebook
@@ -15,11 +14,12 @@ from qjax.codebooks.scaling import Scaling, identity
 from qjax.errors import InputError
 from qjax.linalg.kronecker import Hessian
 from qjax.registry import Registry, check_options
+from qjax.typing import pytree
 
 __all__ = ["ROUNDINGS", "Coded", "Problem", "Rounded", "Rounding", "RoundingAlgorithm", "check_shapes"]
 
 
-@struct.dataclass
+@pytree
 class Rounded:
     """A matrix rounded to a codebook.
 

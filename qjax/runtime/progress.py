@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import IO, Protocol, cast, runtime_checkable
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
+from typing import IO, TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from qjax.errors import InputError
 
-__all__ = ["STALL", "Progress", "Stream", "duration"]
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+__all__ = ["STALL", "Progress", "Stream", "duration", "silent"]
 
 # Seconds: longer than any step of a model that fits one machine has taken.
 STALL = 1800.0
 _log = logging.getLogger("qjax")
+_silent = contextvars.ContextVar("qjax_silent", default=False)
+
+
+@contextlib.contextmanager
+def silent(quiet: bool = True) -> Iterator[None]:
+    """Nothing is shown of the progress that is made in the block (with `quiet` false all of it)."""
+    token = _silent.set(quiet)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
 
 
 @runtime_checkable
@@ -92,6 +96,7 @@ class Progress:
         self._written = -1
         self._note = ""
         self._bar: RichProgress | None = None
+        self._silent = _silent.get()
         self._stall, self._moved = stall, clock()
         self._ended = threading.Event()
 
@@ -99,7 +104,20 @@ class Progress:
         self._start = self._moved = self._clock()
         if self._stall is not None:
             threading.Thread(target=self._watch, args=(self._stall,), name="qjax stall watch", daemon=True).start()
+        if self._silent:
+            return self
         if self._stream.isatty():
+            from rich.console import Console  # here: a terminal alone needs it
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TaskProgressColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import Progress as RichProgress
+
             bar = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -161,6 +179,8 @@ class Progress:
                 print(f"warning: {text}", file=cast(IO[str], self._stream), flush=True)
 
     def _write(self) -> None:
+        if self._silent:
+            return
         self._last, self._written = self._clock(), self.done
         percent = 100.0 if self.total == 0 else 100.0 * self.done / self.total
         left = self.seconds_left()

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
 
 from qjax.errors import InputError
@@ -25,7 +24,7 @@ from qjax.incoherence.transform import Transform
 from qjax.matrix.kernel_layout import pack
 from qjax.matrix.quantized import QuantizedMatrix
 from qjax.tensor_parallel.split import half_transforms, part_size, parts
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree, static
 
 __all__ = ["AXIS", "ColumnParallel", "RowParallel", "RowParallelDense", "Stacked", "column_parallel", "row_parallel"]
 
@@ -33,7 +32,7 @@ AXIS = "model"
 _NO_FORM = "a {}, which has no tensor-parallel form; use mesh.model=1, or merge adapters first"
 
 
-@struct.dataclass
+@pytree
 class Stacked:
     """One pytree per device, stacked on a leading axis that is split over the mesh axis "model"."""
 
@@ -44,14 +43,14 @@ class Stacked:
         return jax.tree.map(lambda leaf: leaf[0], self.leaves)
 
 
-@struct.dataclass
+@pytree
 class Shards:
     """The code parts of a matrix: what differs between devices, and what all have (the codebook's tables)."""
 
     own: Stacked
     same: Any
-    structure: Any = struct.field(pytree_node=False)
-    shared: tuple[bool, ...] = struct.field(pytree_node=False)
+    structure: Any = static()
+    shared: tuple[bool, ...] = static()
 
     def matmul(self, x: Array) -> Array:
         """`x Q̃ᵢᵀ` with this device's part."""
@@ -68,7 +67,7 @@ def _own(value: Transform | Stacked) -> Transform:
     return value.own() if isinstance(value, Stacked) else value
 
 
-@struct.dataclass
+@pytree
 class ColumnParallel:
     """Rows `i · out … (i + 1) · out` of a matrix on device i; its `matmul` gives those outputs.
 
@@ -86,9 +85,9 @@ class ColumnParallel:
     permutation: Leaf
     input_gain: Leaf
     output_gain: Stacked | None
-    gathered: bool = struct.field(pytree_node=False)
-    rows: int = struct.field(pytree_node=False)
-    out: int = struct.field(pytree_node=False)
+    gathered: bool = static()
+    rows: int = static()
+    out: int = static()
 
     @property
     def collectives(self) -> dict[str, int]:
@@ -110,7 +109,7 @@ class ColumnParallel:
         return _gained(y, None if self.output_gain is None else self.output_gain.own()).astype(x.dtype)
 
 
-@struct.dataclass
+@pytree
 class RowParallel:
     """Columns `i · in … (i + 1) · in` of a matrix on device i; its `matmul` gives all outputs, on every device.
 
@@ -128,8 +127,8 @@ class RowParallel:
     permutation: Leaf
     input_gain: Stacked | None
     output_gain: Leaf
-    gathered: bool = struct.field(pytree_node=False)
-    columns: int = struct.field(pytree_node=False)
+    gathered: bool = static()
+    columns: int = static()
 
     @property
     def collectives(self) -> dict[str, int]:
@@ -156,7 +155,7 @@ class RowParallel:
         return _gained(self.exit.output(y), self.output_gain).astype(x.dtype)
 
 
-@struct.dataclass
+@pytree
 class RowParallelDense:
     """A dense matrix whose columns are shared out: `x Wᵀ = Σ xᵢ Wᵢᵀ`, summed in float32."""
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,7 +27,7 @@ from qjax.tensor_parallel.matrices import (
     column_parallel,
     row_parallel,
 )
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree, static
 
 __all__ = ["MeshBlock", "check", "collectives", "device_bytes", "distribute", "summary"]
 
@@ -43,12 +42,12 @@ def _array_spec(axes: Axes) -> P:
     return P(*names)
 
 
-@struct.dataclass
+@pytree
 class MeshBlock:
     """The parameters of a block on a mesh, `qjax.models.on_mesh.OverMesh`."""
 
     parameters: Leaf
-    mesh: Mesh = struct.field(pytree_node=False)
+    mesh: Mesh = static()
 
     @property
     def rows(self) -> int:

@@ -13,24 +13,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
 
 from qjax.matrix.low_rank import LowRank
 from qjax.matrix.sums import Sum
 from qjax.tensor_parallel.matrices import AXIS, Stacked, column_parallel, row_parallel
-from qjax.typing import Leaf
+from qjax.typing import Leaf, pytree, static
 
 __all__ = ["ColumnParallelLowRank", "ParallelSum", "RowParallelLowRank"]
 
 
-@struct.dataclass
+@pytree
 class ColumnParallelLowRank:
     """`scale · Bᵢ A` with the rows Bᵢ of B on device i; A, of few values, is on every device."""
 
     b: Stacked
     a: Leaf
-    scale: float = struct.field(pytree_node=False)
+    scale: float = static()
 
     @property
     def collectives(self) -> dict[str, int]:
@@ -42,13 +41,13 @@ class ColumnParallelLowRank:
         return LowRank(self.b.own(), self.a, self.scale).matmul(x)
 
 
-@struct.dataclass
+@pytree
 class RowParallelLowRank:
     """`scale · B A` with the columns Aᵢ of A on device i: `x Aᵀ = Σ xᵢ Aᵢᵀ`, of r values, is summed in float32."""
 
     b: Leaf
     a: Stacked
-    scale: float = struct.field(pytree_node=False)
+    scale: float = static()
 
     @property
     def collectives(self) -> dict[str, int]:
@@ -62,7 +61,7 @@ class RowParallelLowRank:
         return self.scale * jnp.einsum("...r,or->...o", low, self.b.astype(x.dtype))
 
 
-@struct.dataclass
+@pytree
 class ParallelSum:
     """A sum of operators, each of them shared out in the same way."""
 

@@ -187,7 +187,6 @@ def test_entry_tunes_an_artifact_with_adapters_and_with_gains(tmp_path, capsys):
 
     import experiments._finetune as entry
     import experiments._quantize as quantize
-    from experiments import _evaluate as evaluate
     from qjax.interchange import artifact
     from qjax.job.run import run
 
@@ -216,8 +215,9 @@ def test_entry_tunes_an_artifact_with_adapters_and_with_gains(tmp_path, capsys):
     assert len(parts) == 28 and len(lora.adapters(lora.attached(stored.params, parts))) == 28
     beside = tmp_path / "lora" / "adapters.safetensors"
     capsys.readouterr()
-    assert not lora.adapters(evaluate.with_adapters(stored, tmp_path / "lora" / "artifact", None))
+    assert not lora.adapters(load_artifact(tmp_path / "lora" / "artifact").params)
     assert f"adapters={beside}" in capsys.readouterr().err
-    assert len(lora.adapters(evaluate.with_adapters(stored, tmp_path / "lora" / "artifact", str(beside)))) == 28
-    evaluate.with_adapters(stored, base / "artifact", None)
+    assert len(lora.adapters(load_artifact(tmp_path / "lora" / "artifact", str(beside)).params)) == 28
+    assert len(lora.adapters(qjax.load(tmp_path / "lora").params)) == 28  # a run comes with its adapters
+    load_artifact(base / "artifact")
     assert capsys.readouterr().err == ""

@@ -11,9 +11,9 @@ from qjax.errors import InputError
 from qjax.hessian import HessianStore, alignment, exact_fisher
 from qjax.hessian.fit import Fit, error_bound, gradient_terms, measure_fit, predicted_cost
 from qjax.hessian.labels import draw
-from qjax.job.hessians import check_settings, fits, provide
 from qjax.models.linear import linears_of
 from qjax.models.transformer import forward
+from qjax.pipeline.hessians import check_settings, fits, provide
 
 LINEARS = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
@@ -124,7 +124,7 @@ def test_the_fit_is_kept_in_the_store(model, tokens, tmp_path, monkeypatch):
     source = provide(store, model, calibration, SETTINGS)
     first = fits(store, model, held_out, SETTINGS, source)
     assert first is not None and set(first) == {f"layers.{i}.{linear}" for i in range(2) for linear in LINEARS}
-    monkeypatch.setattr("qjax.job.hessians.measure_fit", None)  # a second computation would fail
+    monkeypatch.setattr("qjax.pipeline.hessians.measure_fit", None)  # a second computation would fail
     assert fits(store, model, held_out, SETTINGS, source) == first
     assert fits(store, model, held_out, {**SETTINGS, "fit_sequences": 0}, source) is None
     with pytest.raises(InputError, match="there are 7 evaluation sequences"):

@@ -12,9 +12,9 @@ from qjax.hessian import labels as labels_module
 from qjax.hessian import sketch as sketch_module
 from qjax.hessian.labels import draw
 from qjax.hessian.sketch import assembled, divided, gram_is_cheaper, increments, row_blocks
-from qjax.job.hessians import check_settings
 from qjax.models import structure
 from qjax.models.transformer import forward
+from qjax.pipeline.hessians import check_settings
 
 LINEARS = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),

@@ -12,8 +12,8 @@ import qjax
 from qjax import data
 from qjax.errors import ModelFileError
 from qjax.linalg.kronecker import Hessian
+from qjax.linalg.prng import root_key
 from qjax.models import open_model
-from qjax.pipeline.layer import root_key
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 FIXTURE = REPOSITORY / "tests" / "fixtures" / "models" / "llama3"

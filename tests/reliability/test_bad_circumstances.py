@@ -23,7 +23,8 @@ from qjax.codebooks.scaling import ScaleRule
 from qjax.errors import ArtifactError, InputError, RunError
 from qjax.job import warnings
 from qjax.linalg.kronecker import Hessian
-from qjax.pipeline.layer import quantize_layer, root_key, suspicious
+from qjax.linalg.prng import root_key
+from qjax.pipeline.layer import quantize_layer, suspicious
 from qjax.pipeline.recipe import Recipe
 from qjax.runtime.memory import shrinking
 

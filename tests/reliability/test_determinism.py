@@ -5,9 +5,10 @@ import numpy as np
 import qjax
 from qjax import hessian, models
 from qjax.interchange.serialize import to_arrays
+from qjax.linalg.prng import root_key
 from qjax.models.linear import linear_weight
 from qjax.models.transformer import layer_names
-from qjax.pipeline.layer import quantize_layer, root_key
+from qjax.pipeline.layer import quantize_layer
 from qjax.pipeline.quantize_model import quantize_model
 from qjax.pipeline.recipe import Recipe
 

@@ -43,6 +43,9 @@ class Tokenizer:
         self.chat = chat
         self.vocab_size = 0 if backend is None else backend.get_vocab_size(with_added_tokens=True)
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.vocab_size} tokens)"
+
     @property
     def backend(self) -> tokenizers.Tokenizer:
         """The underlying tokenizer. Raises ModelFileError where the model came without one."""

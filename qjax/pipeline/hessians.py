@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from qjax.data.stream import TokenStream
-from qjax.errors import ArtifactError, InputError
+from qjax.errors import ArtifactError, InputError, suggested
 from qjax.hessian.estimators import ESTIMATORS
 from qjax.hessian.fit import Fit, measure_fit
 from qjax.hessian.sketch import Sketch
@@ -18,14 +18,19 @@ from qjax.hessian.sketch_collect import ranges
 from qjax.hessian.sketch_store import collect_into
 from qjax.hessian.store import HessianStore
 from qjax.linalg.kronecker import Hessian
+from qjax.matrix.arguments import hessian_of
+from qjax.models.config import ModelConfig
+from qjax.models.structure import structure
+from qjax.models.transformer import layer_names
 from qjax.runtime.atomic import read_json, write_json
 from qjax.runtime.distributed import on_primary
 from qjax.runtime.fingerprint import digest, identity
 from qjax.runtime.lock import turn
 from qjax.runtime.progress import Progress
 
-__all__ = ["Provided", "check_settings", "fits", "provide"]
+__all__ = ["STREAMS", "Provided", "check_settings", "fits", "given", "provide"]
 
+STREAMS = ("quantized", "original", "corrected")
 Loader = Callable[[int], dict[str, Hessian]]
 
 
@@ -55,6 +60,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Raises InputError for a `hessian` group that says something impossible."""
     if settings["estimator"] not in ESTIMATORS:
         raise InputError(f"hessian.estimator is {settings['estimator']!r}; there are: {', '.join(ESTIMATORS)}")
+    if settings["stream"] not in STREAMS:
+        raise InputError(f"hessian.stream is {settings['stream']!r}; allowed are {', '.join(STREAMS)}")
+    if not 0 <= settings.get("correction", 0) <= 1:
+        raise InputError(f"hessian.correction is {settings['correction']}; it is a share, 0 to 1")
+    if settings.get("batch", 1) < 1:
+        raise InputError(f"hessian.batch is {settings['batch']}; it is the number of sequences per step, at least 1")
     if settings["fit_sequences"] and settings["stream"] != "original":
         raise InputError(
             f"hessian.fit_sequences is {settings['fit_sequences']} and hessian.stream {settings['stream']!r}; a fit is "
@@ -77,6 +88,31 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in ("budget_gb", "checkpoint_s"):
         if not settings[name] > 0:
             raise InputError(f"hessian.{name} is {settings[name]}; it is positive")
+
+
+def given(hessians: Mapping[str, Any], config: ModelConfig) -> Provided:
+    """The Hessians of a mapping from layer names, of the original model, as `Hessian`s or arrays `[in, in]`.
+
+    Raises InputError for a name that no layer has, with the nearest, and for layers that have none.
+    """
+    layers = layer_names(config)
+    for name in hessians:
+        if name not in layers:
+            raise InputError(
+                f"hessians: there is no layer {name!r}{suggested(name, layers)}; names look like {layers[0]} … "
+                f"{layers[-1]}"
+            )
+    if missing := [name for name in layers if name not in hessians]:
+        raise InputError(
+            f"hessians: {len(missing)} of {len(layers)} layers have none, {missing[0]} the first; "
+            "qjax.hessian.collect(model, tokens) gives all"
+        )
+    sites = structure(config).sites
+
+    def load(index: int) -> dict[str, Hessian]:
+        return {name: hessian_of(hessians[f"layers.{index}.{name}"], f"layers.{index}.{name}") for name in sites}
+
+    return Provided(load, None, ())
 
 
 def provide(
