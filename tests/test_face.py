@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-import experiments.quantize as entry_point
+import experiments._quantize as entry_point
 import qjax
 from qjax.errors import DataError, InputError
 from qjax.interchange import artifact
@@ -113,7 +113,7 @@ def test_the_command_line_gives_the_same_bytes(name, model, tokens, tmp_path, ca
     from hydra import compose, initialize_config_dir
 
     words = [f"data.{key}={value}" for key, value in SIZES.items()] + ["tracker=none", "evaluate=none", "seed=3"]
-    words += [f"recipe={name}", "bits=2", f"out={tmp_path}/run", f"cache={tmp_path}/cache"]
+    words += [f"preset={name}", "bits=2", f"out={tmp_path}/run", f"cache={tmp_path}/cache"]
     words += ["rules=[{pattern: '[kvo]_proj|mlp', skip: true}]"]
     with initialize_config_dir(entry_point.CONFIGS, version_base="1.3"):
         job = entry_point.job_of(compose("quantize", words))

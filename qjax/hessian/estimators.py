@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar
 
+import numpy as np
+from jax.sharding import Mesh
+
+from qjax.linalg.kronecker import Hessian
 from qjax.registry import Count, Natural, OneOf, Positive, Registry, Share, check_options
 
 __all__ = ["ESTIMATORS", "Estimator", "Moments", "SketchA", "SketchB"]
@@ -36,6 +41,27 @@ class Estimator:
     def __post_init__(self) -> None:
         """Check the options. Raises InputError for a value of another kind or out of its range."""
         check_options(self, "hessian")
+
+    def collect(
+        self, model: Any, tokens: np.ndarray, *, progress: Callable[[int, int], None], mesh: Mesh | None = None
+    ) -> Mapping[str, Hessian]:
+        """The Hessian of every linear of `model` (config, params) by name, "layers.0.self_attn.q_proj".
+
+        An estimator of a user's own defines it; those of this room are collected block by block into the store.
+        `tokens` [sequences, length]; `progress(done, total)`. Layers that share an array are stored once.
+        """
+        raise NotImplementedError(f"{self.name} is collected by qjax.hessian.collect")
+
+    @property
+    def collects(self) -> bool:
+        """Whether the estimator brings its own `collect`."""
+        return type(self).collect is not Estimator.collect
+
+    def text(self) -> str:
+        """All that identifies what an own `collect` gives, for the store's key: the name and its own options."""
+        common = {field.name for field in dataclasses.fields(Estimator)} - {"batch"}
+        own = {key: value for key, value in dataclasses.asdict(self).items() if key not in common}
+        return f"{self.name}:" + ":".join(f"{key}={value}" for key, value in sorted(own.items()))
 
 
 ESTIMATORS: Registry[Estimator] = Registry("Hessian estimator", "qjax.hessian.ESTIMATORS")

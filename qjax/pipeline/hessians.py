@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 
 from qjax.data.stream import TokenStream
 from qjax.errors import ArtifactError, InputError, suggested
-from qjax.hessian.estimators import ESTIMATORS
+from qjax.hessian.estimators import ESTIMATORS, Estimator
 from qjax.hessian.fit import Fit, measure_fit
 from qjax.hessian.sketch import Sketch
 from qjax.hessian.sketch_collect import ranges
@@ -50,10 +51,15 @@ class Provided:
 
 
 def _sketch(settings: Mapping[str, Any]) -> Sketch | None:
-    if settings["estimator"] == "input":
+    if settings["estimator"] not in ("sketch_a", "sketch_b"):
         return None
     known = {name: settings[name] for name in ("estimator", "rounds", "labels", "seed")}
     return Sketch(**known, compute=settings.get("compute", "float32"))
+
+
+def estimator_of(settings: Mapping[str, Any]) -> Estimator:
+    """The estimator that the `hessian` group describes. Raises InputError for a name or option that is not there."""
+    return ESTIMATORS.build({"name": settings["estimator"], **{k: v for k, v in settings.items() if k != "estimator"}})
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -75,6 +81,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise InputError(
             f"hessian.sequences is {settings['sequences']} and hessian.stream {settings['stream']!r}; only Hessians of "
             "the original model are made of a part of the calibration sequences: use data.calibration_sequences"
+        )
+    if estimator_of(settings).collects and settings["stream"] != "original":
+        raise InputError(
+            f"hessian.stream is {settings['stream']!r}; {settings['estimator']} is collected from the original model: "
+            "use hessian.stream=original"
         )
     if _sketch(settings) is None:
         return
@@ -150,6 +161,9 @@ def _provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str
                 mesh=mesh,
             )
 
+    estimator = estimator_of(settings)
+    if estimator.collects:
+        return _own(store, model, tokens, estimator, store.key(who, tokens.sha256, estimator.text(), batch), mesh)
     original = settings["stream"] == "original"
     if sketch is None:
         return Provided(moments() if original else None, None, tuple(keys))
@@ -189,6 +203,21 @@ def _provide(store: HessianStore, model: Any, tokens: Any, settings: Mapping[str
         return {name: dataclasses.replace(h, output=outputs[name].output) for name, h in needed(index).items()}
 
     return Provided(mixed, None, tuple(keys))
+
+
+def _own(store: HessianStore, model: Any, tokens: Any, estimator: Estimator, key: str, mesh: Mesh | None) -> Provided:
+    """What an estimator of a user's own collects, kept in the store as all others."""
+    blocks = range(model.config.num_layers)
+    if not on_primary(lambda: all(store.whole(key, index) for index in blocks)):
+        with Progress(estimator.name, len(blocks)) as progress:
+            found = estimator.collect(
+                model, tokens.tokens, progress=lambda done, total: progress.update(done), mesh=mesh
+            )
+        load = given(found, model.config).hessians
+        assert load is not None
+        for index in blocks:
+            on_primary(functools.partial(store.save, key, index, load(index)))
+    return Provided(store.loader(key), None, (key,))
 
 
 def _first(tokens: Any, count: int, what: str) -> Any:
