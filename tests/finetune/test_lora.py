@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax import Hessian, codebooks, incoherence, models, quantize_matrix, rounding
 from qjax.codebooks.base import CODEBOOKS
 from qjax.errors import ArtifactError, InputError
