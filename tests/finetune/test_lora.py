@@ -190,6 +190,7 @@ def test_entry_tunes_an_artifact_with_adapters_and_with_gains(tmp_path, capsys):
     import experiments.quantize as quantize
     from qjax.interchange import artifact
     from qjax.job.run import run
+    from qjax.pipeline.stored import load_artifact
 
     def composed(name, *overrides):
         GlobalHydra.instance().clear()
