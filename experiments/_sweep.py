@@ -25,7 +25,7 @@ FAILURE = "failure.json"
 _SWEEP = "QJAX_SWEEP"  # identifies one start; processes of the launchers inherit it
 _JOBS = "jobs.jsonl"
 _CONSTANT = ("experiment", "model", "data", "debug", "tracker", "memory", "cache", "sweep", "out", "resume")
-_CONSTANT = (*_CONSTANT, "mesh", "distributed", "dry_run")
+_CONSTANT = (*_CONSTANT, "mesh", "distributed", "dry_run", "plugins")
 
 
 def _safe(text: str) -> str:

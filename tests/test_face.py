@@ -10,7 +10,7 @@ import pytest
 
 import experiments._quantize as entry_point
 import qjax
-from qjax.errors import DataError, InputError
+from qjax.errors import ArtifactError, DataError, InputError
 from qjax.interchange import artifact
 from qjax.job.run import run
 from qjax.pipeline.presets import preset
@@ -108,15 +108,20 @@ def test_models_are_compared(model, tokens, small):
         qjax.compare([], tokens)
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq", "ldlq", "quip_sharp", "quip"])
-def test_the_command_line_gives_the_same_bytes(name, model, tokens, tmp_path, capsys):
+def job_of(folder, *words):
+    """A job of the command line on the tokens of these tests."""
     from hydra import compose, initialize_config_dir
 
-    words = [f"data.{key}={value}" for key, value in SIZES.items()] + ["tracker=none", "evaluate=none", "seed=3"]
-    words += [f"preset={name}", "bits=2", f"out={tmp_path}/run", f"cache={tmp_path}/cache"]
-    words += ["rules=[{pattern: '[kvo]_proj|mlp', skip: true}]"]
+    sizes = [f"data.{key}={value}" for key, value in SIZES.items()]
+    common = ["tracker=none", "evaluate=none", "bits=2", f"out={folder}/run", f"cache={folder}/cache"]
+    few = ["rules=[{pattern: '[kvo]_proj|mlp', skip: true}]"]
     with initialize_config_dir(entry_point.CONFIGS, version_base="1.3"):
-        job = entry_point.job_of(compose("quantize", words))
+        return entry_point.job_of(compose("quantize", [*sizes, *common, *few, *words]))
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "ldlq", "quip_sharp", "quip"])
+def test_the_command_line_gives_the_same_bytes(name, model, tmp_path, capsys):
+    job = job_of(tmp_path, f"preset={name}", "seed=3")
     split = qjax.data.load("pydoc", model, seed=3, **SIZES)
     recipe = dataclasses.replace(preset(name), rules=FEW)
     assert recipe == job.recipe
@@ -125,6 +130,19 @@ def test_the_command_line_gives_the_same_bytes(name, model, tokens, tmp_path, ca
     assert own.fingerprint == artifact.fingerprint(tmp_path / "run" / "artifact")  # of the SHA-256 of every array
     assert qjax.load(tmp_path / "run").reports == tuple(artifact.reports(tmp_path / "run" / "artifact"))
     assert "quantise run" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["block", "e2e"])
+def test_tuning_gives_the_same_bytes(name, model, tokens, tmp_path):
+    options = {"validation": 2, "batch": 2} | ({"sequences": 2, "tokens": 256} if name == "e2e" else {})
+    words = ["rounding=nearest", "hessian=original", f"finetune={name}"]
+    run(job_of(tmp_path, *words, *(f"finetune.{key}={value}" for key, value in options.items())))
+    recipe = qjax.Recipe(rounding="nearest", hessian="original", finetune={"name": name, **options}, rules=FEW)
+    own = qjax.quantize_model(model, tokens, recipe, progress=False)
+    assert own.fingerprint == artifact.fingerprint(tmp_path / "run" / "artifact")
+    plain = qjax.quantize_model(model, tokens, dataclasses.replace(recipe, finetune=None), progress=False)
+    assert own.fingerprint != plain.fingerprint
 
 
 def test_the_defaults_are_the_command_lines():
@@ -198,6 +216,9 @@ def test_calls_refuse_in_words(model, tokens, small, tmp_path):
         (lambda: qjax.activations(model, tokens, "layers.9"), "no layer's name matches"),
         (lambda: qjax.activations(model, tokens, ["layers.0.mlp.up"]), "did you mean"),
     ]
+    (tmp_path / "fingerprint.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="a run that has not finished"):
+        qjax.load(tmp_path)
     (tmp_path / "file").write_text("mine")
     for call, words in refused:
         with pytest.raises(InputError, match=words):

@@ -5,6 +5,7 @@ The room can be called: `qjax.evaluate(model, tokens, reference)` is its `evalua
 
 import sys
 import types
+from typing import TYPE_CHECKING
 
 from qjax.evaluate.evaluation import evaluate, hidden_states, perplexity
 from qjax.evaluate.metrics import divergence, token_metrics, token_nll
@@ -34,6 +35,16 @@ class Room(types.ModuleType):
     """The module of this room, which is `evaluate_model` where it is called."""
 
     __call__ = staticmethod(evaluate_model)
+    if TYPE_CHECKING:  # the functions of the module, which a type checker does not look for behind `qjax.evaluate`
+        compare_models = staticmethod(compare_models)
+        divergence = staticmethod(divergence)
+        evaluate = staticmethod(evaluate)
+        evaluate_model = staticmethod(evaluate_model)
+        hidden_states = staticmethod(hidden_states)
+        perplexity = staticmethod(perplexity)
+        summarise = staticmethod(summarise)
+        token_metrics = staticmethod(token_metrics)
+        token_nll = staticmethod(token_nll)
 
 
 sys.modules[__name__].__class__ = Room

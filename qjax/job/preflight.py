@@ -268,7 +268,7 @@ def estimated(
     batch = min(hessian["batch"], tokens.calibration.sequences)
     length = tokens.calibration.length
     extra = Extra()
-    if hessian["estimator"] != "input":
+    if "budget_gb" in hessian:  # a sketch, whose sums are held in parts
         extra = sketch_needs(config, batch=batch, length=length, budget=hessian["budget_gb"] * 1e9)
     method = method_of(finetune)
     if method is not None and not method.while_rounding:

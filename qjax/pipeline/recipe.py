@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,7 +96,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, value in (("bits", self.bits), ("damping", self.damping)):
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise InputError(f"{name} is {value!r} ({type(value).__name__}); it is a number")
         tuning = named_options("finetune", "none" if self.finetune is None else self.finetune)
         whole = {
@@ -103,7 +104,7 @@ class Recipe:
             "rounding": rounding_of(self.rounding),
             "incoherence": incoherence_of(self.incoherence),
             "scale": scale_of(self.scale),
-            "rules": tuple(map(_rule, self.rules)),
+            "rules": tuple(map(_rule, self.rules or ())),
             "hessian": named_options("hessian", self.hessian),
             "finetune": None if tuning["name"] == "none" else tuning,
         }

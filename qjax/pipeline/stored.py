@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from qjax import models
-from qjax.errors import InputError
+from qjax.errors import ArtifactError, InputError
 from qjax.finetune import lora
 from qjax.interchange import artifact
 from qjax.models.loading import Model
@@ -35,6 +35,8 @@ def load(source: str | pathlib.Path, dtype: str = "float32", adapters: str | pat
     if is_artifact(folder / ARTIFACT):
         beside = folder / ADAPTERS
         return load_artifact(folder / ARTIFACT, beside if adapters is None and beside.is_file() else adapters)
+    if (folder / "fingerprint.json").is_file():
+        raise ArtifactError(f"{folder}: a run that has not finished, without artifact/; the same command continues it")
     if adapters is not None:
         raise InputError(f"adapters={adapters}: {source} is no artifact, and adapters belong to one")
     return models.load(source, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from qjax import codebooks, rounding
 from qjax.data.corpus import SOURCES
@@ -43,12 +43,12 @@ _KINDS: Mapping[str, Registry] = {
 _ALONE = {"codebook": laws.CODEBOOK, "data": laws.SOURCE, "hessian": laws.HESSIAN, "incoherence": laws.INCOHERENCE}
 
 
-def check(kind: str, name: str) -> list[Outcome]:
+def check(kind: str, name: str, partners: Sequence[str] | None = None) -> list[Outcome]:
     """The outcomes of all laws for what is registered as `name`.
 
-    A rounding is tried with every codebook, a codebook with every rounding. `kind` is "rounding", "codebook",
-    "incoherence", "hessian" or "data". Raises LawBroken with the law, the partner and what was found, at the first that
-    does not hold; InputError for a kind or name that there is not.
+    A rounding is tried with every codebook, a codebook with every rounding, or with `partners` alone. `kind` is
+    "rounding", "codebook", "incoherence", "hessian" or "data". Raises LawBroken with the law, the partner and what was
+    found, at the first that does not hold; InputError for a kind or name that there is not.
     """
     if kind not in _KINDS:
         raise InputError(f"there are no laws for {kind!r}{suggested(kind, _KINDS)}; there are for: {listed(_KINDS)}")
@@ -56,7 +56,7 @@ def check(kind: str, name: str) -> list[Outcome]:
         known = _KINDS[kind]
         raise InputError(f"{kind} {name!r} is not registered{suggested(name, known)}; there is: {listed(known)}")
     outcomes = []
-    for law, partner, held in _cases(kind, name):
+    for law, partner, held in _cases(kind, name, partners):
         try:
             held()
         except Refused as reason:
@@ -69,12 +69,12 @@ def check(kind: str, name: str) -> list[Outcome]:
     return outcomes
 
 
-def _cases(kind: str, name: str) -> Iterator[tuple[str, str, Callable[[], None]]]:
+def _cases(kind: str, name: str, partners: Sequence[str] | None) -> Iterator[tuple[str, str, Callable[[], None]]]:
     for law, held in _ALONE.get(kind, {}).items():
         yield law, "", functools.partial(held, name)
     if kind in ("rounding", "codebook"):
-        partners = list(codebooks.CODEBOOKS if kind == "rounding" else rounding.ROUNDINGS)
-        for partner in partners:
+        others = codebooks.CODEBOOKS if kind == "rounding" else rounding.ROUNDINGS
+        for partner in list(others) if partners is None else partners:
             pair = (name, partner) if kind == "rounding" else (partner, name)
             if book(pair[1]).spec()["name"] != pair[1]:  # a name that stands for other codebooks
                 continue

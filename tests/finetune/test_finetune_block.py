@@ -102,8 +102,8 @@ def test_a_block_without_errors_has_nothing_to_gain():
     [
         ("hessian=sequential", "needs hessian=original"),
         ("finetune.epochs=0", "at least 1"),
-        ("finetune.stream=corrected", "allowed are original, quantized"),
-        ("+finetune.tokens=3", "no option tokens"),
+        ("finetune.stream=corrected", "allowed are: original, quantized"),
+        ("+finetune.tokens=3", "there is no 'tokens' in finetune"),
         ("data.calibration_sequences=6", "6 calibration windows"),
     ],
 )

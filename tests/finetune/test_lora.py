@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax import Hessian, codebooks, incoherence, models, quantize_matrix, rounding
 from qjax.codebooks.base import CODEBOOKS
 from qjax.errors import ArtifactError, InputError
@@ -189,6 +190,7 @@ def test_entry_tunes_an_artifact_with_adapters_and_with_gains(tmp_path, capsys):
     import experiments._quantize as quantize
     from qjax.interchange import artifact
     from qjax.job.run import run
+    from qjax.pipeline.stored import load_artifact
 
     def composed(name, *overrides):
         GlobalHydra.instance().clear()
