@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         runtime,
         streams,
         tensor_parallel,
+        testing,
         training,
         typing,
     )
@@ -96,6 +97,7 @@ __all__ = [
     "runtime",
     "streams",
     "tensor_parallel",
+    "testing",
     "training",
     "typing",
 ]

@@ -8,7 +8,7 @@ import pytest
 
 ORDER = [
     {"experiments", "qjax.experiments"},
-    {"qjax.job", "qjax.bench"},
+    {"qjax.job", "qjax.bench", "qjax.testing"},
     {"qjax.pipeline", "qjax.report"},
     {"qjax.finetune", "qjax.interchange", "qjax.tensor_parallel"},
     {"qjax.matrix", "qjax.hessian"},

@@ -94,7 +94,7 @@ def test_steps_of_codes_move_at_most_their_share_and_lower_the_loss(bases):
         ("finetune.rounds=1", "rounds is 1; it is a number of rounds, at least 2"),
         ("finetune.share=0", "share is 0; it is a share, greater than 0 and at most 1"),
         ("finetune.batches=0", "batches is 0; it is a number of things, at least 1"),
-        ("+finetune.tau=0.1", "there is no 'tau' in finetune"),
+        ("+finetune.tau=0.1", "has no option tau"),
     ],
 )
 def test_bad_options(tmp_path, option, message):
