@@ -214,7 +214,9 @@ def options_of(constructor: Callable[..., Any]) -> Options:
         hints = typing.get_type_hints(_annotated(constructor), include_extras=True)
     except Exception:  # annotations of another module's own names: their values are then left to the constructor
         hints = {}
-    known, takes_others, told = {}, False, described(inspect.getdoc(constructor) or "")
+    known, takes_others, told = {}, False, {}
+    for one in reversed(constructor.__mro__) if isinstance(constructor, type) else [constructor]:
+        told |= described(inspect.cleandoc(one.__doc__ or ""))
     for parameter in inspect.signature(constructor).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             takes_others = True
