@@ -142,11 +142,18 @@ def accumulate_pair(
 
 
 def _on(mesh: Mesh, own: Any) -> Any:
-    """`own(moments, parameters, *split)` on every device, without the sums' leading axis."""
+    """`own(moments, parameters, *split)` on every device, without the sums' leading axis.
+
+    On one device it is not mapped: what a mapped program gives lies on a mesh, and the first step, which gets zeros of
+    the host, and the others would be two programs.
+    """
 
     def body(moments: Moments, parameters: Any, *split: Array) -> Any:
         moments, y = own(jax.tree.map(lambda a: a[0], moments), parameters, *split)
         return jax.tree.map(lambda a: a[None], moments), y
+
+    if mesh.size == 1:
+        return body
 
     def run(moments: Moments, parameters: Any, *split: Array) -> Any:
         specs = (EACH, WHOLE, *(EACH for _ in split))
@@ -206,6 +213,9 @@ def kahan(total: Array, carry: Array, addend: Array) -> tuple[Array, Array]:
 @functools.partial(jax.jit, static_argnames="mesh")
 def reduced(moments: Moments, *, mesh: Mesh) -> tuple[dict[str, Array], dict[str, Array]]:
     """(sums over all devices, least `bad`) by name, on every device: one all-reduce of `[n, n]` float32 per factor."""
+    if mesh.size == 1:
+        sums = {name: (total - moments.carry[name])[0] for name, total in moments.total.items()}
+        return sums, {name: bad[0] for name, bad in moments.bad.items()}
 
     def body(moments: Moments) -> tuple[dict[str, Array], dict[str, Array]]:
         names = list(moments.total)
