@@ -15,11 +15,13 @@ from jaxtyping import Array
 
 from pallas_kernels.gram import gram
 from qjax.errors import NumericsError
+from qjax.linalg.compiled import lean_jit
 from qjax.linalg.kronecker import Hessian
 from qjax.linalg.symmetric import mirror
 from qjax.models.config import ModelConfig
 from qjax.models.structure import structure
 from qjax.models.transformer import block_inputs
+from qjax.runtime.ahead import call
 from qjax.runtime.mesh import AXES, EACH, WHOLE
 from qjax.streams import activations
 from qjax.streams.activations import Activations
@@ -37,6 +39,7 @@ __all__ = [
     "empty",
     "finish",
     "reduced",
+    "shapes",
 ]
 
 
@@ -65,11 +68,15 @@ def cross(site: str) -> str:
     return f"{site}:cross"
 
 
+def _widths(config: ModelConfig, pairs: bool) -> dict[str, int]:
+    """The columns of every sum, with `pairs` of those of two streams."""
+    widths = dict(structure(config).widths)
+    return widths | ({cross(site): n for site, n in widths.items()} if pairs else {})
+
+
 def empty(config: ModelConfig, spread: Spread, pairs: bool = False) -> Moments:
     """Zero sums, with `pairs` those of two streams (no program is compiled for them)."""
-    widths = dict(structure(config).widths)
-    if pairs:
-        widths |= {cross(site): n for site, n in widths.items()}
+    widths = _widths(config, pairs)
 
     def zeros() -> dict[str, HostOrDevice]:
         return {name: spread.sums(lambda shape: np.zeros(shape, np.float32), (n, n)) for name, n in widths.items()}
@@ -78,7 +85,13 @@ def empty(config: ModelConfig, spread: Spread, pairs: bool = False) -> Moments:
     return Moments(zeros(), zeros(), none)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "propagate"), donate_argnames="moments")
+def shapes(config: ModelConfig, pairs: bool = False) -> Moments:
+    """`empty` on one device as shapes."""
+    sums = {name: jax.ShapeDtypeStruct((1, n, n), np.float32) for name, n in _widths(config, pairs).items()}
+    return Moments(sums, dict(sums), {name: jax.ShapeDtypeStruct((1,), NONE.dtype) for name in sums})
+
+
+@lean_jit(static_argnames=("config", "mesh", "propagate"), donate_argnames="moments")
 def accumulate(
     moments: Moments,
     parameters: Any,
@@ -108,7 +121,7 @@ def accumulate(
     return _on(mesh, own)(moments, parameters, x, mask, numbers)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="moments")
+@lean_jit(static_argnames=("config", "mesh"), donate_argnames="moments")
 def accumulate_pair(
     moments: Moments,
     parameters: Any,
@@ -233,7 +246,7 @@ def finish(moments: Moments, count: int, mesh: Mesh) -> tuple[dict[str, np.ndarr
     Second moments are exactly symmetric: their lower triangle is what counts, as in the store. The running sums are
     freed.
     """
-    sums, bad = reduced(moments, mesh=mesh)
+    sums, bad = call(reduced, moments, mesh=mesh)
     bad = jax.device_get(bad)
     for leaf in jax.tree.leaves((moments.total, moments.carry)):
         if isinstance(leaf, jax.Array):  # not the zeros of no step at all
@@ -264,10 +277,9 @@ def block_hessians(
     """
     spread = spread or Spread(len(x), batch)
     moments, parameters = empty(config, spread), spread.whole(parameters)
+    options = {"mesh": spread.mesh, "propagate": False}
     for step in spread.feed(x):
-        moments, _ = accumulate(
-            moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh, propagate=False
-        )
+        moments, _ = call(accumulate, moments, parameters, *step.parts, step.mask, step.numbers, config, **options)
     return _hessians(moments, index, config, spread, x.shape[1])
 
 
@@ -304,8 +316,8 @@ def block_hessians_of_two_streams(
     moments, outputs = empty(config, spread, pairs=True), activations.like(x)
     parameters = spread.whole(parameters)
     for step in spread.feed(x, z):
-        moments, y = accumulate_pair(
-            moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh
+        moments, y = call(
+            accumulate_pair, moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh
         )
         spread.put(outputs, step, y)
     return _hessians(moments, index, config, spread, x.shape[1]), outputs

@@ -20,7 +20,9 @@ from qjax.job.settings import Job
 from qjax.job.tuning import finetune_model
 from qjax.job.warnings import check_reference
 from qjax.matrix.quantize import MatrixReport
+from qjax.models.transformer import layer_names
 from qjax.pipeline.finished import HELD_BYTES
+from qjax.pipeline.programs import begin
 from qjax.pipeline.quantize_and_tune import quantize_and_tune
 from qjax.pipeline.quantize_model import QuantizedModel, quantize_model
 from qjax.pipeline.records import Records
@@ -32,7 +34,7 @@ from qjax.runtime.progress import Progress
 from qjax.runtime.tracker import Tracker
 from qjax.streams.activations import placed
 
-__all__ = ["Rounded", "Started", "compared", "reference", "rounded", "tuned"]
+__all__ = ["Rounded", "Started", "announced", "compared", "reference", "rounded", "tuned"]
 
 _log = logging.getLogger("qjax")
 
@@ -75,6 +77,24 @@ class Rounded:
     peaks: dict[str, int]
     blocks: list[dict[str, Any]]
     fits: Mapping[str, Fit] | None
+
+
+def announced(started: Started) -> None:
+    """Begin the programs of the rounding, which compile while the reference is computed."""
+    job, model = started.job, started.model
+    begin(
+        model.config,
+        model.params,
+        started.prepared.tokens.calibration.tokens,
+        job.recipe.plan(layer_names(model.config)),
+        seed=job.seed,
+        stream=job.hessian["stream"],
+        outputs=job.hessian["estimator"] != "input",
+        correction=job.hessian["correction"],
+        records=started.records,
+        batch=job.hessian["batch"],
+        mesh=started.prepared.mesh,
+    )
 
 
 def reference(started: Started) -> Any:
