@@ -16,6 +16,7 @@ from qjax.evaluate.metrics import token_metrics, token_nll
 from qjax.evaluate.summary import Evaluation, check_finite, summarise
 from qjax.models import transformer
 from qjax.models.config import ModelConfig
+from qjax.runtime.ahead import call
 from qjax.runtime.mesh import fetched
 from qjax.streams.blocks import blocks
 
@@ -87,7 +88,7 @@ def evaluate(
     rows: list[dict[str, np.ndarray]] = []
     parts = (_batches(array, batch) for array in (reference_hidden, hidden, stream.tokens[:, 1:]))
     for reference_part, part, targets in zip(*parts, strict=True):
-        found = token_metrics(reference_head, head, reference_part, part, targets, config, mesh)
+        found = call(token_metrics, reference_head, head, reference_part, part, targets, config, mesh)
         rows.append(fetched(found))
     metrics = {name: np.concatenate([row[name] for row in rows])[: stream.sequences] for name in rows[0]}
     check_finite({"nll_reference": metrics["nll_reference"]}, "the reference model")
@@ -162,7 +163,7 @@ def reference_perplexity(
     """
     rows = []
     for part, targets in zip(_batches(hidden, batch), _batches(tokens.tokens[:, 1:], batch), strict=True):
-        rows.append(fetched(token_metrics(head, head, part, part, targets, config, mesh)["nll"]))
+        rows.append(fetched(call(token_metrics, head, head, part, part, targets, config, mesh)["nll"]))
     mean = float(np.concatenate(rows)[: tokens.sequences].mean(dtype=np.float64))
     return float(np.exp(mean)) if mean < 700 else float("inf")
 

@@ -14,11 +14,13 @@ from jaxtyping import Array
 
 from pallas_kernels.gram import gram
 from qjax.errors import NumericsError
+from qjax.linalg.compiled import lean_jit
 from qjax.linalg.kronecker import Hessian
 from qjax.linalg.symmetric import mirror
 from qjax.models.config import ModelConfig
 from qjax.models.structure import structure
 from qjax.models.transformer import block_inputs
+from qjax.runtime.ahead import call
 from qjax.runtime.mesh import AXES, EACH, WHOLE
 from qjax.streams import activations
 from qjax.streams.activations import Activations
@@ -36,6 +38,7 @@ __all__ = [
     "empty",
     "finish",
     "reduced",
+    "shapes",
 ]
 
 
@@ -64,11 +67,15 @@ def cross(site: str) -> str:
     return f"{site}:cross"
 
 
+def _widths(config: ModelConfig, pairs: bool) -> dict[str, int]:
+    """The columns of every sum, with `pairs` of those of two streams."""
+    widths = dict(structure(config).widths)
+    return widths | ({cross(site): n for site, n in widths.items()} if pairs else {})
+
+
 def empty(config: ModelConfig, spread: Spread, pairs: bool = False) -> Moments:
     """Zero sums, with `pairs` those of two streams (no program is compiled for them)."""
-    widths = dict(structure(config).widths)
-    if pairs:
-        widths |= {cross(site): n for site, n in widths.items()}
+    widths = _widths(config, pairs)
 
     def zeros() -> dict[str, HostOrDevice]:
         return {name: spread.sums(lambda shape: np.zeros(shape, np.float32), (n, n)) for name, n in widths.items()}
@@ -77,7 +84,13 @@ def empty(config: ModelConfig, spread: Spread, pairs: bool = False) -> Moments:
     return Moments(zeros(), zeros(), none)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh", "propagate"), donate_argnames="moments")
+def shapes(config: ModelConfig, pairs: bool = False) -> Moments:
+    """`empty` on one device as shapes."""
+    sums = {name: jax.ShapeDtypeStruct((1, n, n), np.float32) for name, n in _widths(config, pairs).items()}
+    return Moments(sums, dict(sums), {name: jax.ShapeDtypeStruct((1,), NONE.dtype) for name in sums})
+
+
+@lean_jit(static_argnames=("config", "mesh", "propagate"), donate_argnames="moments")
 def accumulate(
     moments: Moments,
     parameters: Any,
@@ -107,7 +120,7 @@ def accumulate(
     return _on(mesh, own)(moments, parameters, x, mask, numbers)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="moments")
+@lean_jit(static_argnames=("config", "mesh"), donate_argnames="moments")
 def accumulate_pair(
     moments: Moments,
     parameters: Any,
@@ -141,11 +154,18 @@ def accumulate_pair(
 
 
 def _on(mesh: Mesh, own: Any) -> Any:
-    """`own(moments, parameters, *split)` on every device, without the sums' leading axis."""
+    """`own(moments, parameters, *split)` on every device, without the sums' leading axis.
+
+    On one device it is not mapped: what a mapped program gives lies on a mesh, and the first step, which gets zeros of
+    the host, and the others would be two programs.
+    """
 
     def body(moments: Moments, parameters: Any, *split: Array) -> Any:
         moments, y = own(jax.tree.map(lambda a: a[0], moments), parameters, *split)
         return jax.tree.map(lambda a: a[None], moments), y
+
+    if mesh.size == 1:
+        return body
 
     def run(moments: Moments, parameters: Any, *split: Array) -> Any:
         specs = (EACH, WHOLE, *(EACH for _ in split))
@@ -205,6 +225,9 @@ def kahan(total: Array, carry: Array, addend: Array) -> tuple[Array, Array]:
 @functools.partial(jax.jit, static_argnames="mesh")
 def reduced(moments: Moments, *, mesh: Mesh) -> tuple[dict[str, Array], dict[str, Array]]:
     """(sums over all devices, least `bad`) by name, on every device: one all-reduce of `[n, n]` float32 per factor."""
+    if mesh.size == 1:
+        sums = {name: (total - moments.carry[name])[0] for name, total in moments.total.items()}
+        return sums, {name: bad[0] for name, bad in moments.bad.items()}
 
     def body(moments: Moments) -> tuple[dict[str, Array], dict[str, Array]]:
         names = list(moments.total)
@@ -222,7 +245,7 @@ def finish(moments: Moments, count: int, mesh: Mesh) -> tuple[dict[str, np.ndarr
     Second moments are exactly symmetric: their lower triangle is what counts, as in the store. The running sums are
     freed.
     """
-    sums, bad = reduced(moments, mesh=mesh)
+    sums, bad = call(reduced, moments, mesh=mesh)
     bad = jax.device_get(bad)
     for leaf in jax.tree.leaves((moments.total, moments.carry)):
         if isinstance(leaf, jax.Array):  # not the zeros of no step at all
@@ -253,10 +276,9 @@ def block_hessians(
     """
     spread = spread or Spread(len(x), batch)
     moments, parameters = empty(config, spread), spread.whole(parameters)
+    options = {"mesh": spread.mesh, "propagate": False}
     for step in spread.feed(x):
-        moments, _ = accumulate(
-            moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh, propagate=False
-        )
+        moments, _ = call(accumulate, moments, parameters, *step.parts, step.mask, step.numbers, config, **options)
     return _hessians(moments, index, config, spread, x.shape[1])
 
 
@@ -293,8 +315,8 @@ def block_hessians_of_two_streams(
     moments, outputs = empty(config, spread, pairs=True), activations.like(x)
     parameters = spread.whole(parameters)
     for step in spread.feed(x, z):
-        moments, y = accumulate_pair(
-            moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh
+        moments, y = call(
+            accumulate_pair, moments, parameters, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh
         )
         spread.put(outputs, step, y)
     return _hessians(moments, index, config, spread, x.shape[1]), outputs

@@ -14,11 +14,12 @@ from qjax.job.directory import RunDirectory
 from qjax.job.prepare import Prepared, prepare
 from qjax.job.results import bound, circumstances, finite, losses, sizes
 from qjax.job.settings import Job
-from qjax.job.stages import Started, compared, reference, rounded, tuned
+from qjax.job.stages import Started, announced, compared, reference, rounded, tuned
 from qjax.job.tuning import recovered
 from qjax.pipeline.by_recipe import Rounded
 from qjax.pipeline.compressed import save_adapters
 from qjax.pipeline.quantize_model import QuantizedModel
+from qjax.runtime.ahead import compiling
 from qjax.runtime.distributed import is_primary, on_primary
 from qjax.runtime.freed_memory import giving_back
 from qjax.runtime.group import leading, visible
@@ -41,7 +42,7 @@ def run(job: Job) -> dict[str, Any] | None:
     """
     mesh = job.mesh.make()
     forget_programs()  # of the jobs before this one
-    with CompileCounter() as compiles, giving_back(), leading(job.out):
+    with CompileCounter() as compiles, compiling(), giving_back(), leading(job.out):
         watch = Stopwatch(compiles)
         with watch.stage("load"):
             prepared = prepare(job, mesh)
@@ -57,6 +58,7 @@ def run(job: Job) -> dict[str, Any] | None:
             with watch.stage("load"):
                 model = job.inputs.read(job.model["source"], job.model["dtype"], streamed=job.streamed)
             started = Started(job, prepared, model, directory.records(fingerprint), watch, tracker)
+            announced(started)
             teacher = reference(started)
             first = rounded(started)
             quantized, tuning = tuned(started, first, teacher)

@@ -16,16 +16,18 @@ from qjax.job.settings import Job
 from qjax.job.tuning import finetune_model
 from qjax.job.warnings import check_reference
 from qjax.matrix.quantize import MatrixReport
+from qjax.models.transformer import layer_names
 from qjax.pipeline import by_recipe
 from qjax.pipeline.by_recipe import Observer, Rounded, Surroundings
 from qjax.pipeline.finished import HELD_BYTES
+from qjax.pipeline.programs import begin
 from qjax.pipeline.quantize_model import QuantizedModel
 from qjax.pipeline.records import Records
 from qjax.runtime.distributed import on_primary
 from qjax.runtime.monitor import Stopwatch, peak_memory_bytes
 from qjax.runtime.tracker import Tracker
 
-__all__ = ["Started", "compared", "reference", "rounded", "tuned"]
+__all__ = ["Started", "announced", "compared", "reference", "rounded", "tuned"]
 
 _log = logging.getLogger("qjax")
 
@@ -74,6 +76,24 @@ class Started(Observer):
         """Printed and logged."""
         super().warning(text)
         _log.warning("%s", text)
+
+
+def announced(started: Started) -> None:
+    """Begin the programs of the rounding, which compile while the reference is computed."""
+    job, model = started.job, started.model
+    begin(
+        model.config,
+        model.params,
+        started.prepared.tokens.calibration.tokens,
+        job.recipe.plan(layer_names(model.config)),
+        seed=job.seed,
+        stream=job.hessian["stream"],
+        outputs=job.hessian["estimator"] != "input",
+        correction=job.hessian["correction"],
+        records=started.records,
+        batch=job.hessian["batch"],
+        mesh=started.prepared.mesh,
+    )
 
 
 def reference(started: Started) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import ScaleRule, fit
 from qjax.errors import NumericsError
 from qjax.incoherence.families import Incoherence
+from qjax.linalg.compiled import lean_jit
 from qjax.linalg.kronecker import Hessian
 from qjax.linalg.prng import name_id, root_key, seed_of
 from qjax.matrix.arguments import Short, codebook_of, hessian_of, incoherence_of, rounding_of, scale_of
@@ -28,12 +28,12 @@ from qjax.rounding.correction import corrected_weight
 from qjax.rounding.losses import factor_norms, proxy_loss, quadratic, weight_mse
 from qjax.rounding.on_mesh import gathered, independent, round_rows
 from qjax.runtime.mesh import place
-from qjax.typing import pytree
+from qjax.typing import Leaf, pytree
 
 # Sums over rows and columns of squares of larger weights may overflow float32.
 _LARGE = 1e14
 
-__all__ = ["MatrixReport", "default_scale_rule", "quantize_matrix", "splits_rows"]
+__all__ = ["MatrixReport", "default_scale_rule", "program", "quantize_matrix", "splits_rows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,18 +87,18 @@ class MatrixReport:
 @pytree
 class _Outcome:
     matrix: QuantizedMatrix
-    proxy_loss: Array
-    weight_mse: Array
-    damping: Array
-    scale_rms: Array
-    dead_columns: Array
-    ok: Array
-    correction: Array
-    proxy_loss_before_passes: Array | None
-    output_damping: Array | None
-    alignment: Array
-    squared_error: Array
-    kronecker_loss: Array
+    proxy_loss: Leaf
+    weight_mse: Leaf
+    damping: Leaf
+    scale_rms: Leaf
+    dead_columns: Leaf
+    ok: Leaf
+    correction: Leaf
+    proxy_loss_before_passes: Leaf
+    output_damping: Leaf
+    alignment: Leaf
+    squared_error: Leaf
+    kronecker_loss: Leaf
 
 
 def default_scale_rule(codebook: Codebook, scale: float | ScaleRule | None) -> ScaleRule:
@@ -165,7 +165,7 @@ def _round_at(
     return at(factors[jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))])  # NaN would be the least
 
 
-@functools.partial(jax.jit, static_argnames=("rounding", "incoherence", "rule", "mesh"))
+@lean_jit(static_argnames=("rounding", "incoherence", "rule", "mesh"))
 def _quantize(
     weight: Array,
     hessian: Hessian,
@@ -228,6 +228,34 @@ def _undirected(weight: Array, hessian: Hessian, mesh: Mesh | None) -> Array:
     return jnp.sum(jnp.square(weight)) * mean / jnp.maximum(quadratic(weight, hessian, mesh), tiny)
 
 
+def program(
+    weight: Any,
+    hessian: Hessian,
+    *,
+    codebook: Codebook,
+    rounding: Rounding,
+    incoherence: Incoherence,
+    damping: float,
+    scale: float | ScaleRule | None,
+    correction: float,
+    key: Array,
+    name: str,
+    mesh: Mesh | None = None,
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """(the compiled program of `quantize_matrix`, its arguments, its options); weight and Hessian may be shapes."""
+    arguments = (
+        weight,  # host arrays go straight into the program: converting them beforehand would compile another one
+        Hessian(hessian.input, hessian.output, cross=hessian.cross),
+        codebook,
+        np.float32(damping),
+        np.float32(correction),
+        key if mesh is None else np.asarray(jax.random.key_data(key)),
+        np.uint32(name_id(name)),
+    )
+    rule = default_scale_rule(codebook, scale)
+    return _quantize, arguments, {"rounding": rounding, "incoherence": incoherence, "rule": rule, "mesh": mesh}
+
+
 def quantize_matrix(
     weight: Float[Array, "out in"] | np.ndarray,
     hessian: Short,
@@ -269,24 +297,21 @@ def quantize_matrix(
     rounding, incoherence = rounding_of(rounding), incoherence_of(incoherence)
     key = key if isinstance(key, jax.Array) else root_key(seed_of(key))
     _validate(weight, hessian, name)
-    rule = default_scale_rule(codebook, scale_of(scale))
     mesh = None if mesh is None or mesh.size == 1 else mesh
-    arguments = (
-        weight,  # host arrays go straight into the program: converting them beforehand would compile another one
-        Hessian(hessian.input, hessian.output, cross=hessian.cross),
-        codebook,
-        np.float32(damping),
-        np.float32(correction),
-        key if mesh is None else np.asarray(jax.random.key_data(key)),
-        np.uint32(name_id(name)),
-    )
-    outcome = _quantize(
-        *(arguments if mesh is None else place(arguments, mesh)),
+    run, arguments, options = program(
+        weight,
+        hessian,
+        codebook=codebook,
         rounding=rounding,
         incoherence=incoherence,
-        rule=rule,
+        damping=damping,
+        scale=scale_of(scale),
+        correction=correction,
+        key=key,
+        name=name,
         mesh=mesh,
     )
+    outcome = run(*(arguments if mesh is None else place(arguments, mesh)), **options)
     if mesh is not None:  # what follows computes on one device of every process
         own = jax.device_put(jax.device_get(dataclasses.replace(outcome.matrix, codebook=None)))
         outcome = dataclasses.replace(outcome, matrix=dataclasses.replace(own, codebook=codebook))

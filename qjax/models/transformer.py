@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qjax.linalg.compiled import lean_jit
 from qjax.models.config import ModelConfig
 from qjax.models.context import Context
 from qjax.models.families import family
@@ -45,7 +46,7 @@ def _output(parameters: Params, config: ModelConfig, x: HiddenInput) -> Hidden:
     return family(config).block(parameters, x, Context(config))
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@lean_jit(static_argnames="config")
 def block(parameters: Params, x: HiddenInput, config: ModelConfig) -> Hidden:
     """One transformer block; over a mesh where its parameters lie on one."""
     return spread(_output, parameters, config, (x,), (HIDDEN,), HIDDEN)

@@ -9,13 +9,14 @@ import jax
 from jax.sharding import Mesh
 
 from qjax.linalg.kronecker import Hessian
-from qjax.matrix.quantize import MatrixReport, quantize_matrix, splits_rows
+from qjax.matrix.quantize import MatrixReport, program, quantize_matrix, splits_rows
 from qjax.matrix.quantized import QuantizedMatrix
 from qjax.pipeline.recipe import LayerPlan
 from qjax.rounding.base import Rounding
 from qjax.rounding.nearest import Nearest, Stochastic
+from qjax.runtime.ahead import waited
 
-__all__ = ["quantize_layer", "suspicious"]
+__all__ = ["layer_program", "quantize_layer", "suspicious"]
 
 
 def quantize_layer(
@@ -34,26 +35,37 @@ def quantize_layer(
     """
 
     def by(rounding: Rounding) -> tuple[QuantizedMatrix, MatrixReport]:
-        return quantize_matrix(
-            weight,
-            hessian,
-            codebook=plan.codebook,
-            rounding=rounding,
-            incoherence=plan.incoherence,
-            damping=plan.damping,
-            scale=plan.scale,
-            correction=correction,
-            key=key,
-            name=name,
-            mesh=mesh if splits_rows(rounding, plan.codebook, plan.scale) else None,
-        )
+        split = mesh if splits_rows(rounding, plan.codebook, plan.scale) else None
+        return quantize_matrix(weight, hessian, **_options(plan, rounding, name, key, correction), mesh=split)
 
+    run, arguments, options = layer_program(weight, hessian, plan, name, key, correction)
+    waited(run, *arguments, **options)
     matrix, report = by(plan.rounding)
     if not isinstance(plan.rounding, (Nearest, Stochastic)) and suspicious(report):
         plain, other = by(Nearest())
         if other.proxy_loss < report.proxy_loss:
             return plain, dataclasses.replace(other, fallback="nearest")
     return matrix, report
+
+
+def layer_program(
+    weight: Any, hessian: Hessian, plan: LayerPlan, name: str, key: jax.Array, correction: float
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The first program of `quantize_layer` on one device, as `qjax.matrix.quantize.program`."""
+    return program(weight, hessian, **_options(plan, plan.rounding, name, key, correction))
+
+
+def _options(plan: LayerPlan, rounding: Rounding, name: str, key: jax.Array, correction: float) -> dict[str, Any]:
+    return {
+        "codebook": plan.codebook,
+        "rounding": rounding,
+        "incoherence": plan.incoherence,
+        "damping": plan.damping,
+        "scale": plan.scale,
+        "correction": correction,
+        "key": key,
+        "name": name,
+    }
 
 
 def suspicious(report: MatrixReport) -> bool:

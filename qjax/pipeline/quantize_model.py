@@ -24,6 +24,7 @@ from qjax.models.transformer import layer_names
 from qjax.pipeline.finished import FinishedBlocks
 from qjax.pipeline.hessians import STREAMS
 from qjax.pipeline.layer import quantize_layer
+from qjax.pipeline.programs import begin, compiling
 from qjax.pipeline.recipe import LayerPlan, Recipe
 from qjax.pipeline.records import Records
 from qjax.runtime.distributed import is_primary, on_all, on_primary
@@ -46,6 +47,7 @@ class QuantizedModel:
         return f"QuantizedModel({len(self.reports)} matrices)"
 
 
+@compiling()
 def quantize_model(
     config: ModelConfig,
     params: Any,
@@ -90,6 +92,8 @@ def quantize_model(
         )
     plans = recipe.plan(layer_names(config))
     key = root_key(seed)
+    announced = {"seed": seed, "stream": stream, "correction": correction, "batch": batch, "mesh": mesh}
+    begin(config, params, tokens, plans, outputs=outputs is not None, records=records, **announced)
     spread = Spread(len(tokens), batch, mesh or single())
     reports = []
     result = [] if records is None or held_bytes is None else FinishedBlocks(records, held_bytes)

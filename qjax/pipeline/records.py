@@ -32,6 +32,10 @@ class Records:
     def _file(self, name: str) -> pathlib.Path:
         return self.folder / f"{name}.safetensors"
 
+    def has(self, name: str) -> bool:
+        """Whether the layer has a record, whatever its state."""
+        return self._file(name).exists()
+
     def save(self, operator: LinearOperator, report: MatrixReport) -> None:
         """Write the record of one layer durably; it is a piece of the artifact as it stands."""
         arrays, metadata = described(operator)

@@ -7,12 +7,15 @@ import os
 import pathlib
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
 import jax
+
+from qjax.runtime.ahead import WAITED
 
 __all__ = ["CompileCounter", "Stopwatch", "device_peak_memory_bytes", "memory_bytes", "peak_memory_bytes"]
 
@@ -51,13 +54,15 @@ class CompileCounter:
     Attributes:
       programs: their names, in order; one loaded from the persistent compilation cache counts like one compiled.
       from_cache: how many of them the persistent cache served.
-      seconds: time in the XLA compiler and in loading from the cache (tracing and lowering are not in it).
+      seconds: of the thread that opened it in the XLA compiler, in loading from the cache, and in waiting for programs
+        that other threads compile ahead (tracing and lowering are not in it).
     """
 
     def __init__(self) -> None:
         self.programs: list[str] = []
         self.from_cache = 0
         self.seconds = 0.0
+        self._thread = 0
 
     @property
     def count(self) -> int:
@@ -65,6 +70,7 @@ class CompileCounter:
         return len(self.programs)
 
     def __enter__(self) -> CompileCounter:
+        self._thread = threading.get_ident()
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
         return self
@@ -78,6 +84,7 @@ class CompileCounter:
     def _on_duration(self, event: str, duration_secs: float, **details: Any) -> None:
         if event == _PROGRAM:
             self.programs.append(str(details.get("fun_name", "?")))
+        if event in (_PROGRAM, WAITED) and threading.get_ident() == self._thread:
             self.seconds += duration_secs
 
     def _on_event(self, event: str, **details: Any) -> None:

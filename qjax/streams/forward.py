@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 
 from qjax.models.config import ModelConfig
 from qjax.models.transformer import block, embed
+from qjax.runtime.ahead import call
 from qjax.runtime.mesh import EACH, WHOLE
 from qjax.streams import activations
 from qjax.streams.activations import Activations
@@ -71,5 +72,5 @@ def forward_block(
             spread.put(out, step, _blocks(parameters, *step.parts, config, mesh=spread.mesh))
         return out
     for start, (part, mask) in zip(range(0, len(x), batch), batches(x, batch), strict=True):
-        activations.put(out, start, int(mask.sum()), block(parameters, part, config))
+        activations.put(out, start, int(mask.sum()), call(block, parameters, part, config))
     return out
