@@ -25,8 +25,8 @@ class LeanJit:
 
     def __init__(self, function: Callable[..., Any], **options: Any):
         functools.update_wrapper(self, function)
-        self._plain = jax.jit(function, **options)
-        self._lean = jax.jit(function, compiler_options=_OPTIONS, **options)
+        self._plain: Any = jax.jit(function, **options)
+        self._lean: Any = jax.jit(function, compiler_options=_OPTIONS, **options)
 
     def chosen(self, *trees: Any) -> Any:
         """The function under `jax.jit` that a call with these arguments runs."""
