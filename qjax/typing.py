@@ -21,8 +21,11 @@ HostOrDevice: TypeAlias = Array | np.ndarray
 
 
 def static(**options: Any) -> Any:
-    """A field of a pytree that is no leaf but part of its structure; it is hashable."""
-    return dataclasses.field(metadata={"static": True}, **options)
+    """A field of a pytree that is no leaf but part of its structure; it is hashable.
+
+    So it is for flax too, where a class of one's own under `flax.struct.dataclass` inherits it.
+    """
+    return dataclasses.field(metadata={"static": True, "pytree_node": False}, **options)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))

@@ -55,7 +55,7 @@ class ScaleRule:
                 "give a group size with granularity=group and only then"
             )
         if self.method == "search" and not self.candidates:
-            raise InputError("scale.candidates is empty; search needs at least one factor")
+            raise InputError("scale.candidates is empty; search needs at least one positive factor")
 
 
 @pytree

@@ -213,7 +213,7 @@ def test_rules_choose_layers_by_name(tmp_path, cache):
         ("memory.disk_gb=1e-6", "predicted to need"),
         ("mesh.data=99", "asks for 99 devices"),
         ("rounding.order=upwards", "natural, ascending"),
-        ("hessian.estimator=fisher", "there are: input"),
+        ("hessian.estimator=fisher", "there is: input"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_computed(tmp_path, cache, override, message):
