@@ -10,7 +10,7 @@
 # # Your own rounding and codebook
 #
 # A codebook and a rounding algorithm, about thirty lines of code each: written here, registered as the library's
-# own are, used by `quantize_matrix`, and put through the same laws that `tests/properties` holds all others to.
+# own are, used by `quantize_matrix`, and put through the same laws that all others are held to.
 
 # %%
 import dataclasses
@@ -129,31 +129,19 @@ print(f"the library's LDLQ, half-integer: {library.proxy_loss:.4f}")
 
 # %% [markdown]
 # ## The laws
-# `tests/properties/test_rounding_laws.py` runs every *registered* pair through them; put your two files into
-# `qjax/codebooks` and `qjax/rounding`, add a `configs/<group>/<name>.yaml` each, and they are covered. The first
-# laws, called from here (`tests` is in the repository, not in the package):
+# All that is registered obeys the same laws: the values are the decoded codes, the scale of the Hessian has no
+# meaning, feedback beats plain rounding. `qjax.testing.check` holds them against one's own; from a package of one's own
+# (`plugins=[my_package]`) the two classes are then options of the command line like all others.
 
 # %%
-laws = []
-try:
-    from tests.properties import test_rounding_laws as properties
-except ImportError:
-    print("run this from the repository's root to check the laws")
-else:
-    laws = [
-        properties.test_values_are_the_decoded_codes,
-        properties.test_the_scale_of_the_hessian_has_no_meaning,
-        properties.test_without_correlations_feedback_rounds_to_the_nearest,
-        properties.test_rows_are_rounded_independently,
-        properties.test_the_same_inputs_give_the_same_codes,
-        properties.test_zero_weights_stay_finite,
-        properties.test_feedback_beats_nearest_on_correlated_inputs,
-    ]
-    for law in laws:
-        for pair in (
-            ("partial_feedback", "half_integer"),
-            ("partial_feedback", "powers_of_two"),
-            ("ldlq", "powers_of_two"),
-        ):
-            law(*pair)
-        print("holds:", law.__name__.removeprefix("test_").replace("_", " "))
+import qjax.testing
+
+laws = set()
+for kind, name, partners in (
+    ("codebook", "powers_of_two", ["ldlq", "partial_feedback"]),
+    ("rounding", "partial_feedback", ["half_integer", "powers_of_two"]),
+):
+    for outcome in qjax.testing.check(kind, name, partners):
+        laws.add(outcome.law)
+        held = "holds" if outcome.refused is None else f"refused ({outcome.refused})"
+        print(f"{held}: {outcome.law.replace('_', ' ')} {outcome.partner and f'[{name}, {outcome.partner}]'}")
