@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from qjax.configuration import former
 from qjax.configuration.groups import ENTRIES
 from qjax.configuration.store import CONFIGS
 from qjax.errors import listed
@@ -52,6 +53,8 @@ def _no_choice(group: str, name: str, options: str) -> str:
 def _absent(name: str, arguments: Sequence[str], entry: str) -> str:
     """`roundng`: there is no such setting; …  — with the groups and keys that the program has at that place."""
     parts = re.split(r"[./@]", name)
+    if parts[0] in former.SUCCESSORS:
+        return f"{name}: there is no {parts[0]!r} any more; it is {former.SUCCESSORS[parts[0]]}= now"
     node = _composed(arguments, name, entry)
     above: list[str] = []
     while len(parts) > 1 and isinstance(node, DictConfig) and isinstance(node.get(parts[0]), DictConfig):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-__all__ = ["METHODS", "renewed"]
+__all__ = ["METHODS", "SUCCESSORS", "renewed"]
+
+SUCCESSORS = {"recipe": "preset", "method": "preset"}
+"""Groups that have another name now."""
 
 METHODS = {
     "gptq": "gptq_original",
@@ -25,9 +28,9 @@ def renewed(arguments: Sequence[str]) -> list[str]:
 def _renewed(argument: str) -> str:
     mark = argument[: len(argument) - len(argument.lstrip("+"))]
     key, equals, value = argument.lstrip("+").partition("=")
-    if not equals or key not in ("recipe", "method"):
+    if not equals or key not in SUCCESSORS:
         return argument
     names = [METHODS.get(name, name) if key == "method" else name for name in value.split(",")]
-    new = f"{mark}preset={','.join(names)}"
-    warnings.warn(f"{key}= is now preset=: {argument} means {new}", FutureWarning, stacklevel=2)
+    new = f"{mark}{SUCCESSORS[key]}={','.join(names)}"
+    warnings.warn(f"{key}= is now {SUCCESSORS[key]}=: {argument} means {new}", FutureWarning, stacklevel=2)
     return new

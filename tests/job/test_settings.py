@@ -221,6 +221,8 @@ WORDS = {  # command line -> what the message says
     "quantize rounding=ldlqq": "did you mean ldlq?",
     "quantize rounding.pases=3": "did you mean passes?",
     "quantize experiment=demoo": "demo",
+    "quantize recipe.name=x": "there is no 'recipe' any more; it is preset= now",
+    "quantize preset=ldql": "did you mean ldlq?",
     "quantize +nonsense=1": "there is no 'nonsense'",
     "quantize bits=two": "bits is 'two'; expected is a",
     "quantize 'seed=[1'": "seed=[1",
