@@ -65,7 +65,7 @@ def estimator_of(settings: Mapping[str, Any]) -> Estimator:
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raises InputError for a `hessian` group that says something impossible."""
     if settings["estimator"] not in ESTIMATORS:
-        raise InputError(f"hessian.estimator is {settings['estimator']!r}; there are: {', '.join(ESTIMATORS)}")
+        raise InputError(f"hessian.estimator is {settings['estimator']!r}; there is: {', '.join(ESTIMATORS)}")
     if settings["stream"] not in STREAMS:
         raise InputError(f"hessian.stream is {settings['stream']!r}; allowed are {', '.join(STREAMS)}")
     if not 0 <= settings.get("correction", 0) <= 1:

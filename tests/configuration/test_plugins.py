@@ -43,7 +43,7 @@ def test_own_algorithms_in_a_sweep_and_in_its_report(tmp_path):
         assert job["kl_mean"] > 0
     status, said = run("report", "runs=runs/own", "out=report", "figure=false", folder=tmp_path)
     assert status == 0, said
-    rows = list(csv.DictReader((tmp_path / "report" / "report.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "report" / "report.csv").read_text().splitlines()))
     assert len(rows) == 2 and all("own_ldlq" in row.values() and "own_powers" in row.values() for row in rows)
 
 

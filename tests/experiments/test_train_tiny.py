@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments._entry import CONFIGS
 from experiments._train_tiny import sample
 from qjax.errors import InputError, RunError
 from qjax.models.config import ModelConfig
@@ -26,10 +27,10 @@ SMALL += ["model.max_positions=64", "schedule.steps=2", "schedule.warmup=1", "ba
 
 @pytest.fixture
 def compose(tmp_path):
-    from hydra import compose, initialize_config_module
+    from hydra import compose, initialize_config_dir
 
     def make(*overrides: str):
-        with initialize_config_module("configs", version_base="1.3"):
+        with initialize_config_dir(CONFIGS, version_base="1.3"):
             return compose("train_tiny", [*SMALL, f"out={tmp_path / 'out'}", *overrides])
 
     return make

@@ -157,7 +157,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         ("finetune.rules=[{pattern: gain, rate: 1e-3}]", "no rule covers"),
         ("finetune.rules=[{pattern: gain}]", "give pattern and rate"),
         ("finetune.tokens=10", "0 steps"),
-        ("finetune.loss=mse", "there is: kl, next_token"),
+        ("finetune.loss=mse", "allowed are: kl, next_token"),
         ("+finetune.bacth=2", "no .bacth. in finetune; did you mean batch"),
         ("finetune.batch=0", "at least 1"),
         ("finetune.optimizer.clip=0", "finetune.optimizer.clip is 0"),

@@ -283,11 +283,11 @@ def test_errors_say_what_is_allowed(model, tokens):
     }
     check_settings(settings)
     for change, message in [
-        ({"estimator": "sketch_c"}, "there are: input, sketch_a, sketch_b"),
-        ({"input": "both"}, "hessian.input is 'both'; allowed are sketch and moment"),
+        ({"estimator": "sketch_c"}, "there is: input, sketch_a, sketch_b"),
+        ({"input": "both"}, "hessian.input is 'both'; allowed are: sketch, moment"),
         ({"stream": "quantized"}, "use hessian.input=moment, or hessian.stream=original"),
-        ({"compute": "float16"}, "hessian.compute is 'float16'; allowed are float32, bfloat16"),
-        ({"budget_gb": 0}, "hessian.budget_gb is 0; it is positive"),
+        ({"compute": "float16"}, "hessian.compute is 'float16'; allowed are: float32, bfloat16"),
+        ({"budget_gb": 0}, "hessian.budget_gb is 0; it is greater than 0"),
         ({"stream": "quantized", "input": "moment", "sequences": 4}, "use data.calibration_sequences"),
     ]:
         with pytest.raises(InputError, match=message):
