@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # a typing error is answered before JAX is imported
 
     from qjax.runtime.mesh import MeshSettings
 
-from ._refusals import explain
+from ._refusals import at_once, explain
 from ._sweep import Sweep
 
 __all__ = ["CONFIGS", "cache_folder", "compilation_cache", "entry", "join", "mesh_of", "mesh_or_none", "plain"]
@@ -87,7 +87,7 @@ def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[Dict
 
         @functools.wraps(function)
         def started() -> None:
-            _known()
+            _known(config_name)
             with Sweep() if sweeps else contextlib.nullcontext():
                 _plainly(program, config_name)
 
@@ -96,7 +96,7 @@ def entry(config_name: str, *, sweeps: bool = False) -> Callable[[Callable[[Dict
     return decorate
 
 
-def _known() -> None:
+def _known(config_name: str) -> None:
     """Everything that the command line may name, a user's own algorithms too, put where Hydra looks."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", FutureWarning)
@@ -109,6 +109,9 @@ def _known() -> None:
         raise SystemExit(2) from None
     if plugged:
         store.fill()
+    if (wrong := at_once(sys.argv[1:], config_name)) is not None:
+        print(f"error: {wrong}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
 
 
 def _end_with_the_others(error: RuntimeError) -> None:

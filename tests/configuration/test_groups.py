@@ -1,6 +1,8 @@
 """What is registered is a group's option at once, with its defaults and the checks of its types."""
 
 import dataclasses
+import pathlib
+import subprocess
 import sys
 from typing import ClassVar
 
@@ -11,6 +13,8 @@ from qjax.configuration.check import Mistyped, check
 from qjax.finetune import TUNINGS, EndToEnd, RateRule, method_of
 from qjax.registry import Options, Registry, Share, options_of
 from qjax.registry.source import Unreadable, found_in, options_at
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -89,3 +93,19 @@ def test_options_of_a_constructor_with_its_own_annotations():
     assert options["names"].kind.takes(["x"]) and options["names"].kind.takes("x")
     assert options["names"].kind.refusal("names", [1]) == "names is [1]; expected is a list, each text"
     assert options["scale"].kind.refusal("scale", float("nan")) == "scale is nan; expected is a number or null"
+
+
+def test_a_typing_error_is_answered_before_jax_is_imported():
+    """A misspelt group, name, option and value, in a process of its own."""
+    script = (
+        "import sys\n"
+        "from experiments.quantize import main\n"
+        "for word in 'roundng=ldlq', 'rounding=ldql', 'rounding.pases=1', 'rounding.passes=-1', 'bits=two':\n"
+        "    sys.argv = ['quantize', word]\n"
+        "    try:\n"
+        "        main()\n"
+        "    except SystemExit as end:\n"
+        "        print(end.code, sorted({'jax', 'numpy', 'flax', 'tokenizers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["2 []"] * 5, done.stdout + done.stderr
