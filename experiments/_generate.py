@@ -33,19 +33,9 @@ def _texts(settings: dict[str, Any], tokenizer: models.Tokenizer) -> list[str]:
     return [chat_prompt([*system, {"role": "user", "content": text}], tokenizer, options) for text in texts]
 
 
-def _check_numbers(settings: dict[str, Any]) -> None:
-    whole, real = (int,), (int, float)
-    allowed = {"temperature": real, "top_p": real, "top_k": (int, type(None)), "seed": whole, "max_new_tokens": whole}
-    for key, kinds in allowed.items():
-        if not isinstance(settings[key], kinds) or isinstance(settings[key], bool):
-            kind = "number" if float in kinds else "whole number"
-            raise InputError(f"{key} is {settings[key]}; a {kind} is expected{', or null' if key == 'top_k' else ''}")
-
-
 def start(config: DictConfig) -> None:
     """Print the prompts and their continuations, and how fast they came."""
     settings = plain(config)
-    _check_numbers(settings)
     compilation_cache(cache_folder(settings["cache"]))
     sampling = Sampling(*(settings[key] for key in ("temperature", "top_k", "top_p", "seed")))
     mesh = mesh_or_none(settings)

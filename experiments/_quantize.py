@@ -29,12 +29,6 @@ from ._entry import CONFIGS, cache_folder, compilation_cache, join, mesh_of, pla
 __all__ = ["CONFIGS", "job_of", "start"]
 
 
-def only(settings: Mapping[str, Any], group: str, allowed: Mapping[str, Any]) -> None:
-    """Refuse a value of a group in which nothing else exists yet."""
-    if dict(settings) != dict(allowed):
-        raise InputError(f"{group} is {dict(settings)}; only {dict(allowed)} exists")
-
-
 def default_out(settings: Mapping[str, Any]) -> str:
     """`runs/<model>-<rounding>-<codebook>-<bits>b-s<seed>`, in names that are safe for files."""
     model = str(settings["model"]["source"]).rstrip("/").rsplit("/", 1)[-1]
@@ -66,7 +60,6 @@ def job_of(config: DictConfig, out: pathlib.Path | None = None, inputs: Inputs |
     settings = plain(config)
     plugins.load(settings["plugins"])  # in a process that a launcher started
     check(settings, "quantize")
-    only(settings["allocate"], "allocate", {"name": "none"})
     out = out or pathlib.Path(settings["out"] or default_out(settings))
     settings["out"] = str(out)
     make_tracker = functools.partial(

@@ -15,6 +15,7 @@ __all__ = [
     "RunError",
     "listed",
     "missing_extra",
+    "nearest_name",
     "suggested",
 ]
 
@@ -62,5 +63,10 @@ def missing_extra(extra: str, package: str) -> str:
 
 def suggested(found: object, names: Iterable[str]) -> str:
     """` (did you mean 'ldlq'?)` for a message, the name nearest to what was found; empty where none is near."""
-    near = difflib.get_close_matches(str(found), [str(name) for name in names], n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    near = nearest_name(found, names)
+    return "" if near is None else f" (did you mean {near!r}?)"
+
+
+def nearest_name(found: object, names: Iterable[object]) -> str | None:
+    """The name that is spelt most like what was found; None where none is near."""
+    return next(iter(difflib.get_close_matches(str(found), [str(name) for name in names], n=1)), None)

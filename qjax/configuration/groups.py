@@ -12,13 +12,11 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from qjax.registry.options import Kind, Option, Options
+from qjax.registry.options import Options
 from qjax.registry.source import Unreadable, found_in, options_at
 from qjax.registry.table import Registry
 
 __all__ = ["ENTRIES", "GROUPS", "Entry", "Group", "options_of_entry"]
-
-_TEXT = Kind(frozenset({str}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +166,3 @@ ENTRIES: Mapping[str, Entry] = {
 def options_of_entry(entry: str) -> Options:
     """The settings of an entry point outside of its groups."""
     return _options(ENTRIES[entry].options)
-
-
-def named(name: str, kind: str) -> Option:
-    """The setting that says which option of a group was chosen."""
-    return Option(name, "???", _TEXT, f"the {kind}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
-from qjax.errors import InputError, listed
+from qjax.errors import InputError, listed, nearest_name
 from qjax.registry.options import Options, build, options_of
 from qjax.registry.source import Unreadable, found_in, options_at
 
@@ -109,5 +108,5 @@ class Registry(Mapping[str, Callable[..., T]], Generic[T]):
 
 def nearest(word: str, known: list[str]) -> str:
     """`; did you mean …?`, or nothing."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = nearest_name(word, known)
+    return "" if near is None else f"; did you mean {near}?"
