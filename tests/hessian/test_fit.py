@@ -136,4 +136,4 @@ def test_errors_say_what_is_needed(model, tokens):
     with pytest.raises(InputError, match="at least two batches"):
         measure_fit(model.config, model.params, tokens[:3], by_block(hessians), batch=2)
     with pytest.raises(InputError, match="fit is measured for Hessians of the original model"):
-        check_settings({**SETTINGS, "estimator": "input", "stream": "quantized"})
+        check_settings({"estimator": "input", "stream": "quantized", "batch": 2, "fit_sequences": 6})
