@@ -7,6 +7,7 @@ import os
 import pathlib
 import socket
 import sys
+import types
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
@@ -32,15 +33,31 @@ OPTIMISED = {"codebooks", "evaluate", "hessian", "pallas_kernels"}
 if sys.version_info[:2] != (3, 11):
     OPTIMISED |= {"linalg", "properties", "rounding"}
 
+import beartype  # noqa: E402
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-# Annotations become checks, for all modules imported from here on. An int is a float, as PEP 484 has it.
-jaxtyping.install_import_hook(
-    ["qjax", "pallas_kernels"], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+_beartype = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # an int is a float, as in PEP 484
+_seen: set[types.CodeType] = set()
+
+
+def _checked(callable_):
+    """`callable_` with checked annotations; a function inside a function the first time that it is made.
+
+    The hook decorates such a function whenever the outer one runs, which writes and compiles a checker of a millisecond.
+    """
+    if isinstance(callable_, types.FunctionType) and "<locals>" in callable_.__qualname__:
+        if callable_.__code__ in _seen:
+            return callable_
+        _seen.add(callable_.__code__)
+    return _beartype(callable_)
+
+
+# Annotations become checks, for all modules imported from here on.
+sys.modules["qjax_annotations"] = types.SimpleNamespace(checked=_checked)  # the hook takes a name
+jaxtyping.install_import_hook(["qjax", "pallas_kernels"], "qjax_annotations.checked")
 
 # Derandomised everywhere: a failure of one machine is a failure of all, and CI never fails for a change it did not see.
 hypothesis.settings.register_profile("qjax", deadline=None, max_examples=25, derandomize=True, print_blob=True)
