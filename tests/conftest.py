@@ -46,7 +46,7 @@ _seen: set[types.CodeType] = set()
 def _checked(callable_):
     """`callable_` with checked annotations; a function inside a function the first time that it is made.
 
-    The hook decorates such a function whenever the outer one runs, which writes and compiles a checker of a millisecond.
+    The hook decorates such a function whenever the outer one runs, and writing its checker takes a millisecond.
     """
     if isinstance(callable_, types.FunctionType) and "<locals>" in callable_.__qualname__:
         if callable_.__code__ in _seen:

@@ -105,7 +105,7 @@ def _is_codebook(node: Any) -> TypeGuard[Codebook]:
 
 @functools.cache
 def _codes(kind: type) -> bool:
-    """Whether a type has a codebook's methods; asked first, as `isinstance` of a protocol takes 20 µs on Python 3.11."""
+    """Whether a type has a codebook's methods; asked first: `isinstance` of a protocol takes 20 µs on Python 3.11."""
     return all(callable(getattr(kind, name, None)) for name in ("quantize", "dequantize", "pack", "unpack"))
 
 
