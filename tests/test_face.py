@@ -208,7 +208,7 @@ def test_calls_refuse_in_words(model, tokens, small, tmp_path):
         (lambda: qjax.quantize_model(model, tokens, "rtn", key=jax.random.split(jax.random.key(0))), "one key"),
         (lambda: qjax.quantize_model(model, tokens, "rtn", hessians={"layers.0.mlp.up": 1}), "did you mean"),
         (lambda: qjax.quantize_model(model, tokens, "rtn", hessians={}), "28 of 28 layers have none"),
-        (lambda: small.save(tmp_path / "a", format="gptq"), "can be saved as: qjax"),
+        (lambda: small.save(tmp_path / "a", format="gtpq"), "can be saved as: awq"),
         (lambda: small.save(tmp_path), "no artifact"),
         (lambda: qjax.load("tiny", adapters="a"), "adapters belong to"),
         (lambda: qjax.replace(model, {"layers.0.mlp.upproj": None}), "did you mean 'layers.0.mlp.up_proj'"),

@@ -157,6 +157,7 @@ ENTRIES: Mapping[str, Entry] = {
     "evaluate_artifact": Entry("qjax.job.options.EvaluateArtifact", ("mesh", "distributed")),
     "finetune": Entry("qjax.job.options.Finetune", ("finetune", "mesh", "distributed")),
     "generate": Entry("qjax.job.options.Generate", ("mesh",)),
+    "export": Entry("qjax.job.options.Export"),
     "report": Entry("qjax.job.options.Report"),
     "bench": Entry("qjax.bench.options.Bench", ("bench",)),
     "train_tiny": Entry("qjax.training.options.Training"),

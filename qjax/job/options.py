@@ -14,6 +14,7 @@ from qjax.registry import Count, Natural, NotNegative, OneOf, Positive, Range
 __all__ = [
     "Evaluate",
     "EvaluateArtifact",
+    "Export",
     "Finetune",
     "Generate",
     "Hessians",
@@ -242,6 +243,28 @@ class Generate:
     packed: bool = True
     plugins: list[str] | str = dataclasses.field(default_factory=list)
     cache: str | None = CACHE
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Options of `export`.
+
+    Attributes:
+      artifact: a run's folder, or its artifact/ folder.
+      out: the folder to write; there must be none yet.
+      format: of the weights; hf are the values that the matrices stand for.
+      original: the unquantised model's Hugging Face folder, whose config.json, tokenizer and templates are copied; null
+        makes them from the artifact.
+      dtype: of what is dense: embedding, norms, biases, and all weights with format=hf.
+      plugins: as of `quantize`.
+    """
+
+    artifact: str
+    out: str
+    format: Annotated[str, OneOf("compressed-tensors", "gptq", "awq", "hf")] = "compressed-tensors"
+    original: str | None = None
+    dtype: Annotated[str, OneOf("float32", "bfloat16", "float16")] = "float32"
+    plugins: list[str] | str = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,8 @@ from qjax.models.checkpoints.files import PICKLE_SUFFIXES, check_weight_file, re
 from qjax.models.checkpoints.gguf_format import read_gguf_header
 from qjax.models.checkpoints.gguf_source import GgufSource, gguf_config
 from qjax.models.checkpoints.hf_config import parse_config
+from qjax.models.checkpoints.packed.schemes import scheme
+from qjax.models.checkpoints.packed.source import QuantisedSource
 from qjax.models.checkpoints.safetensors_source import SafetensorsSource
 from qjax.models.checkpoints.weights import WeightSource, check_source, read_block, read_edges, resolve_dtype
 from qjax.models.config import ModelConfig
@@ -168,7 +170,9 @@ def _open_folder(folder: Path, name: str) -> ModelFiles:
         raise ModelFileError(f"{folder} has no config.json; give the folder of a Hugging Face model")
     table = read_json(folder / "config.json")
     config = parse_config(table, str(folder / "config.json"))
-    weights = SafetensorsSource(folder)
+    stored = SafetensorsSource(folder)
+    quantised = table.get("quantization_config")
+    weights = stored if quantised is None else QuantisedSource(stored, scheme(quantised, str(folder / "config.json")))
     check_source(weights, config)
     tokenizer = _folder_tokenizer(folder, table, config)
     tokenizer.chat = folder_template(folder)

@@ -10,6 +10,8 @@ from typing import Any
 from qjax.errors import InputError, listed, suggested
 from qjax.finetune import lora
 from qjax.interchange import artifact
+from qjax.interchange import folder as export
+from qjax.interchange.exports import EXPORTS
 from qjax.matrix.operator import is_operator
 from qjax.matrix.quantize import MatrixReport
 from qjax.models.linear import bits_per_weight, linears_of, replace_linears
@@ -19,7 +21,6 @@ from qjax.runtime.distributed import on_primary
 
 __all__ = ["ADAPTERS", "ARTIFACT", "CompressedModel", "is_artifact", "replace", "save_adapters"]
 
-FORMATS = ("qjax",)
 ARTIFACT, ADAPTERS = "artifact", "adapters.safetensors"  # of a run directory
 
 
@@ -45,16 +46,30 @@ class CompressedModel(Model):
         """Stored bits per weight of the linears that are operators, without shared tables and adapters."""
         return bits_per_weight(lora.stripped(self.params))
 
-    def save(self, path: str | pathlib.Path, format: str = "qjax") -> None:
+    def save(
+        self,
+        path: str | pathlib.Path,
+        format: str = "qjax",
+        original: str | pathlib.Path | None = None,
+        dtype: str = "float32",
+    ) -> None:
         """Write the model to the folder `path`, which `qjax.load` and the command line read.
 
-        A folder that is there is replaced if it is an artifact. With adapters `path` holds `artifact/` and, beside it,
-        `adapters.safetensors`. Raises InputError for another format, or a folder with something else in it.
+        As "qjax" a folder that is there is replaced if it is an artifact, and with adapters `path` holds `artifact/`
+        and, beside it, `adapters.safetensors`. Every other format is a Hugging Face folder (see
+        `qjax.interchange.folder.write`), with what is dense as `dtype` and the files of `original` beside the weights,
+        the unquantised model's folder.
+
+        Raises InputError for an unknown format, a folder with something else in it, and what the format cannot hold.
         """
-        if format not in FORMATS:
+        if format != "qjax" and format not in EXPORTS:
+            known = ("qjax", *EXPORTS)
             raise InputError(
-                f"format is {format!r}; a model can be saved as: {listed(FORMATS)}{suggested(format, FORMATS)}"
+                f"format is {format!r}; a model can be saved as: {listed(known)}{suggested(format, list(known))}"
             )
+        if format != "qjax":
+            export.write(path, self, format, original, dtype)
+            return
         folder = pathlib.Path(path)
         if folder.exists() and not is_artifact(folder) and (folder.is_file() or any(folder.iterdir())):
             raise InputError(f"{folder} is there and no artifact; give the path of a new folder, or of an artifact")

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import experiments._quantize as job
-from experiments import bench, evaluate, finetune, generate, hessians, quantize, report, train_tiny
+from experiments import bench, evaluate, export, finetune, generate, hessians, quantize, report, train_tiny
 from experiments._entry import plain
 from qjax.configuration import groups
 from qjax.configuration.check import check
@@ -27,6 +27,7 @@ MAINS = {
     "generate": generate.main,
     "bench": bench.main,
     "finetune": finetune.main,
+    "export": export.main,
     "report": report.main,
     "train_tiny": train_tiny.main,
 }

@@ -96,12 +96,6 @@ def test_unknown_architecture_lists_what_is_supported(named: Any):
         parse(architectures=named, model_type="other")
 
 
-@pytest.mark.parametrize("value", [{"quant_method": "gptq", "bits": 4}, {}, "fp8"])
-def test_quantised_model_is_refused(value: Any):
-    with pytest.raises(ModelFileError, match="quantised already.*supported are"):
-        parse(quantization_config=value)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

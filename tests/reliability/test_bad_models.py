@@ -134,7 +134,9 @@ def test_case_12_configuration_that_disagrees_with_the_tensors(folder):
 def test_case_13_unsupported_architecture_and_quantised_model(folder):
     refused(edited(folder, architectures=["MambaForCausalLM"]), "MambaForCausalLM is not supported; supported are")
     edited(folder, architectures=["LlamaForCausalLM"], quantization_config={"quant_method": "gptq"})
-    refused(folder, "method 'gptq'.*quantised already")
+    refused(folder, "has a quantization_config and no tensor of the files ends in qweight")
+    edited(folder, quantization_config="exotic")
+    refused(folder, "method 'exotic', which is not read; read are")
 
 
 # Weights -------------------------------------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qjax.errors import ModelFileError, RunError
+from qjax.models.checkpoints.hf_config import parse_config
 from qjax.models.checkpoints.weights import tensor_leaves
 from qjax.models.config import ModelConfig
+from qjax.models.families import family
 from qjax.runtime.durable import WholeFolder
 
-__all__ = ["hugging_face_config", "hugging_face_tensors", "rounded", "write_directory"]
+__all__ = ["described", "hugging_face_config", "hugging_face_tensors", "rounded", "write_directory"]
 
 
 def hugging_face_config(config: ModelConfig, special_token: int) -> dict[str, Any]:
@@ -49,6 +51,54 @@ def hugging_face_config(config: ModelConfig, special_token: int) -> dict[str, An
         "eos_token_id": special_token,
         "torch_dtype": "bfloat16",
     }
+
+
+def described(config: ModelConfig) -> dict[str, Any]:
+    """`config.json` of a model whose family's options are Llama's, as readers of this and other projects take it.
+
+    Raises ModelFileError for a configuration that this does not say: what is read back is another one.
+    """
+    own = family(config)
+    table = {
+        "architectures": [config.architecture],
+        "model_type": own.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": config.sliding_window is not None,
+    }
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        table["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    try:
+        understood = parse_config(table) == config
+    except ModelFileError:
+        understood = False
+    if not understood:
+        raise ModelFileError(
+            f"the config.json of this {config.architecture} cannot be made from what qjax knows of it; give the "
+            "original model's folder, whose files are copied: original=<folder>"
+        )
+    return table
 
 
 def hugging_face_tensors(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:

@@ -17,13 +17,6 @@ def _supported() -> str:
 
 
 def _architecture(table: Mapping[str, Any], where: str) -> str:
-    if table.get("quantization_config") is not None:
-        quantization = table["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ModelFileError(
-            f"{where} has a quantization_config (method {method!r}): the model is quantised already. "
-            f"Take the original weights; supported are unquantised {_supported()}"
-        )
     named = table.get("architectures")
     if isinstance(named, list) and len(named) == 1:
         architecture = str(named[0])
@@ -38,7 +31,7 @@ def _architecture(table: Mapping[str, Any], where: str) -> str:
 def parse_config(table: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """The model's static description from the contents of `config.json`.
 
-    Raises ModelFileError for an unknown architecture, an already quantised model, an option that the forward pass does
+    Raises ModelFileError for an unknown architecture, an option that the forward pass does
     not have (activation, rope type, partial rotation, mixed windows), or numbers that contradict each other.
     """
     architecture = _architecture(table, where)

@@ -23,6 +23,8 @@ _HEADER_LIMIT = 100_000_000
 _FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8}
 _BITS |= {"U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64}
+_CODES: dict[str, Any] = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8}
+_CODES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": np.uint8}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -121,10 +123,25 @@ class SafetensorsSource:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in its stored floating dtype. Raises ModelFileError when the file was cut short meanwhile."""
+        return self._array(name, np.dtype(_FLOATS[self._entries[name].dtype]))
+
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor as it is stored, whatever its type; 8-bit floats as those of `ml_dtypes`, E8M0 as bytes."""
+        kind = self._entries[name].dtype
+        if kind not in _FLOATS and kind not in _CODES:
+            raise ModelFileError(f"{self._entries[name].path}: tensor {name} is stored as {kind}, which is not read")
+        return self._array(name, np.dtype(_FLOATS.get(kind) or _CODES[kind]))
+
+    def stored_bytes(self, name: str) -> int:
+        """The bytes of a tensor in its file."""
+        entry = self._entries[name]
+        return math.prod(entry.shape) * _BITS[entry.dtype] // 8
+
+    def _array(self, name: str, dtype: np.dtype) -> np.ndarray:
         entry = self._entries[name]
         count = math.prod(entry.shape)
         try:
-            values = np.fromfile(entry.path, np.dtype(_FLOATS[entry.dtype]), count, offset=entry.start)
+            values = np.fromfile(entry.path, dtype, count, offset=entry.start)
         except OSError as error:
             raise ModelFileError(f"cannot read tensor {name} from {entry.path}: {error}") from error
         if values.size != count:

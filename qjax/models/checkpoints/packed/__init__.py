@@ -1,0 +1,1 @@
+"""Quantised checkpoints of other tools: how each lays out codes, scales and zeros, and what values they stand for."""
