@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -47,8 +47,10 @@ def conflict(config: Any) -> str | None:
     if config.get("dry_run"):
         return None
     loader = GlobalHydra.instance().config_loader()
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *config.hydra.overrides.task])
+    written = [OmegaConf.to_container(part, resolve=False) for part in (config.hydra.sweeper, config.hydra.overrides)]
+    sweeper, overrides = cast(Any, written)
+    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *overrides["task"]])
     axes = {one.get_key_element(): one for one in parsed}  # a later one takes the place of an earlier
     swept = {key: one for key, one in axes.items() if one.is_sweep_override()}
     raw = OmegaConf.to_container(config, resolve=False)
@@ -61,7 +63,7 @@ def conflict(config: Any) -> str | None:
     ]
     if "${" not in str(constant):
         return _message(str(constant), jobs[0], jobs[1]) if len(jobs) > 1 else None
-    fixed = [one.input_line for key, one in axes.items() if key not in swept]
+    fixed = [str(one.input_line) for key, one in axes.items() if key not in swept]
     seen: dict[str, Sequence[str]] = {}
     for job in jobs:
         out = loader.load_sweep_config(config, [*fixed, *job]).get("out")
