@@ -1,12 +1,14 @@
 """The face of the package: what is there after `import qjax`, a whole model in ten lines, the command line's bytes."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 import experiments._quantize as entry_point
 import qjax
@@ -184,6 +186,10 @@ REFUSED = {
         ({"hessian": 3}, "hessian is 3"),
         ({"bits": "2"}, "bits is '2'"),
         ({"damping": None}, "damping is None"),
+        ({"bits": float("nan")}, "bits is nan"),
+        ({"rules": [{"pattern": 3, "skip": True}]}, "rules.pattern is 3"),
+        ({"rules": [{"pattern": "a", "bits": "3"}]}, "rules.bits is '3'"),
+        ({"rules": [{"pattern": "a", "damping": -1.0}]}, "rules.damping is -1.0; it is not negative"),
         ({"hessian": "sequential", "finetune": "block"}, "needs hessian=original"),
     ],
 }
@@ -192,8 +198,14 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_recipes_refuse_in_words(what):
     for options, words in REFUSED[what]:
-        with pytest.raises(InputError, match=words):
-            qjax.Recipe(**options)
+        refused_in_words(lambda options=options: qjax.Recipe(**options), words)
+
+
+def refused_in_words(call, words):
+    """With InputError and these words, or before by an annotation, which only tests check."""
+    with pytest.raises((InputError, TypeCheckError)) as found:
+        call()
+    assert found.type is TypeCheckError or re.search(words, str(found.value)), found.value
 
 
 def test_calls_refuse_in_words(model, tokens, small, tmp_path):
@@ -216,13 +228,46 @@ def test_calls_refuse_in_words(model, tokens, small, tmp_path):
         (lambda: qjax.activations(model, tokens, "layers.9"), "no layer's name matches"),
         (lambda: qjax.activations(model, tokens, ["layers.0.mlp.up"]), "did you mean"),
     ]
+    weight, hessian = np.ones((4, 8), np.float32), np.eye(8, dtype=np.float32)
+    own = {"codebook": ("grid", 2), "rounding": "ldlq", "incoherence": None, "key": 0}
+    refused += [
+        (lambda: qjax.quantize_matrix(weight.tolist(), hessian, **own), "the weight is .* an array"),
+        (lambda: qjax.quantize_matrix(weight * 1j, hessian, **own), "of real numbers"),
+        (lambda: qjax.quantize_matrix(weight, qjax.Hessian(hessian.tolist()), **own), "a factor of the Hessian"),
+        (lambda: qjax.quantize_matrix(weight, hessian, **own, damping="a"), "damping is 'a'"),
+        (lambda: qjax.quantize_matrix(weight, hessian, **own, damping=-1), "damping is -1"),
+        (lambda: qjax.quantize_matrix(weight, hessian, **own, name=3), "name is 3"),
+        (lambda: qjax.quantize_matrix(weight, hessian, **own, mesh="x"), "mesh is 'x'"),
+        (
+            lambda: qjax.quantize_matrix(weight, hessian, **own | {"key": jax.random.split(jax.random.key(0))}),
+            "one key",
+        ),
+        (lambda: qjax.quantize_model(model, tokens, "rtn", mesh=3), "mesh is 3"),
+        (lambda: qjax.quantize_model(model, tokens, "rtn", cache=3), "cache is 3"),
+        (lambda: qjax.quantize_model(model, tokens, "rtn", on_layer=3), "on_layer is 3"),
+        (lambda: qjax.quantize_model(model, tokens, "rtn", bits="3"), "bits is '3'"),
+        (lambda: qjax.load(None), r"source is None \(NoneType\)"),
+        (lambda: qjax.load(""), "found by its name or path"),
+        (lambda: qjax.evaluate("tiny", tokens), "model is 'tiny'"),
+        (lambda: qjax.evaluate(model, tokens, reference="tiny"), "reference is 'tiny'"),
+        (lambda: qjax.activations("tiny", tokens), "model is 'tiny'"),
+        (lambda: qjax.activations(model, tokens, batch=0), "batch is 0"),
+        (lambda: qjax.activations(model, tokens, 3), "layers is 3"),
+        (lambda: qjax.replace(model, [1]), "weights is"),
+        (lambda: qjax.replace("tiny", {}), "model is 'tiny'"),
+        (lambda: model.generate(None), "prompt is None"),
+        (lambda: model.generate("a", 2, temprature=1), "did you mean 'temperature'"),
+        (lambda: qjax.data.load("pydoc", 3), "tokenizer is 3"),
+        (lambda: qjax.data.load("pydoc", model, calibration_sequences="x"), "calibration_sequences is 'x'"),
+        (lambda: qjax.hessian.collect("tiny", np.zeros((1, 8), int)), "model is 'tiny'"),
+        (lambda: qjax.rounding.proxy_loss(weight, weight, hessian), "it is a Hessian"),
+    ]
     (tmp_path / "fingerprint.json").write_text("{}")
     with pytest.raises(ArtifactError, match="a run that has not finished"):
         qjax.load(tmp_path)
     (tmp_path / "file").write_text("mine")
     for call, words in refused:
-        with pytest.raises(InputError, match=words):
-            call()
+        refused_in_words(call, words)
     assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(DataError, match="outside the vocabulary"):
         qjax.quantize_model(model, np.full((2, 8), 10**6), "rtn")

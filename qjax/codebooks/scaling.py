@@ -104,7 +104,7 @@ def identity() -> Scaling:
 
 
 def _grouped(weight: Array, rule: ScaleRule) -> Array:
-    """`[rows or 1, groups, values]`: the values that share a scale lie on the last axis."""
+    """`[rows or 1, groups, values]`: the values that share a scale lie on the last axis; zeros fill the last group."""
     m, n = weight.shape
     if rule.granularity == "matrix":
         return weight.reshape(1, 1, m * n)
@@ -133,7 +133,10 @@ def fit(
     values = _grouped(weight, rule)
     if rule.method == "minmax":
         return _fit_minmax(values, codebook, rule, unit)
-    scale = jnp.sqrt(jnp.mean(jnp.square(values), axis=-1)) / ((rule.rms or codebook.rms) * factor)
+    mean = jnp.mean(jnp.square(values), axis=-1)
+    if rule.group_size is not None and (rest := weight.shape[1] % rule.group_size):
+        mean = mean.at[:, -1].multiply(rule.group_size / rest)  # of the last group, without the zeros that fill it
+    scale = jnp.sqrt(mean) / ((rule.rms or codebook.rms) * factor)
     return _assemble(scale, None, rule, unit)
 
 

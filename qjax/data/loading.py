@@ -155,7 +155,14 @@ def load(
     if isinstance(tokenizer, TextModel):
         vocab_size = tokenizer.config.vocab_size if vocab_size is None else vocab_size
         own = tokenizer.tokenizer
+    if not (own is None or isinstance(own, Tokenizer)):
+        raise InputError(
+            f"tokenizer is {own!r} ({type(own).__name__}); give a tokenizer, a model of qjax.load, or None"
+        )
     counts = (calibration_sequences, evaluation_sequences)
+    for name, number in (("calibration_sequences", counts[0]), ("evaluation_sequences", counts[1]), ("length", length)):
+        if not (isinstance(number, int) or (number is None and name != "length")) or isinstance(number, bool):
+            raise InputError(f"{name} is {number!r} ({type(number).__name__}); it is a whole number")
     for side, count in zip(("calibration", "evaluation"), counts, strict=True):
         if count is not None and count < 1:
             raise DataError(f"{side}_sequences={count} leaves zero {side} tokens; ask for at least 1 sequence")

@@ -12,6 +12,7 @@ from qjax.errors import InputError
 from qjax.evaluate.evaluation import evaluate, evaluate_alone, hidden_states
 from qjax.evaluate.summary import Evaluation
 from qjax.models import transformer
+from qjax.models.given import checked_model
 from qjax.models.linear import bits_per_weight
 from qjax.models.loading import Model
 from qjax.runtime.progress import Progress, silent
@@ -48,13 +49,13 @@ def evaluate_model(
 
 
 def _states(model: Model, tokens: Any, batch: int) -> Any:
+    checked_model(model, "reference")
     with Progress("reference", model.config.num_layers) as shown:
         return hidden_states(model.params, tokens, model.config, batch, lambda done, total: shown.update(done))
 
 
 def _evaluated(model: Model, tokens: Any, reference: Model | None, states: Any, batch: int, seed: int) -> Evaluation:
-    if not isinstance(model, Model):
-        raise InputError(f"model is {model!r}; give a model of qjax.load or qjax.quantize_model")
+    checked_model(model)
     stream = as_stream(tokens, "evaluation")
     if stream.length > model.config.max_positions:
         raise InputError(f"tokens have {stream.length} positions and the model {model.config.max_positions}")

@@ -44,6 +44,8 @@ def collect(
     """
     if estimator not in ESTIMATORS:
         raise InputError(f"unknown Hessian estimator {estimator!r}; there is: {', '.join(ESTIMATORS)}")
+    if not hasattr(model, "config") or not hasattr(model, "params"):
+        raise InputError(f"model is {model!r} ({type(model).__name__}); give a model of qjax.load")
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.size == 0:
         raise DataError(

@@ -60,12 +60,12 @@ class Estimate:
         """For people; `where` the activations lie."""
         extra = {"host": 0, "disk": 0, "device": 0} | {where: self.activation_bytes}
         host = self.host_bytes + extra["host"] + (0 if _accelerated() else extra["device"])
-        device = f"device {_gib(self.device_bytes + extra['device'])}, " if _accelerated() else ""
+        device = f"device {_size(self.device_bytes + extra['device'])}, " if _accelerated() else ""
         place = {"host": "on the host", "disk": "on disk", "device": "on the device"}[where]
         return [
             f"{self.matrices} matrices, {self.weights / 1e6:.1f} M weights, codes {self.code_bytes / 2**20:.1f} MiB",
             f"activations between blocks {self.activation_bytes / 2**20:.1f} MiB, {place}",
-            f"predicted peak memory {_gib(host)}, {device}disk {_gib(self.disk_bytes + extra['disk'])}",
+            f"predicted peak memory {_size(host)}, {device}disk {_size(self.disk_bytes + extra['disk'])}",
         ]
 
 
@@ -77,8 +77,10 @@ class Extra:
     disk: int = 0
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(size: float) -> str:
+    """A number of bytes for people, in the unit in which two digits or more say something."""
+    unit, name = next((one for one in ((2**30, "GiB"), (2**20, "MiB")) if size >= one[0] / 10), (2**10, "KiB"))
+    return f"{size / unit:.2f} {name}"
 
 
 def _accelerated() -> bool:
@@ -208,18 +210,18 @@ def place_activations(
     bound = "this machine has" if host_gb is None else "memory.host_gb allows"
     if device is not None and need.device_bytes > device:
         raise RunError(
-            f"the run is predicted to need {_gib(need.device_bytes)} on the device, "
-            f"{'it has' if device_gb is None else 'memory.device_gb allows'} {_gib(device)}; use a smaller "
+            f"the run is predicted to need {_size(need.device_bytes)} on the device, "
+            f"{'it has' if device_gb is None else 'memory.device_gb allows'} {_size(device)}; use a smaller "
             "hessian.batch, model.dtype=bfloat16, or a larger device"
         )
     if need.host_bytes > host:
         raise RunError(
-            f"the run is predicted to need {_gib(need.host_bytes)} of memory, {bound} {_gib(host)}, with all "
+            f"the run is predicted to need {_size(need.host_bytes)} of memory, {bound} {_size(host)}, with all "
             "activations elsewhere; use a smaller hessian.batch or model.dtype=bfloat16"
         )
     if need.disk_bytes > disk:
         raise RunError(
-            f"{out}: the run is predicted to need {_gib(need.disk_bytes)} of disk and {_gib(disk)} may be used; "
+            f"{out}: the run is predicted to need {_size(need.disk_bytes)} of disk and {_size(disk)} may be used; "
             "free some space or choose another out="
         )
     own = _accelerated() or need.host_bytes + size <= host  # on a CPU they take the host's memory all the same
@@ -230,8 +232,8 @@ def place_activations(
     if need.disk_bytes + size <= disk:
         return "disk"
     raise RunError(
-        f"the activations between blocks take {_gib(size)}. Memory: {_gib(need.host_bytes)} besides them, {bound} "
-        f"{_gib(host)}. Disk: {_gib(need.disk_bytes)} besides them, {_gib(disk)} may be used. Use fewer calibration "
+        f"the activations between blocks take {_size(size)}. Memory: {_size(need.host_bytes)} besides them, {bound} "
+        f"{_size(host)}. Disk: {_size(need.disk_bytes)} besides them, {_size(disk)} may be used. Use fewer calibration "
         "sequences (data.calibration_sequences, data.length), model.dtype=bfloat16, or a disk with more space"
     )
 

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qjax import codebooks
 from qjax.codebooks.base import CODEBOOKS, Codebook
@@ -21,11 +23,23 @@ from qjax.codebooks.scaling import ScaleRule
 from qjax.errors import InputError, listed, suggested
 from qjax.incoherence.families import INCOHERENCE, Incoherence
 from qjax.linalg.kronecker import Hessian
+from qjax.matrix.magnitude import exponent, scaled
 from qjax.registry import Registry
 from qjax.rounding.base import ROUNDINGS, Rounding
 from qjax.typing import brief
 
-__all__ = ["Short", "codebook_of", "hessian_of", "incoherence_of", "named", "rounding_of", "scale_of"]
+__all__ = [
+    "Short",
+    "check_numbers",
+    "codebook_of",
+    "hessian_of",
+    "incoherence_of",
+    "mesh_of",
+    "named",
+    "rounding_of",
+    "scale_of",
+    "weight_of",
+]
 
 Short: TypeAlias = Any
 """An object, or a short form of it; whatever else is refused here, in words, so no type checker needs to."""
@@ -49,7 +63,8 @@ def named(value: Any, names: Registry[Any], what: str) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     """A value for a message, with its type."""
-    return f"{brief(value)} ({type(value).__name__})"
+    text = brief(value)
+    return f"{text if len(text) <= 80 else text[:77] + '…'} ({type(value).__name__})"
 
 
 def codebook_of(value: Any) -> Codebook:
@@ -122,9 +137,9 @@ def scale_of(value: Any) -> float | ScaleRule | None:
         )
     if method == "auto":
         return None
-    options = {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in options.items()}
+    whole: dict[str, Any] = {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in options.items()}
     try:
-        return ScaleRule(**options)
+        return ScaleRule(**whole)
     except TypeError:
         known = ScaleRule.__dataclass_fields__
         other = [key for key in options if key not in known]
@@ -132,9 +147,38 @@ def scale_of(value: Any) -> float | ScaleRule | None:
         raise InputError(f"scale has no option {listed(other)}{near}; its options are: {listed(known)}") from None
 
 
+def weight_of(value: Any, name: str = "matrix") -> Any:
+    """An array of real numbers as it is. Raises InputError for anything else."""
+    if not isinstance(value, jax.Array | np.ndarray) or not (
+        jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    ):
+        raise InputError(f"layer {name}: the weight is {_shown(value)}; it is an array [out, in] of real numbers")
+    return value
+
+
+def mesh_of(value: Any) -> Mesh | None:
+    """A mesh, or None for one device. Raises InputError for anything else."""
+    if not (value is None or isinstance(value, Mesh)):
+        raise InputError(f"mesh is {_shown(value)}; it is a jax.sharding.Mesh, or None for one device")
+    return value
+
+
+def check_numbers(name: Any, **numbers: Any) -> None:
+    """Raises InputError for a layer's name that is no text, and for numbers that are not finite or negative."""
+    if not isinstance(name, str):
+        raise InputError(f"name is {_shown(name)}; it is the layer's name, a text")
+    for what, value in numbers.items():
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if not number or not 0 <= value < float("inf"):
+            raise InputError(f"layer {name}: {what} is {_shown(value)}; it is a finite number, not negative")
+
+
 def hessian_of(value: Any, name: str = "matrix") -> Hessian:
     """A Hessian as it is, or one whose input factor is an array [in, in]. Raises InputError for anything else."""
     if isinstance(value, Hessian):
+        for part in (value.input, *(x for x in (value.output, value.cross) if x is not None)):
+            if not isinstance(part, jax.Array | np.ndarray):
+                raise InputError(f"layer {name}: a factor of the Hessian is {_shown(part)}; it is an array")
         return value
     if not isinstance(value, jax.Array | np.ndarray) or value.ndim != 2 or value.shape[0] != value.shape[1]:
         raise InputError(
@@ -142,5 +186,5 @@ def hessian_of(value: Any, name: str = "matrix") -> Hessian:
             "layer's inputs"
         )
     if isinstance(value, np.ndarray) and value.dtype == np.float64:
-        value = value.astype(np.float32)
+        value = scaled(value, -exponent(value)).astype(np.float32)  # its scale has no meaning
     return Hessian(cast(Any, value))

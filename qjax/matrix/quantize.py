@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from qjax.codebooks.base import Codebook
 from qjax.codebooks.scaling import ScaleRule, fit
@@ -20,7 +20,18 @@ from qjax.incoherence.families import Incoherence
 from qjax.linalg.compiled import lean_jit
 from qjax.linalg.kronecker import Hessian
 from qjax.linalg.prng import name_id, root_key, seed_of
-from qjax.matrix.arguments import Short, codebook_of, hessian_of, incoherence_of, rounding_of, scale_of
+from qjax.matrix.arguments import (
+    Short,
+    check_numbers,
+    codebook_of,
+    hessian_of,
+    incoherence_of,
+    mesh_of,
+    rounding_of,
+    scale_of,
+    weight_of,
+)
+from qjax.matrix.magnitude import exponent, normalized, scaled
 from qjax.matrix.quantized import QuantizedMatrix
 from qjax.matrix.validate import _validate
 from qjax.rounding.base import Rounded, Rounding
@@ -257,18 +268,18 @@ def program(
 
 
 def quantize_matrix(
-    weight: Float[Array, "out in"] | np.ndarray,
+    weight: Short,
     hessian: Short,
     *,
     codebook: Short,
     rounding: Short,
     incoherence: Short,
-    damping: float = 0.01,
+    damping: Short = 0.01,
     scale: Short = None,
-    correction: float = 0.5,
+    correction: Short = 0.5,
     key: Short,
-    name: str = "matrix",
-    mesh: Mesh | None = None,
+    name: Short = "matrix",
+    mesh: Short = None,
 ) -> tuple[QuantizedMatrix, MatrixReport]:
     """Quantise one matrix: rotate, scale, round with feedback, pack.
 
@@ -293,13 +304,15 @@ def quantize_matrix(
       NumericsError: for values that are not finite, or a Hessian that stays indefinite at the largest damping.
     """
     started = time.perf_counter()
-    hessian, codebook = hessian_of(hessian, name), codebook_of(codebook)
-    rounding, incoherence = rounding_of(rounding), incoherence_of(incoherence)
-    key = key if isinstance(key, jax.Array) else root_key(seed_of(key))
+    check_numbers(name, damping=damping, correction=correction)
+    weight, hessian, codebook = weight_of(weight, name), hessian_of(hessian, name), codebook_of(codebook)
+    rounding, incoherence, mesh = rounding_of(rounding), incoherence_of(incoherence), mesh_of(mesh)
+    key = root_key(seed_of(key))
     _validate(weight, hessian, name)
+    hessian, small = normalized(hessian), min(0, exponent(weight))
     mesh = None if mesh is None or mesh.size == 1 else mesh
     run, arguments, options = program(
-        weight,
+        scaled(weight, -small),
         hessian,
         codebook=codebook,
         rounding=rounding,
@@ -345,6 +358,9 @@ def quantize_matrix(
             f"use more or shuffled calibration data, or a larger damping than {damping}"
         )
     matrix = outcome.matrix
+    if small:
+        scaling = dataclasses.replace(matrix.scaling, unit=jnp.ldexp(matrix.scaling.unit, small))
+        matrix = dataclasses.replace(matrix, scaling=scaling)
     report = MatrixReport(
         name=name,
         shape=matrix.shape,
@@ -360,7 +376,7 @@ def quantize_matrix(
         proxy_loss_before_passes=None if before is None else float(before),
         output_damping=None if used_out is None else float(used_out),
         alignment=float(aligned),
-        squared_error=float(squared),
-        kronecker_loss=float(kronecker),
+        squared_error=float(squared) * 4.0**small,
+        kronecker_loss=float(kronecker) * 4.0**small,
     )
     return matrix, report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 
-from qjax.errors import ModelFileError, missing_extra
+from qjax.errors import InputError, ModelFileError, missing_extra, suggested
 from qjax.models.checkpoints.distributions import OFFLINE_COMMAND, fetch_from_distribution
 from qjax.models.checkpoints.files import PICKLE_SUFFIXES, check_weight_file, read_json, sha256_file, sha256_text
 from qjax.models.checkpoints.gguf_format import read_gguf_header
@@ -90,7 +91,11 @@ class Model:
         `options` are those of `qjax.models.continuation.continued`: temperature, top_k, top_p, seed, chat. Raises
         InputError for a prompt that is empty or too long, and for options out of range.
         """
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"prompt is {prompt!r} ({type(prompt).__name__}); it is a text, or a list of texts")
+        if other := [name for name in options if name not in (known := inspect.signature(continued).parameters)]:
+            raise InputError(f"generate has no option {other[0]!r}{suggested(other[0], known)}")
         found = continued(self.params, self.config, self.tokenizer, texts, max_new_tokens, **options)
         return found[0] if isinstance(prompt, str) else found
 

@@ -14,6 +14,7 @@ from qjax.interchange import folder as export
 from qjax.interchange.exports import EXPORTS
 from qjax.matrix.operator import is_operator
 from qjax.matrix.quantize import MatrixReport
+from qjax.models.given import checked_model
 from qjax.models.linear import bits_per_weight, linears_of, replace_linears
 from qjax.models.loading import Model
 from qjax.models.transformer import layer_names
@@ -108,7 +109,12 @@ def replace(model: Model, weights: Mapping[str, Any]) -> Model:
     It is a `CompressedModel` where one of its linears is an operator. Raises InputError for a name that no layer has,
     with the nearest, and for another shape.
     """
-    names = layer_names(model.config)
+    names = layer_names(checked_model(model).config)
+    if not isinstance(weights, Mapping):
+        raise InputError(
+            f"weights is {weights!r} ({type(weights).__name__}); give operators or arrays [out, in] by layer name, "
+            f"such as {names[0]!r}"
+        )
     for name in weights:
         if name not in names:
             raise InputError(

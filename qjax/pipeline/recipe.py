@@ -17,6 +17,7 @@ from qjax.matrix.arguments import Short, incoherence_of, named, rounding_of, sca
 from qjax.pipeline.hessians import check_settings
 from qjax.pipeline.options import named_options
 from qjax.pipeline.tuning import check_tuning
+from qjax.registry import NotNegative, Positive, check_options
 from qjax.rounding.base import Rounding
 
 __all__ = ["LayerPlan", "LayerRule", "Recipe"]
@@ -36,12 +37,13 @@ class LayerRule:
 
     pattern: str
     skip: bool = False
-    bits: float | None = None
+    bits: Positive | None = None
     codebook: Mapping[str, Any] | None = None
-    damping: float | None = None
-    scale: float | None = None
+    damping: NotNegative | None = None
+    scale: Positive | None = None
 
     def __post_init__(self) -> None:
+        check_options(self, "rules")
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -98,6 +100,8 @@ class Recipe:
         for name, value in (("bits", self.bits), ("damping", self.damping)):
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise InputError(f"{name} is {value!r} ({type(value).__name__}); it is a number")
+            if not 0 <= float(value) < float("inf"):
+                raise InputError(f"{name} is {value}; it is finite and not negative")
         tuning = named_options("finetune", "none" if self.finetune is None else self.finetune)
         whole = {
             "codebook": _codebook(self.codebook),

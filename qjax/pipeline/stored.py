@@ -29,6 +29,11 @@ def load(source: str | pathlib.Path, dtype: str = "float32", adapters: str | pat
 
     Raises ModelFileError or ArtifactError naming the file and the remedy, InputError for adapters of a dense model.
     """
+    if not isinstance(source, str | pathlib.Path) or not str(source):
+        raise InputError(
+            f"source is {source!r} ({type(source).__name__}); a model is found by its name or path: 'tiny', a folder, "
+            "a hub name org/name, a .gguf file, an artifact or a run directory"
+        )
     folder = pathlib.Path(source).expanduser()
     if is_artifact(folder):
         return load_artifact(folder, adapters)

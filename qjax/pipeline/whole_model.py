@@ -16,7 +16,7 @@ from qjax.errors import InputError
 from qjax.finetune import method_of
 from qjax.hessian.store import HessianStore
 from qjax.linalg.prng import seed_of
-from qjax.matrix.arguments import Short
+from qjax.matrix.arguments import Short, mesh_of
 from qjax.matrix.quantize import MatrixReport
 from qjax.models.loading import Model
 from qjax.pipeline import hessians as hessians_of
@@ -67,7 +67,11 @@ def quantize_model(
         raise InputError(
             f"model is {model!r}; a dense model is quantised: qjax.load('tiny'), a folder, a hub name or a .gguf file"
         )
-    recipe = _recipe(recipe, bits)
+    recipe, mesh = _recipe(recipe, bits), mesh_of(mesh)
+    if not (cache is None or isinstance(cache, str | pathlib.Path)):
+        raise InputError(f"cache is {cache!r} ({type(cache).__name__}); it is the path of a folder, or None")
+    if not (on_layer is None or callable(on_layer)):
+        raise InputError(f"on_layer is {on_layer!r} ({type(on_layer).__name__}); it is called with every report")
     stream, seed = as_stream(tokens, "calibration"), seed_of(key)
     check_vocabulary(stream.tokens, model.config.vocab_size, "tokens")
     if stream.length > model.config.max_positions:
@@ -92,6 +96,8 @@ def quantize_model(
 
 
 def _recipe(recipe: Short, bits: Short) -> Recipe:
+    if not (bits is None or (isinstance(bits, int | float) and not isinstance(bits, bool))):
+        raise InputError(f"bits is {bits!r} ({type(bits).__name__}); it is a number, or None for the recipe's own")
     if isinstance(recipe, str):
         return preset(recipe, bits)
     if not isinstance(recipe, Recipe):

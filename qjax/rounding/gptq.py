@@ -67,6 +67,8 @@ class GPTQ(RoundingAlgorithm):
             )
         columns, rule = weight.shape[1], self.rule
         group = scaling.group if rule is not None and not self.static_groups else None
+        if group is not None and group >= columns:
+            group = None  # the only one is reached before anything is compensated: it has been fitted already
         if group is not None and columns % group:
             raise InputError(
                 f"scale.group_size is {group} and the matrix has {columns} columns; "

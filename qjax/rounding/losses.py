@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from qjax.errors import InputError
 from qjax.linalg.kronecker import Hessian
 from qjax.linalg.precision import precise
 from qjax.rounding.on_mesh import gathered, over_rows
+from qjax.typing import brief
 
 __all__ = ["factor_norms", "proxy_loss", "quadratic", "weight_mse"]
 
@@ -48,6 +50,8 @@ def proxy_loss(
 
     The scale of H cancels. Dimensionless: 0 is lossless, 1 is as bad as rounding everything to zero.
     """
+    if not isinstance(hessian, Hessian):
+        raise InputError(f"hessian is {brief(hessian)}; it is a Hessian: qjax.Hessian(input)")
     loss, reference = quadratic(weight - rounded, hessian, mesh), quadratic(weight, hessian, mesh)
     return jnp.where(reference > 0, loss / jnp.where(reference > 0, reference, 1), jnp.where(loss > 0, jnp.inf, 0))
 

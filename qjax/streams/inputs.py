@@ -11,6 +11,7 @@ import numpy as np
 
 from qjax.data.stream import as_stream, check_vocabulary
 from qjax.errors import InputError, suggested
+from qjax.models.given import checked_batch, checked_model
 from qjax.models.loading import Model
 from qjax.models.structure import structure
 from qjax.models.transformer import block_inputs, layer_names
@@ -36,6 +37,8 @@ def activations(
 
     Raises InputError for a name that no layer has, with the nearest, and for a pattern that matches none.
     """
+    checked_model(model)
+    checked_batch(batch)
     stream = as_stream(tokens, "calibration")
     check_vocabulary(stream.tokens, model.config.vocab_size, "tokens")
     wanted = _chosen(layers, layer_names(model.config))
@@ -75,6 +78,8 @@ def _chosen(layers: str | Sequence[str] | None, names: Sequence[str]) -> set[str
                 f"{names[0]} … {names[-1]}"
             )
         return chosen
+    if not isinstance(layers, Sequence):
+        raise InputError(f"layers is {layers!r} ({type(layers).__name__}); give names, a pattern, or None for all")
     for name in layers:
         if name not in names:
             raise InputError(

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from qjax import codebooks, rounding
 from qjax.codebooks.base import Codebook
+from qjax.codebooks.scaling import ScaleRule, fit
 from qjax.errors import InputError
 from qjax.linalg.kronecker import Hessian
 from qjax.rounding.base import Rounded
 
-__all__ = ["IN", "OUT", "LawBroken", "Refused", "book", "problem", "rounded", "the_same"]
+__all__ = ["IN", "OUT", "LawBroken", "Refused", "book", "finite", "in_groups", "problem", "rounded", "the_same"]
 
 OUT, IN = 32, 64
 
@@ -59,12 +63,34 @@ def rounded(algorithm: str, name: str, weight: np.ndarray, hessian: np.ndarray) 
 
     Raises Refused where the pair is refused in words that name a remedy, LawBroken for a refusal without one.
     """
-    try:
+    with _refusals():
         return _compiled(algorithm, name)(weight * np.float32(book(name).rms), hessian)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """InputError becomes Refused where it is in words that name a remedy, LawBroken else."""
+    try:
+        yield
     except InputError as error:
         if not ("use" in str(error) or "needs" in str(error)):
             raise LawBroken(f"the refusal names no remedy (use …, needs …): {error}") from error
         raise Refused(str(error)) from error
+
+
+def in_groups(algorithm: str, name: str, group: int, weight: Any, hessian: Any) -> tuple[Array, Array, Array]:
+    """(rounded weight, packed codes, scales) with a scale for every `group` columns of a row; traceable.
+
+    Scales are fitted as `quantize_matrix` does. Raises as `rounded`.
+    """
+    codebook, method = book(name), rounding.make(algorithm)
+    rule = ScaleRule("minmax" if name == "grid" else "rms", "group", group)
+    if "rule" in {field.name for field in dataclasses.fields(cast(Any, method))}:
+        method = dataclasses.replace(cast(Any, method), rule=rule)
+    with _refusals():
+        scaling, key = fit(weight, codebook, rule), jax.random.key(7)
+        result = method(weight, Hessian(hessian), codebook, scaling=scaling, key=key)
+    return result.values, codebook.pack(result.codes), result.scaling.relative
 
 
 def the_same(what: str, one: Any, other: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -12,7 +13,7 @@ from qjax import rounding
 from qjax.errors import InputError
 from qjax.linalg.kronecker import Hessian
 from qjax.rounding.losses import proxy_loss
-from qjax.testing.problems import IN, OUT, LawBroken, Refused, book, finite, problem, rounded, the_same
+from qjax.testing.problems import IN, OUT, LawBroken, Refused, book, finite, in_groups, problem, rounded, the_same
 
 __all__ = ["LAWS", "Law"]
 
@@ -22,6 +23,10 @@ Law = Callable[[str, str], None]
 def _random(algorithm: str) -> None:
     if getattr(rounding.make(algorithm), "randomised_by", None) is not None:
         raise Refused("randomised")
+
+
+def _shaped(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, np.float32)
 
 
 def values_are_the_decoded_codes(algorithm: str, name: str) -> None:
@@ -100,6 +105,30 @@ def zero_weights_stay_finite(algorithm: str, name: str) -> None:
     finite("a rounded matrix of zeros", rounded(algorithm, name, np.zeros((OUT, IN), np.float32), h).values)
 
 
+def the_smallest_sizes_are_coded(algorithm: str, name: str) -> None:
+    """A matrix of one tile, one row or one column of tiles, each with one group as wide as the matrix, or wider.
+
+    All are traced; a single weight is computed as well, which has nothing to feed back to.
+    """
+    rows, columns = book(name).tile
+    for shape, group in (((rows, columns), columns), ((rows, IN), IN), ((OUT, columns), 2 * columns)):
+        traced = functools.partial(in_groups, algorithm, name, group)
+        values, packed, scales = jax.eval_shape(traced, *map(_shaped, (shape, (shape[1],) * 2)))
+        words = -(-int(book(name).bits * shape[0] * shape[1]) // 32)
+        if (values.shape, packed.shape, scales.shape) != (shape, (words,), (shape[0], 1)):
+            raise LawBroken(
+                f"a matrix {list(shape)} in groups of {group} came out as {list(values.shape)} in {packed.shape[0]} "
+                f"words with scales {list(scales.shape)}; its codes take {words}"
+            )
+    if (rows, columns) == (1, 1):
+        one, hessian = np.full((1, 1), 0.3, np.float32), np.full((1, 1), 3, np.float32)
+        compute = lambda key: jax.jit(functools.partial(in_groups, key, name, 1))(one, hessian)[0]  # noqa: E731
+        found = compute(algorithm)
+        finite("a rounded weight", found)
+        if getattr(rounding.make(algorithm), "randomised_by", None) is None:
+            the_same("one weight and the nearest", found, compute("nearest"))
+
+
 def shapes_that_do_not_fit_are_refused(algorithm: str, name: str) -> None:
     """A Hessian of another width is refused by name."""
     w, h = problem()
@@ -123,6 +152,7 @@ LAWS: Mapping[str, Law] = {
         the_same_inputs_give_the_same_codes,
         feedback_beats_nearest_on_correlated_inputs,
         zero_weights_stay_finite,
+        the_smallest_sizes_are_coded,
         shapes_that_do_not_fit_are_refused,
     )
 }

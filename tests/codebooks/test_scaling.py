@@ -24,6 +24,17 @@ def test_rms_scaling_gives_the_codebook_its_rms(granularity, group):
     np.testing.assert_allclose(rms, book.rms, rtol=1e-3)  # float16 relative scales
 
 
+@pytest.mark.parametrize("group", [16, 24, 32])
+def test_the_rms_of_a_group_that_is_not_full_is_that_of_its_own_values(group):
+    w, book = jnp.asarray(weights()), codebooks.make("half_integer", 2)
+    scaling = fit(w, book, ScaleRule("rms", "group", group))
+    x = np.asarray(scaling.to_codebook_units(w))
+    for start in range(0, 24, group):
+        rms = np.sqrt(np.mean(np.square(x[:, start : start + group]), axis=1))
+        np.testing.assert_allclose(rms, book.rms, rtol=1e-3)
+    assert scaling.relative.shape == (12, -(-24 // group))
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_minmax_is_the_affine_grid_of_gptq(bits):
     w = weights() + 0.01

@@ -1,6 +1,7 @@
 """Sweeps: directories by hash, failures that do not end the sweep, nothing repeated."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -62,7 +63,36 @@ def test_a_sweep_goes_on_and_repeats_nothing(tmp_path, monkeypatch, capsys):
     assert [file.stat().st_mtime_ns for file in results][1:] == times[1:] and results[0].exists()
 
 
-@pytest.mark.parametrize("place", ["sweep=deep/er", "hydra.sweep.dir={}/elsewhere", "out={}/jobs/${{rounding.name}}"])
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ("out={}/a bits=2,3", r"/a is the directory of one job.*: bits=2 and bits=3"),
+        ("out={}/a,{}/b bits=2,3", r"/a is .*: out=.*/a bits=2 and out=.*/a bits=3"),
+        ("out={}/${{bits}} bits=2,3 seed=0,1", r"/2 is .*: bits=2 seed=0 and bits=2 seed=1"),
+        ("out={}/a,{}/b bits=2", None),
+        ("out={}/a bits=2,3 dry_run=true", None),
+        ("out={}/a bits=2", None),
+    ],
+)
+def test_jobs_with_one_directory_are_found_before_the_first(tmp_path, monkeypatch, capsys, settings, found):
+    begun = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_quantize, "carry_out", begun.append)
+    monkeypatch.setattr(
+        sys, "argv", ["quantize", "-m", f"cache={tmp_path}/c", *settings.replace("{}", str(tmp_path)).format().split()]
+    )
+    if found is None:
+        main()
+        assert begun
+        return
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    printed = capsys.readouterr().err
+    assert exit_info.value.code == 2 and not begun
+    assert re.search(found, printed) and "leave out= away" in printed
+
+
+@pytest.mark.parametrize("place", ["sweep=deep/er", "hydra.sweep.dir={}/elsewhere", "out={}/jobs/${{bits}}"])
 def test_failures_are_listed_wherever_the_sweep_lies(tmp_path, monkeypatch, capsys, place):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_quantize, "carry_out", lambda task: 1 / 0)

@@ -1,5 +1,6 @@
 """The composition for one matrix: what it reports, what it stores, and what it refuses."""
 
+import dataclasses
 import itertools
 import math
 
@@ -47,6 +48,41 @@ def test_matrix_and_report_agree(rotation, m, n):
     for rows in (5, 100):  # few rows are rotated themselves, many are multiplied by the rotated matrix
         x = np.random.default_rng(1).standard_normal((3, rows, n)).astype(np.float32)
         np.testing.assert_allclose(matrix.matmul(jnp.asarray(x)), x @ dense.T.astype(np.float32), atol=2e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["ldlq", "yaqa"])
+@pytest.mark.parametrize("exponent", [-120, -70, 70, 118])
+def test_the_scale_of_the_hessian_changes_nothing_over_the_range_of_float32(exponent, algorithm):
+    w, h = problem()
+    output = np.cov(np.random.default_rng(2).standard_normal((48, 200))).astype(np.float32)
+    output = output if algorithm == "yaqa" else None
+    matrix, report = quantize(w, h, algorithm=algorithm, output=output)
+    scale = lambda x: None if x is None else np.ldexp(x, exponent)  # noqa: E731
+    other, found = quantize(w, scale(h), algorithm=algorithm, output=scale(output))
+    np.testing.assert_array_equal(other.packed, matrix.packed)
+    np.testing.assert_array_equal(other.dequantize(), matrix.dequantize())
+    same = {name: value for name, value in dataclasses.asdict(found).items() if name != "seconds"}
+    assert same == {name: value for name, value in dataclasses.asdict(report).items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("exponent", [-90, -45, 40])
+def test_the_reports_of_small_and_large_weights_are_those_of_usual_ones(exponent):
+    w, h = problem()
+    matrix, report = quantize(w, h)
+    other, found = quantize(np.ldexp(w, exponent), h)
+    np.testing.assert_array_equal(other.packed, matrix.packed)
+    np.testing.assert_array_equal(other.dequantize(), np.ldexp(np.asarray(matrix.dequantize()), exponent))
+    assert found.proxy_loss == report.proxy_loss and found.weight_mse == report.weight_mse
+    assert found.squared_error == report.squared_error * 4.0**exponent
+    assert found.kronecker_loss == report.kronecker_loss * 4.0**exponent
+
+
+def test_a_plain_hessian_in_float64_may_be_larger_than_float32():
+    w, h = problem()
+    options = {"codebook": ("half_integer", 2), "rounding": "ldlq", "incoherence": None, "key": 3}
+    _, report = qjax.quantize_matrix(w, h, **options)
+    _, found = qjax.quantize_matrix(w, np.ldexp(h.astype(np.float64), 300), **options)
+    assert found.proxy_loss == report.proxy_loss > 0.01
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

@@ -28,17 +28,17 @@ def problem():
     return rng.standard_normal((M, N)) * 0.05, x.T @ x / 200
 
 
-def naive(w, h, bits, order):
+def naive(w, h, bits, order, group=GROUP):
     """Groups of the visiting order, fitted on the compensated weights when their first column is reached."""
     h = h / np.mean(np.diag(h)) + 0.01 * np.eye(N)
     perm = np.argsort(-np.diag(h), kind="stable") if order == "descending" else np.arange(N)
     w, upper = w[:, perm].copy(), np.linalg.cholesky(np.linalg.inv(h[np.ix_(perm, perm)])).T
     book, rule = codebooks.make("grid", bits), ScaleRule("minmax", "row")
-    unit = fit(jnp.asarray(problem()[0]), book, ScaleRule("minmax", "group", GROUP)).unit
+    unit = fit(jnp.asarray(problem()[0]), book, ScaleRule("minmax", "group", group)).unit
     out = np.zeros_like(w)
     for i in range(N):
-        if i % GROUP == 0:
-            fitted = fit(jnp.asarray(w[:, i : i + GROUP]), book, rule, unit=unit)
+        if i % group == 0:
+            fitted = fit(jnp.asarray(w[:, i : i + group]), book, rule, unit=unit)
             scale, zero = (np.asarray(v)[:, 0] for v in fitted.at(jnp.arange(1), jnp.float64))
         out[:, i] = (np.clip(np.floor(w[:, i] / scale + zero + 0.5), 0, 2**bits - 1) - zero) * scale
         w[:, i:] -= np.outer((w[:, i] - out[:, i]) / upper[i, i], upper[i, i:])
@@ -55,6 +55,17 @@ def test_dynamic_groups_equal_the_loop(order, bits):
     result = algorithm(jnp.asarray(w), Hessian(jnp.asarray(h)), book, scaling=fit(jnp.asarray(w), book, rule))
     np.testing.assert_allclose(result.values, naive(w, h, bits, order), atol=1e-12)
     assert (result.permutation is not None) == (order == "descending")
+
+
+@pytest.mark.parametrize("group", [N, 2 * N])
+@pytest.mark.parametrize("order", ["natural", "descending"])
+def test_one_group_as_wide_as_the_matrix_equals_the_loop(order, group):
+    w, h = problem()
+    rule, book = ScaleRule("minmax", "group", group), codebooks.make("grid", 3)
+    algorithm = dataclasses.replace(rounding.make("gptq", order=order), rule=rule)
+    result = algorithm(jnp.asarray(w), Hessian(jnp.asarray(h)), book, scaling=fit(jnp.asarray(w), book, rule))
+    np.testing.assert_allclose(result.values, naive(w, h, 3, order, group), atol=1e-12)
+    assert result.permutation is None and result.scaling.relative.shape == (M, 1)
 
 
 @pytest.mark.parametrize("static", [True, False])

@@ -117,6 +117,7 @@ def test_the_first_place_that_fits_is_taken(tmp_path, monkeypatch, device, host,
         (1.9, 9, None, "need 2.00 GiB on the device, memory.device_gb allows 1.90 GiB"),
         (None, 3.9, None, "need 4.00 GiB of memory, memory.host_gb allows 3.90 GiB"),
         (None, 9, 0.9, "need 1.00 GiB of disk and 0.90 GiB may be used"),
+        (None, 9, 4 / 2**20, r"need 1.00 GiB of disk and 4.00 KiB may be used"),
         (None, 6, 3.9, "take 3.00 GiB. Memory: 4.00 GiB besides them, .* 6.00 GiB. Disk: 1.00 GiB .* 3.90 GiB"),
     ],
 )

@@ -97,7 +97,7 @@ def test_a_package_of_a_users_own_obeys_the_laws(monkeypatch):
         assert own_methods
         for kind, name in [("data", "own_numbers"), ("hessian", "own_moment"), ("codebook", "own_powers")]:
             assert all(outcome.refused is None for outcome in qjax.testing.check(kind, name, []))
-        assert len(qjax.testing.check("rounding", "own_ldlq", ["half_integer", "e8p", "trellis"])) == 24
+        assert len(qjax.testing.check("rounding", "own_ldlq", ["half_integer", "e8p", "trellis"])) == 27
     finally:
         for registry, table in zip(Registry.known.values(), before, strict=True):
             registry._table.clear()
