@@ -22,6 +22,7 @@ from qjax.registry import Count, OneOf, Registry, check_options
 __all__ = [
     "INCOHERENCE",
     "BlockHadamard",
+    "Folded",
     "Hadamard",
     "Incoherence",
     "Kronecker",
@@ -163,6 +164,31 @@ class NoIncoherence(Incoherence):
         return None
 
 
+@INCOHERENCE.register("folded")
+@dataclasses.dataclass(frozen=True)
+class Folded(NoIncoherence):
+    """Rotations of the whole model that its weights take up, so that every server runs it (`qjax.pipeline.folding`).
+
+    The residual stream is rotated once (R1), and the values of every head (R2); a matrix by itself is not. Source:
+    QuaRot (2404.00456), sections 3 and 4, and SpinQuant (2405.16406), section 3.
+
+    Attributes:
+      heads: whether the values of heads are rotated (R2).
+    """
+
+    name: ClassVar[str] = "folded"
+    heads: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the options. Raises InputError for those of single matrices, too."""
+        super().__post_init__()
+        if self.rescale or self.side != "both":
+            raise InputError(
+                "incoherence=folded rotates the model and no single matrix, which rescale and side are about; leave "
+                "them out, or use incoherence=hadamard"
+            )
+
+
 @INCOHERENCE.register("hadamard")
 @dataclasses.dataclass(frozen=True)
 class Hadamard(Incoherence):
@@ -225,7 +251,7 @@ class Kronecker(Incoherence):
 
 
 def make(name: str, **options: Any) -> Incoherence:
-    """The incoherence processing called `name`: "none", "hadamard", "block_hadamard" or "kronecker".
+    """The incoherence processing called `name`: "none", "folded", "hadamard", "block_hadamard", "kronecker".
 
     Raises InputError for an unknown name or option.
     """

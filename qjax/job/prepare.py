@@ -68,6 +68,7 @@ def prepare(job: Job, mesh: Mesh) -> Prepared:
     by_block = job.tuning is not None and job.tuning.while_rounding
     where = on_all(lambda: announced_place(need, job.out, job.memory, by_block, mesh.size))
     found = run_warnings(files.config, tokens.calibration, files.tokenizer, job.data.get("bos", "none"))
+    found += files.remarks
     found += codebook_warnings(plan.codebook for plan in plans.values() if plan is not None)
     for warning in found:
         print(f"warning: {warning}", flush=True)

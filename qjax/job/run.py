@@ -16,6 +16,7 @@ from qjax.job.results import bound, circumstances, finite, losses, sizes
 from qjax.job.settings import Job
 from qjax.job.stages import Started, announced, compared, reference, rounded, tuned
 from qjax.job.tuning import recovered
+from qjax.pipeline import folding
 from qjax.pipeline.by_recipe import Rounded
 from qjax.pipeline.compressed import save_adapters
 from qjax.pipeline.quantize_model import QuantizedModel
@@ -57,6 +58,7 @@ def run(job: Job) -> dict[str, Any] | None:
         with _logged(job, prepared.warnings) as tracker:
             with watch.stage("load"):
                 model = job.inputs.read(job.model["source"], job.model["dtype"], streamed=job.streamed)
+                model = folding.prepared(model, job.recipe.incoherence, job.seed)
             started = Started(job, prepared, model, directory.records(fingerprint), watch, tracker)
             announced(started)
             teacher = reference(started)

@@ -21,7 +21,14 @@ from qjax.models.checkpoints.hf_config import parse_config
 from qjax.models.checkpoints.packed.schemes import scheme
 from qjax.models.checkpoints.packed.source import QuantisedSource
 from qjax.models.checkpoints.safetensors_source import SafetensorsSource
-from qjax.models.checkpoints.weights import WeightSource, check_source, read_block, read_edges, resolve_dtype
+from qjax.models.checkpoints.weights import (
+    WeightSource,
+    check_source,
+    head_is_embedding,
+    read_block,
+    read_edges,
+    resolve_dtype,
+)
 from qjax.models.config import ModelConfig
 from qjax.models.continuation import continued
 from qjax.models.tokenizers.chat_template import folder_template, gguf_template
@@ -43,6 +50,7 @@ class ModelFiles:
       weights: reads single tensors; use with `read_block` and `read_edges` to stream.
       name: short name for tables, e.g. "SmolLM2-135M-Instruct.Q4_1".
       description: how the weights are stored, e.g. "dequantised Q4_1".
+      remarks: sentences about files that contradict each other, and which of them is believed.
     """
 
     config: ModelConfig
@@ -50,6 +58,7 @@ class ModelFiles:
     tokenizer: Tokenizer
     name: str
     description: str
+    remarks: tuple[str, ...] = ()
 
     def fingerprint(self, dtype: str = "float32") -> dict[str, str]:
         """SHA-256 of `weights` (over the files' hashes), `config` and `tokenizer`, the `dtype`, and all as `sha256`."""
@@ -179,9 +188,18 @@ def _open_folder(folder: Path, name: str) -> ModelFiles:
     quantised = table.get("quantization_config")
     weights = stored if quantised is None else QuantisedSource(stored, scheme(quantised, str(folder / "config.json")))
     check_source(weights, config)
+    description, remarks = weights.description, ()
+    if config.tie_embeddings and not head_is_embedding(weights, config):
+        config = dataclasses.replace(config, tie_embeddings=False)
+        check_source(weights, config)
+        description += ", with a head of its own"
+        remarks = (
+            f"{folder / 'config.json'} says tie_word_embeddings and the weights hold an lm_head.weight that differs from "
+            "the embedding: the stored head is used",
+        )
     tokenizer = _folder_tokenizer(folder, table, config)
     tokenizer.chat = folder_template(folder)
-    return ModelFiles(config, weights, tokenizer, name, weights.description)
+    return ModelFiles(config, weights, tokenizer, name, description, remarks)
 
 
 def _folder_tokenizer(folder: Path, table: Mapping[str, Any], config: ModelConfig) -> Tokenizer:

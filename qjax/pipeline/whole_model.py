@@ -15,6 +15,7 @@ from qjax.data.stream import TokenSplit, as_stream, check_vocabulary
 from qjax.errors import InputError
 from qjax.finetune import method_of
 from qjax.hessian.store import HessianStore
+from qjax.incoherence.families import Folded
 from qjax.linalg.prng import seed_of
 from qjax.matrix.arguments import Short, mesh_of
 from qjax.matrix.quantize import MatrixReport
@@ -22,6 +23,7 @@ from qjax.models.loading import Model
 from qjax.pipeline import hessians as hessians_of
 from qjax.pipeline.by_recipe import Observer, Surroundings, rounded
 from qjax.pipeline.compressed import CompressedModel
+from qjax.pipeline.folding import prepared
 from qjax.pipeline.presets import preset
 from qjax.pipeline.recipe import Recipe
 from qjax.pipeline.tuning import tuned
@@ -76,6 +78,11 @@ def quantize_model(
     check_vocabulary(stream.tokens, model.config.vocab_size, "tokens")
     if stream.length > model.config.max_positions:
         raise InputError(f"tokens have {stream.length} positions and the model {model.config.max_positions}")
+    if hessians is not None and isinstance(recipe.incoherence, Folded):
+        raise InputError(
+            "hessians are of the original model, and incoherence=folded quantises a rotated one: leave out"
+        )
+    model = prepared(model, recipe.incoherence, seed)
     source = None if hessians is None else hessians_of.given(hessians, model.config)
     evaluation = tokens.evaluation if isinstance(tokens, TokenSplit) else None
     with silent(not progress), contextlib.ExitStack() as stack:

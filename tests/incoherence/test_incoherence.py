@@ -266,7 +266,7 @@ def test_sides_leave_the_other_axis_alone():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("hadamrad", {}, "unknown incoherence 'hadamrad'; there is: block_hadamard, hadamard, kronecker, none"),
+        ("hadamrad", {}, "unknown incoherence 'hadamrad'; there is: block_hadamard, folded, hadamard, kronecker, none"),
         ("hadamard", {"blocks": 8}, "no option blocks; its options are: rescale, side"),
         ("hadamard", {"side": "left"}, "side is 'left'; allowed are: both, input, output"),
         ("kronecker", {"mode": "dense"}, "mode is 'dense'; allowed are: butterfly, single"),

@@ -20,6 +20,7 @@ __all__ = [
     "DTYPES",
     "WeightSource",
     "check_source",
+    "head_is_embedding",
     "leaf_shapes",
     "read_block",
     "read_edges",
@@ -127,6 +128,17 @@ def check_source(source: WeightSource, config: ModelConfig) -> None:
             f"the weights in {where} do not fit their configuration: {'; '.join(problems[:_SHOWN])}{more}. "
             "Take config.json and the weights from the same revision of the model"
         )
+
+
+def head_is_embedding(source: WeightSource, config: ModelConfig) -> bool:
+    """Whether a model that ties them stores no head, or the embedding once more as its head."""
+    edges = {path: name for name, (path, _) in family(config).edge_tensors(config).items()}
+    embedding = edges.get("embed", edges.get("embed/tokens"))
+    if _HEAD not in source.names or embedding is None:
+        return True
+    if source.shape(_HEAD) != source.shape(embedding):
+        return False
+    return np.array_equal(source.read(_HEAD), source.read(embedding))
 
 
 def _read(source: WeightSource, name: str, dtype: np.dtype) -> np.ndarray:

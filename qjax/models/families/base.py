@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from jaxtyping import Array, Float, Int
@@ -15,9 +16,26 @@ from qjax.models.families.fields import Fields
 from qjax.registry import Registry
 from qjax.typing import HostOrDevice
 
-__all__ = ["FAMILIES", "Family", "Shape", "family", "paths"]
+__all__ = ["FAMILIES", "Family", "Residual", "Shape", "family", "paths"]
 
 Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """The linears around a residual stream that only norms without a mean read: it can be rotated.
+
+    Attributes:
+      readers: by the norm of a block, the linears that read its output.
+      writers: linears whose outputs are added to the stream.
+      values: the linear of the heads' values.
+      mixed: the linear whose inputs are the heads' mixed values.
+    """
+
+    readers: Mapping[str, tuple[str, ...]]
+    writers: tuple[str, ...]
+    values: str
+    mixed: str
 
 
 class Family(abc.ABC):
@@ -64,6 +82,10 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def block(self, parameters: Any, x: HostOrDevice, context: Context | Cached) -> Float[Array, "batch length width"]:
         """One block. Linears are computed by `qjax.models.linear.affine`, once for each, attention by the context."""
+
+    def residual(self) -> Residual | None:
+        """What a rotation of the residual stream has to be folded into; None where it cannot be."""
+        return None
 
     @abc.abstractmethod
     def final(self, parameters: Any, x: HostOrDevice, config: Any) -> Float[Array, "batch length features"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from qjax.errors import ModelFileError
 from qjax.models.config import ModelConfig, RopeScaling
 from qjax.models.context import Cached, Context
-from qjax.models.families.base import FAMILIES, Family, Shape
+from qjax.models.families.base import FAMILIES, Family, Residual, Shape
 from qjax.models.families.fields import Fields
 from qjax.models.linear import affine
 from qjax.models.norms import rms_norm
@@ -148,6 +148,16 @@ class Llama(Family):
         return x + affine(
             mlp["down_proj"], jax.nn.silu(affine(mlp["gate_proj"], normal)) * affine(mlp["up_proj"], normal)
         )
+
+    def residual(self) -> Residual | None:
+        """As `Family.residual`; a family with another block says its own."""
+        if type(self).block is not Llama.block:
+            return None
+        readers = {
+            "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+        }
+        return Residual(readers, ("self_attn.o_proj", "mlp.down_proj"), "self_attn.v_proj", "self_attn.o_proj")
 
     def final(self, parameters: Any, x: HostOrDevice, config: ModelConfig) -> Array:
         """The final norm."""
