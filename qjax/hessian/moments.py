@@ -37,8 +37,10 @@ __all__ = [
     "block_hessians_of_two_streams",
     "empty",
     "finish",
+    "on_devices",
     "reduced",
     "shapes",
+    "with_rows",
 ]
 
 
@@ -110,14 +112,9 @@ def accumulate(
 
     def own(moments: Moments, parameters: Any, x: Array, mask: Array, numbers: Array) -> tuple[Moments, Array | None]:
         y, inputs = block_inputs(parameters, x, config)
-        products, bad = {}, {}
-        for site, own_inputs in inputs.items():
-            rows = _masked(own_inputs, mask)
-            products[site] = _second_moment(rows)
-            bad[site] = _first_bad(numbers, products[site], rows)
-        return _added(moments, products, bad), (y if propagate else None)
+        return with_rows(moments, inputs, mask, numbers), (y if propagate else None)
 
-    return _on(mesh, own)(moments, parameters, x, mask, numbers)
+    return on_devices(mesh, own)(moments, parameters, x, mask, numbers)
 
 
 @lean_jit(static_argnames=("config", "mesh"), donate_argnames="moments")
@@ -150,10 +147,20 @@ def accumulate_pair(
             bad[cross(site)] = _first_bad(numbers, products[cross(site)], a, b)
         return _added(moments, products, bad), y
 
-    return _on(mesh, own)(moments, parameters, x, z, mask, numbers)
+    return on_devices(mesh, own)(moments, parameters, x, z, mask, numbers)
 
 
-def _on(mesh: Mesh, own: Any) -> Any:
+def with_rows(moments: Moments, inputs: dict[str, Array], mask: Array, numbers: Array) -> Moments:
+    """The sums of one device with a step's inputs `[batch, length, n]` of every site."""
+    products, bad = {}, {}
+    for site, own in inputs.items():
+        rows = _masked(own, mask)
+        products[site] = _second_moment(rows)
+        bad[site] = _first_bad(numbers, products[site], rows)
+    return _added(moments, products, bad)
+
+
+def on_devices(mesh: Mesh, own: Any) -> Any:
     """`own(moments, parameters, *split)` on every device, without the sums' leading axis.
 
     On one device it is not mapped: what a mapped program gives lies on a mesh, and the first step, which gets zeros of

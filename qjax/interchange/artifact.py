@@ -2,11 +2,11 @@
 
     artifact/
       weights/         a safetensors file per operator, which is its run's record, and one of dense leaves per block
-      model.json       architecture, format version, the paths of the operators, SHA-256 of every array
+      model.json       architecture, format version, paths of the operators, SHA-256 of every array, dtypes in memory
       tokenizer.json   the model's tokenizer (absent when it has none)
       checksums.json   SHA-256 of every other file, and of this list itself: verified before anything is parsed
 
-The list is written last, and the folder takes its name when it is whole. Artifacts of format 1 are read as well.
+The list is written last, and the folder takes its name when it is whole. Artifacts of formats 1 and 2 are read as well.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import qjax
 from qjax.errors import ArtifactError
 from qjax.interchange import artifact_1, manifest, weights
 from qjax.interchange.checksums import CHECKSUMS, seal, verify
+from qjax.interchange.narrow import narrowest, widened
 from qjax.interchange.serialize import from_arrays
 from qjax.interchange.weights import named_leaves, sha256_of
 from qjax.matrix.operator import codebooks_of, is_operator
@@ -40,16 +41,20 @@ from qjax.runtime.durable import sync
 
 __all__ = ["FORMAT", "fingerprint", "identity", "load", "model_bytes", "reports", "save", "seal"]
 
-FORMAT = "qjax-artifact-2"
+FORMAT = "qjax-artifact-3"
+_BEFORE = "qjax-artifact-2"  # dense leaves as they are in memory
 _WEIGHTS = "weights"
 
 
 def model_bytes(params: Any) -> int:
-    """Bytes of all parameters as stored: packed codes, scales, signs, dense leaves, and every codebook table once."""
+    """Bytes of all parameters as stored: packed codes, scales, signs, dense leaves, and every codebook table once.
+
+    Dense leaves count in the smallest type that holds them, in which artifacts store them.
+    """
     total, tables = 0, {}
     for _, leaf in named_leaves(params):
         if not is_operator(leaf):
-            total += leaf.size * leaf.dtype.itemsize
+            total += narrowest(np.asarray(leaf)).nbytes
             continue
         total += leaf.stored_bits // 8
         for book in codebooks_of(leaf).values():
@@ -86,8 +91,9 @@ def _save(path: pathlib.Path, model: Model, params: Any, records: pathlib.Path |
     for leftover in (scratch, old):  # of a process that was killed here
         shutil.rmtree(leftover, ignore_errors=True)
     scratch.mkdir(parents=True)
-    operators, hashes = weights.write(scratch / _WEIGHTS, params, records, reports)
+    operators, hashes, dtypes = weights.write(scratch / _WEIGHTS, params, records, reports)
     about = {"format": FORMAT, "version": qjax.__version__, "operators": operators, "sha256": hashes}
+    about["dtypes"] = dtypes
     manifest.write(scratch, model, about)
     seal(scratch)
     if path.exists():
@@ -138,16 +144,18 @@ def load(path: str | pathlib.Path, device: bool = True) -> Model:
         verify(path)
     about = read_json(file)
     found = about.get("format") if isinstance(about, dict) else about
-    if found not in (FORMAT, artifact_1.FORMAT):
+    if found not in (FORMAT, _BEFORE, artifact_1.FORMAT):
         by = f", written by qjax {about['version']}" if isinstance(about, dict) and "version" in about else ""
         raise ArtifactError(
-            f"{path}: format {found!r}{by}; this qjax reads {artifact_1.FORMAT} and {FORMAT}: use the matching release"
+            f"{path}: format {found!r}{by}; this qjax reads {artifact_1.FORMAT}, {_BEFORE} and {FORMAT}: use the "
+            "matching release"
         )
-    if (found == FORMAT or about.get("checksums")) and not (path / CHECKSUMS).exists():
+    if (found != artifact_1.FORMAT or about.get("checksums")) and not (path / CHECKSUMS).exists():
         raise ArtifactError(f"{path}: has no checksums.json; the copy is incomplete: copy the whole folder again")
     try:
-        if found == FORMAT:
+        if found != artifact_1.FORMAT:
             arrays, descriptions = weights.read(path / _WEIGHTS, about["operators"])
+            arrays = widened(arrays, about["dtypes"] if found == FORMAT else {})
         else:
             arrays, descriptions = artifact_1.read(path / _WEIGHTS, about["matrices"])
         _check_arrays(path, about["sha256"], arrays)

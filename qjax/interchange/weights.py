@@ -2,7 +2,7 @@
 
 weights/layers.0.mlp.up_proj.safetensors   an operator as `qjax.interchange.serialize` writes it
 weights/block.0.safetensors                the dense leaves of a block by path: norms, biases, linears left as are
-weights/edges.safetensors                  those outside of the blocks
+weights/edges.safetensors                  those outside of the blocks; both in the smallest type that holds them
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from qjax.errors import ArtifactError
+from qjax.interchange.narrow import narrowest
 from qjax.interchange.serialize import described
 from qjax.matrix.operator import LinearOperator, is_operator, place_name
 from qjax.runtime.atomic import read_safetensors, verified_metadata, write_safetensors
@@ -53,6 +54,8 @@ def named_leaves(params: Any) -> Iterator[tuple[str, Any]]:
 
 def _file_of(path: str) -> str:
     """The name of an operator's file, which is its layer's: `layers.0.mlp.up_proj` of `blocks/0/mlp/up_proj/weight`."""
+    if path == "embed/tokens":  # the table of an embedding that has other parts: its name is that of the embedding
+        return "embed"
     return path.replace("blocks/", "layers/", 1).removesuffix("/weight").replace("/", ".")
 
 
@@ -71,8 +74,11 @@ def _hashes(path: str, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 def write(
     folder: pathlib.Path, params: Any, records: pathlib.Path | None, reports: Mapping[str, str] | None = None
-) -> tuple[list[str], dict[str, str]]:
-    """The files of all leaves; (the paths of the operators, the SHA-256 of every array by its name in `Stored`).
+) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """The files of all leaves; (paths of the operators, SHA-256 of every array by its name in `Stored`, dtypes).
+
+    Dense leaves lie there in the smallest type that holds their values (`qjax.interchange.narrow`): the hashes are of
+    what they are in memory, and `dtypes` has the type of those that another holds.
 
     An operator that has its record in the folder `records`, the same to the byte, gets that file itself; into the
     others goes what `reports` has under its layer's name.
@@ -81,6 +87,7 @@ def write(
     folder.mkdir()
     operators: list[str] = []
     found: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
     for file, prefix, tree in _parts(params):
         dense: dict[str, np.ndarray] = {}
         for path, leaf in _leaves_of(tree, prefix):
@@ -90,12 +97,14 @@ def write(
                 operators.append(path)
                 found |= _hashes(path, arrays)
             else:
-                dense[path] = np.asarray(leaf)
-                found[path] = sha256_of(dense[path])
+                own = np.asarray(leaf)
+                dense[path], found[path] = narrowest(own), sha256_of(own)
+                if dense[path].dtype != own.dtype:
+                    dtypes[path] = str(own.dtype)
         if dense:
             write_safetensors(folder / f"{file}.safetensors", dense)
     sync(folder)
-    return operators, found
+    return operators, found, dtypes
 
 
 def _write_operator(

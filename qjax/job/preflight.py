@@ -18,6 +18,7 @@ from qjax import data, models
 from qjax.errors import RunError
 from qjax.finetune.methods import TuningMethod, method_of
 from qjax.models.config import ModelConfig
+from qjax.models.edges import edge_matrices
 from qjax.models.families import family
 from qjax.models.structure import structure
 from qjax.pipeline.finished import HELD_BYTES
@@ -100,17 +101,20 @@ def estimate(
     streams: int = 1,
     extra: Extra = Extra(),
 ) -> Estimate:
-    """Predict from shapes; `calibration` and `evaluation` are (sequences, length); `streamed`: the blocks stay on disk.
+    """Predict from shapes; `plans` are those of layers, and of embedding and head where they are quantised.
+
+    `calibration` and `evaluation` are (sequences, length); `streamed`: the blocks stay on disk.
 
     `streams`: how many sets of activations exist at once (see `activation_streams`); `extra`: of `sketch_needs` and
     `tuning_needs`. Raises InputError through the incoherence when a matrix cannot be rotated or padded.
     """
     shapes = structure(config).shapes
+    outside = {name: edge.shape for name, edge in edge_matrices(config).items()}
     codes = weights = matrices = 0
     for name, plan in plans.items():
         if plan is None:
             continue
-        out, inner = shapes[name.split(".", 2)[2]]
+        out, inner = outside[name] if name in outside else shapes[name.split(".", 2)[2]]
         padded = plan.incoherence.abstract(out, inner, multiple=plan.codebook.tile).padded
         codes += int(np.ceil(plan.codebook.bits * padded[0] * padded[1] / 8))
         weights, matrices = weights + out * inner, matrices + 1
@@ -123,7 +127,8 @@ def estimate(
     reference = 12 * config.hidden_size * evaluation[0] * evaluation[1]
     activations = streams * bytes_per_parameter * config.hidden_size * calibration[0] * calibration[1]
     hessian = 4 * sum(n * n for n in structure(config).widths.values())
-    rounding = 2 * hessian + max(_rounding(out, inner) for out, inner in shapes.values())
+    rounded = [*shapes.values(), *(shape for name, shape in outside.items() if name in plans)]
+    rounding = 2 * hessian + max(_rounding(out, inner) for out, inner in rounded)
     collecting = 4 * hessian + _working(config, batch, calibration[1])  # sum, compensation, product, mean
     kept = min(codes, HELD_BYTES) if streamed else codes
     device = model + kept + max(rounding, collecting, extra.memory)

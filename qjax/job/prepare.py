@@ -13,6 +13,7 @@ from qjax.finetune.sharding import check_mesh
 from qjax.job.preflight import Estimate, announced_place, estimated
 from qjax.job.settings import Job
 from qjax.job.warnings import codebook_warnings, run_warnings
+from qjax.models.edges import edge_matrices
 from qjax.models.transformer import layer_names
 from qjax.runtime.distributed import on_all
 from qjax.streams.activations import Place
@@ -49,13 +50,18 @@ def prepare(job: Job, mesh: Mesh) -> Prepared:
     shared_out = _tuning_mesh(job, mesh)
     files = job.inputs.files(job.model["source"])
     tokens = job.inputs.tokens(job.model["source"], job.seed, job.data)
-    plans = job.recipe.plan(layer_names(files.config))
+    known = edge_matrices(files.config)
+    edges = job.recipe.edges(known)
+    plans = {**edges, **job.recipe.plan(layer_names(files.config))}
     _check_length(tokens, files.config)
     print(f"{files.name} ({files.description}) -> {job.out}")
     print(
         f"calibration {tokens.calibration.tokens.size} tokens, evaluation {tokens.evaluation.tokens.size}, "
         f"length {tokens.calibration.length}"
     )
+    for name, plan in edges.items():
+        also = " and head, one matrix" if known[name].tied else ""
+        print(f"{name}{also}: {plan.codebook.spec()['name']}, {plan.codebook.bits:g} bits, as the rules say")
     need = estimated(
         model=job.model,
         hessian=job.hessian,

@@ -8,13 +8,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from qjax import data, models
 from qjax.hessian.fit import Fit, error_bound, predicted_cost
 from qjax.job.tuning import stored_bits, whole_model_bytes
 from qjax.matrix.quantize import MatrixReport
-from qjax.models.checkpoints.weights import tensor_shapes
+from qjax.models.checkpoints.weights import stored_bytes
 from qjax.pipeline.quantize_model import QuantizedModel
 from qjax.runtime.fingerprint import device, versions
 from qjax.runtime.monitor import CompileCounter, Stopwatch, device_peak_memory_bytes, peak_memory_bytes
@@ -22,16 +20,15 @@ from qjax.runtime.monitor import CompileCounter, Stopwatch, device_peak_memory_b
 __all__ = ["bound", "circumstances", "finite", "losses", "sizes"]
 
 
-def sizes(model: models.Model, quantized: QuantizedModel) -> dict[str, Any]:
-    """Bits per quantised weight, and the bytes of the whole model before and after."""
+def sizes(files: models.ModelFiles, quantized: QuantizedModel) -> dict[str, Any]:
+    """Bits per quantised weight, and the bytes of the whole model: as its files hold it, and as it is stored now."""
     weights = [math.prod(report.shape) for report in quantized.reports]
     bits = stored_bits(quantized.params)
     return {
         "bits_per_weight": bits / sum(weights),
         "quantized_weights": sum(weights),
         "whole_model_bytes": whole_model_bytes(quantized.params),
-        "whole_model_bytes_reference": sum(map(math.prod, tensor_shapes(model.config).values()))
-        * jax.tree.leaves(model.params["embed"])[0].dtype.itemsize,
+        "whole_model_bytes_reference": stored_bytes(files.weights, files.config),
     }
 
 
@@ -58,7 +55,7 @@ def losses(reports: list[MatrixReport]) -> dict[str, Any]:
 def bound(reports: list[MatrixReport], measured: Mapping[str, Fit]) -> dict[str, Any]:
     """The end-to-end error bound of every matrix as it was quantised, before any tuning (see `error_bound`)."""
     layers = {}
-    for report in reports:
+    for report in (report for report in reports if report.name in measured):  # not embedding and head
         fit = measured[report.name]
         bound = error_bound(fit, report.squared_error, report.kronecker_loss)
         cost = predicted_cost(fit, report.kronecker_loss)

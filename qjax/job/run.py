@@ -82,7 +82,7 @@ def _claimed(job: Job, prepared: Prepared) -> tuple[RunDirectory, Mapping[str, A
 
 def _results(started: Started, first: Rounded, quantized: QuantizedModel, tuning: dict[str, Any]) -> dict[str, Any]:
     """Sizes and losses, of the rounded and tuned model."""
-    results = {**sizes(started.model, quantized), **losses(quantized.reports), **tuning}
+    results = {**sizes(started.prepared.files, quantized), **losses(quantized.reports), **tuning}
     if first.fits is not None:
         results["error_bound"] = bound(quantized.reports, first.fits)
     return results

@@ -14,6 +14,7 @@ from qjax.finetune import Step, Tuned, TuningMethod, lora
 from qjax.interchange import artifact
 from qjax.matrix.operator import operators
 from qjax.models import Model
+from qjax.models.edges import edge_operators
 from qjax.pipeline.tuning import tuned
 from qjax.runtime.tracker import Tracker
 
@@ -84,7 +85,10 @@ def recovered(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | No
 
 def stored_bits(params: Any) -> int:
     """Bits of all operators, without shared tables and the adapters that are stored apart."""
-    return sum(operator.stored_bits for block in params["blocks"] for operator in operators(block).values())
+    outside = edge_operators(params).values()
+    return sum(operator.stored_bits for operator in outside) + sum(
+        operator.stored_bits for block in params["blocks"] for operator in operators(block).values()
+    )
 
 
 def whole_model_bytes(params: Any) -> int:

@@ -27,7 +27,8 @@ from qjax.codebooks.residual import ResidualE8P
 from qjax.codebooks.scalar import UniformCodebook
 from qjax.codebooks.trellis import Trellis
 from qjax.incoherence.transform import Transform
-from qjax.matrix.operator import is_operator
+from qjax.matrix.lookup import Lookup
+from qjax.matrix.operator import is_operator, operators
 from qjax.matrix.quantized import QuantizedMatrix
 from qjax.matrix.sums import Sum
 from qjax.typing import Leaf, pytree
@@ -130,5 +131,13 @@ def pack(matrix: Any) -> Any:
 
 
 def pack_model(params: Any) -> Any:
-    """Parameters with every operator packed, once, for inference."""
-    return jax.tree.map(lambda leaf: pack(leaf) if is_operator(leaf) else leaf, params, is_leaf=is_operator)
+    """Parameters with every operator packed, once, for inference.
+
+    A quantised embedding stays as it is: its rows are looked up. Where it is the head too, a packed copy becomes that.
+    """
+    edges = {name: value for name, value in params.items() if name == "embed"}
+    others = {name: value for name, value in params.items() if name != "embed"}
+    packed = jax.tree.map(lambda leaf: pack(leaf) if is_operator(leaf) else leaf, others, is_leaf=is_operator)
+    if "head" not in params and (tables := list(operators(edges).values())):
+        packed["head"] = pack(tables[0].table if isinstance(tables[0], Lookup) else tables[0])
+    return {**edges, **packed}

@@ -10,7 +10,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qjax import codebooks
 from qjax.codebooks.base import Codebook
@@ -19,9 +19,9 @@ from qjax.errors import InputError
 from qjax.incoherence.rotations import ROTATIONS, Rotation
 from qjax.incoherence.transform import Transform
 from qjax.matrix.operator import OPERATORS, checked_array, checked_format, checked_shape, leaves, part
-from qjax.typing import Leaf, brief, pytree
+from qjax.typing import HostOrDevice, Leaf, brief, pytree
 
-__all__ = ["QuantizedMatrix"]
+__all__ = ["QuantizedMatrix", "row_obstacle"]
 
 _FORMAT = 1
 _SIDES = ("output_rotation", "input_rotation")
@@ -108,6 +108,32 @@ class QuantizedMatrix:
         y = jnp.einsum("...i,oi->...o", rotated, self.rotated().astype(rotated.dtype))
         return _gained(self.transform.output(y), self.output_gain).astype(x.dtype)
 
+    def rows(self, index: Int[HostOrDevice, "*batch"]) -> Float[Array, "*batch in"]:
+        """Rows of the matrix, float32, decoded alone where the stream's rows end with its words; indices are clipped.
+
+        Raises InputError where a row cannot be decoded without the others (`row_obstacle`).
+        """
+        if (why := row_obstacle(self)) is not None:
+            raise InputError(f"rows of this matrix cannot be looked up: {why}")
+        (out, inner), columns = self.shape, self.transform.padded[1]
+        at = jnp.clip(jnp.asarray(index).reshape(-1), 0, out - 1)
+        bits = round(self.codebook.bits * columns)
+        if bits % 32:
+            codes = self.codebook.unpack(self.packed, self.transform.padded)
+            codes = jnp.take(codes, at, axis=0)
+        else:
+            words = jnp.take(self.packed.reshape(-1, bits // 32), at, axis=0)
+            codes = self.codebook.unpack(words.reshape(-1), (at.size, columns))
+        scaling = self.scaling
+        if scaling.relative is not None and scaling.relative.shape[0] > 1:
+            own = lambda x: None if x is None else jnp.take(x, at, axis=0)  # noqa: E731
+            scaling = dataclasses.replace(scaling, relative=own(scaling.relative), zero=own(scaling.zero))
+        values = self.rotated(scaling.from_codebook_units(self.codebook.dequantize(codes)))
+        padded = (at.size, columns)
+        w = dataclasses.replace(self.transform, shape=(at.size, inner), padded=padded).weight_inverse(values)
+        w = w if self.output_gain is None else w * jnp.take(self.output_gain, at).astype(w.dtype).reshape(-1, 1)
+        return _gained(w, self.input_gain).reshape(*index.shape, inner)
+
     def spec(self) -> dict[str, Any]:
         """Shape, padding, the rotations of both sides, whether inputs are rescaled, codebook, columns per scale."""
         return {
@@ -118,6 +144,19 @@ class QuantizedMatrix:
             "codebook": self.codebook.spec(),
             "scale_group": self.scaling.group,
         }
+
+
+def row_obstacle(matrix: QuantizedMatrix) -> str | None:
+    """The reason why rows of a matrix cannot be decoded one by one, with the remedy; None where they can."""
+    if matrix.transform.output_rotation is not None:
+        return (
+            "its rows are mixed by a rotation of the outputs; use incoherence: none or {name: hadamard, side: input} "
+            "in its rule"
+        )
+    if matrix.codebook.tile[0] > 1:
+        name = matrix.codebook.spec()["name"]
+        return f"codebook {name} codes {matrix.codebook.tile[0]} rows together; use codebook: grid in its rule"
+    return None
 
 
 def transform_spec(transform: Transform) -> dict[str, Any]:

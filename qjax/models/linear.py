@@ -1,4 +1,4 @@
-"""`y = x Wᵀ`: the single place where a dense weight and an operator are told apart, and where products are recorded."""
+"""`y = x Wᵀ` and rows of W: the single place where arrays and operators are told apart; products are recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qjax.typing import HostOrDevice
 
@@ -26,6 +26,7 @@ __all__ = [
     "linears_of",
     "recorded",
     "replace_linears",
+    "rows",
     "summed",
 ]
 
@@ -83,6 +84,14 @@ def linear(
     if x.dtype == jnp.bfloat16:
         return _bfloat16(x, weight.astype(x.dtype))
     return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
+
+
+def rows(weight: Any, index: Int[HostOrDevice, "*batch"]) -> Float[Array, "*batch in"]:
+    """Rows of a matrix `[out, in]`, array or operator: what an embedding is looked up by. Indices are clipped."""
+    if isinstance(weight, Operator):
+        lookup: Any = weight
+        return lookup.rows(index)
+    return jnp.take(weight, index, axis=0, mode="clip")
 
 
 def affine(parameters: Any, x: Array) -> Array:
@@ -158,9 +167,14 @@ def replace_linears(parameters: Any, matrices: Mapping[str, Any], key: str = "we
 
 
 def bits_per_weight(params: Any) -> float:
-    """Stored bits per weight of the linears that are operators; of all linears, by their dtype, where none is."""
+    """Stored bits per weight of the matrices that are operators, embedding and head among them.
+
+    Of all linears of the blocks, by their dtype, where none is.
+    """
     weights = [weight for block in params["blocks"] for weight in linears_of(block).values()]
-    operators: list[Any] = [weight for weight in weights if isinstance(weight, Operator)]
+    edges = {name: value for name, value in params.items() if name != "blocks"}
+    outside = jax.tree.leaves(edges, is_leaf=lambda leaf: isinstance(leaf, Operator))
+    operators: list[Any] = [weight for weight in (*outside, *weights) if isinstance(weight, Operator)]
     if operators:
         bits = sum(operator.stored_bits for operator in operators)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def choose(scores: Float[Array, " vocab"], key: Array, sampling: Sampling) -> In
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"))
 def next_token(
-    parameters: dict[str, HostOrDevice],
+    parameters: dict[str, Any],
     x: Float[HostOrDevice, "batch length width"],
     last: Int[HostOrDevice, " batch"],
     number: Int[HostOrDevice, ""],

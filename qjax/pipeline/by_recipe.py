@@ -15,6 +15,7 @@ from qjax.finetune import BlockReport, BlockTuning, method_of
 from qjax.hessian.fit import Fit
 from qjax.hessian.store import HessianStore
 from qjax.matrix.quantize import MatrixReport
+from qjax.models.edges import edge_matrices
 from qjax.models.loading import Model
 from qjax.models.transformer import layer_names
 from qjax.pipeline.hessians import Provided, fits, provide
@@ -142,6 +143,7 @@ def _rounded(
     forget_programs()
     place[0] = "the first matrix"
     matrices = sum(plan is not None for plan in recipe.plan(layer_names(model.config)).values())
+    matrices += len(recipe.edges(edge_matrices(model.config)))
     with observer.stage("quantize"), Progress(around.label, matrices) as progress:
 
         def on_layer(report: MatrixReport, found: bool) -> None:

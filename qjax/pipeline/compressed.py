@@ -14,6 +14,7 @@ from qjax.interchange import folder as export
 from qjax.interchange.exports import EXPORTS
 from qjax.matrix.operator import is_operator
 from qjax.matrix.quantize import MatrixReport
+from qjax.models.edges import edge_operators
 from qjax.models.given import checked_model
 from qjax.models.linear import bits_per_weight, linears_of, replace_linears
 from qjax.models.loading import Model
@@ -84,7 +85,8 @@ class CompressedModel(Model):
         return dataclasses.replace(self, description=self.description.removeprefix("quantised from "))
 
     def __repr__(self) -> str:
-        operators = [w for block in self.params["blocks"] for w in linears_of(block).values() if is_operator(w)]
+        operators = [*edge_operators(self.params).values()]
+        operators += [w for block in self.params["blocks"] for w in linears_of(block).values() if is_operator(w)]
         return (
             f"CompressedModel({self.name}: {self.config.architecture}, {self.config.num_layers} blocks, "
             f"{len(operators)} matrices with {self.bits_per_weight:.3f} bits per weight)"

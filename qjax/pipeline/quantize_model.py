@@ -18,9 +18,11 @@ from qjax.linalg.prng import root_key
 from qjax.matrix.operator import LinearOperator
 from qjax.matrix.quantize import MatrixReport, splits_rows
 from qjax.models.config import ModelConfig
+from qjax.models.edges import with_edges
 from qjax.models.linear import linear_weight, replace_linears
 from qjax.models.structure import structure
 from qjax.models.transformer import layer_names
+from qjax.pipeline.edges import quantize_edges
 from qjax.pipeline.finished import FinishedBlocks
 from qjax.pipeline.hessians import STREAMS
 from qjax.pipeline.layer import quantize_layer
@@ -65,7 +67,7 @@ def quantize_model(
     mesh: Mesh | None = None,
     held_bytes: int | None = None,
 ) -> QuantizedModel:
-    """Quantise every linear of a model by `recipe`.
+    """Quantise every linear of a model by `recipe`, and before them the embedding and head where its rules name them.
 
     Args:
       tokens: calibration tokens `[sequences, length]`.
@@ -95,7 +97,10 @@ def quantize_model(
     announced = {"seed": seed, "stream": stream, "correction": correction, "batch": batch, "mesh": mesh}
     begin(config, params, tokens, plans, outputs=outputs is not None, records=records, **announced)
     spread = Spread(len(tokens), batch, mesh or single())
-    reports = []
+    edges, reports = quantize_edges(
+        config, params, tokens, recipe, seed=seed, records=records, batch=batch, spread=spread, on_layer=on_layer
+    )
+    outside = with_edges(params, edges, config)
     result = [] if records is None or held_bytes is None else FinishedBlocks(records, held_bytes)
     walk = blocks(
         config,
@@ -105,6 +110,7 @@ def quantize_model(
         spread=spread,
         original=stream == "corrected",
         quantized=stream != "original",
+        embedding=outside["embed"] if "embed" in edges else None,
     )
     for here in walk:
         index, parameters = here.index, here.parameters
@@ -142,7 +148,7 @@ def quantize_model(
                 on_layer(done[linear][1], linear not in todo)
         here.finished = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()})
         result.append(here.finished)
-    return QuantizedModel({**params, "blocks": result}, reports)
+    return QuantizedModel({**outside, "blocks": result}, reports)
 
 
 _Done: TypeAlias = dict[str, tuple[LinearOperator, MatrixReport]]

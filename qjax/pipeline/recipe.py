@@ -14,6 +14,7 @@ from qjax.codebooks.scaling import ScaleRule
 from qjax.errors import InputError, suggested
 from qjax.incoherence.families import Incoherence
 from qjax.matrix.arguments import Short, incoherence_of, named, rounding_of, scale_of
+from qjax.models.edges import EDGES, Edge
 from qjax.pipeline.hessians import check_settings
 from qjax.pipeline.options import named_options
 from qjax.pipeline.tuning import check_tuning
@@ -27,12 +28,16 @@ __all__ = ["LayerPlan", "LayerRule", "Recipe"]
 class LayerRule:
     """An exception for the layers whose name contains a match of `pattern` (a regular expression).
 
+    Embedding and head, "embed" and "head", stay as they are unless a rule names them: their name stands in its pattern.
+
     Attributes:
       skip: leave the layer as it is.
       bits: other bits per weight.
       codebook: another codebook, as `{"name": …, **options}`.
+      rounding: another rounding, a name or `{"name": …, **options}`.
+      incoherence: likewise, another incoherence; "none" for none.
       damping: another damping.
-      scale: another scale (a number: the RMS the codebook sees).
+      scale: another scale: a number (the RMS the codebook sees), a method or `{"method": …, **options}`.
     """
 
     pattern: str
@@ -40,7 +45,9 @@ class LayerRule:
     bits: Positive | None = None
     codebook: Mapping[str, Any] | None = None
     damping: NotNegative | None = None
-    scale: Positive | None = None
+    scale: Short = None
+    rounding: Short = None
+    incoherence: Short = None
 
     def __post_init__(self) -> None:
         check_options(self, "rules")
@@ -50,8 +57,17 @@ class LayerRule:
             raise InputError(
                 f"rules: {self.pattern!r} is not a regular expression ({error}); fix the pattern"
             ) from error
-        if not self.skip and self.bits is self.codebook is self.damping is self.scale is None:
-            raise InputError(f"rules: {self.pattern!r} changes nothing; give skip, bits, codebook, damping or scale")
+        made = {"scale": scale_of, "rounding": rounding_of, "incoherence": incoherence_of}
+        for name, make in made.items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, make(value))
+        changes = [field.name for field in dataclasses.fields(self) if field.name not in ("pattern", "skip")]
+        if not self.skip and all(getattr(self, name) is None for name in changes):
+            raise InputError(f"rules: {self.pattern!r} changes nothing; give skip or some of {', '.join(changes)}")
+
+    def names_edge(self, name: str) -> bool:
+        """Whether the rule is for the embedding or head of this name: a pattern for all layers is not."""
+        return name in self.pattern and re.search(self.pattern, name) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +132,40 @@ class Recipe:
             object.__setattr__(self, name, value)
         check_settings(self.hessian)
         check_tuning(self.finetune, self.hessian)
+        if self.finetune is not None and (named := [rule.pattern for rule in self.rules if self._quantises_edge(rule)]):
+            raise InputError(
+                f"rules: {named[0]!r} quantises the embedding or the head, and finetune is {self.finetune['name']!r}: "
+                "tuning keeps those as arrays; leave out the rule, or use finetune=none"
+            )
+
+    @staticmethod
+    def _quantises_edge(rule: LayerRule) -> bool:
+        return not rule.skip and any(rule.names_edge(name) for name in EDGES)
+
+    def edges(self, matrices: Mapping[str, Edge]) -> dict[str, LayerPlan]:
+        """The plans of those matrices outside of the blocks that rules name; the others stay as they are.
+
+        Raises InputError for two rules that say different things of one matrix, and for matrices whose rows cannot be
+        looked up.
+        """
+        books: dict[str, Codebook] = {}
+        plans = {}
+        for name, edge in matrices.items():
+            names = EDGES if edge.tied else (name,)
+            rules = [next((rule for rule in self.rules if rule.names_edge(own)), None) for own in names]
+            found = [rule for rule in rules if rule is not None]
+            if len(found) == 2 and dataclasses.replace(found[0], pattern=found[1].pattern) != found[1]:
+                raise InputError(
+                    f"rules: {found[0].pattern!r} and {found[1].pattern!r} say different things of one matrix: the "
+                    "head of this model is its embedding (tie_word_embeddings); give one rule, for embed or for both"
+                )
+            if not found or found[0].skip:
+                continue
+            plan = self._layer(found[0], books)
+            if name == "embed":
+                _check_rows(plan, found[0].pattern)
+            plans[name] = plan
+        return plans
 
     def plan(self, names: Sequence[str]) -> dict[str, LayerPlan | None]:
         """The plan of every layer, None for layers that are left as they are.
@@ -134,12 +184,12 @@ class Recipe:
             used |= set() if index is None else {index}
             plans[name] = None if rule is not None and rule.skip else self._layer(rule, books)
         for i, rule in enumerate(self.rules):
-            if i not in used:
+            if i not in used and not any(rule.names_edge(name) for name in EDGES):
                 raise InputError(
                     f"rules: {rule.pattern!r} applies to no layer (no name matches, or earlier rules take them all); "
                     f"names look like {names[0]} … {names[-1]}"
                 )
-        if not any(plans.values()):
+        if not any(plans.values()) and not any(map(self._quantises_edge, self.rules)):
             raise InputError("rules: every layer is skipped; nothing is left to quantise")
         return plans
 
@@ -151,10 +201,26 @@ class Recipe:
             books[known] = codebooks.make(bits=bits, **options)
         return LayerPlan(
             codebook=books[known],
-            rounding=self.rounding,
-            incoherence=self.incoherence,
+            rounding=self.rounding if rule is None or rule.rounding is None else rule.rounding,
+            incoherence=self.incoherence if rule is None or rule.incoherence is None else rule.incoherence,
             scale=self.scale if rule is None or rule.scale is None else rule.scale,
             damping=self.damping if rule is None or rule.damping is None else rule.damping,
+        )
+
+
+def _check_rows(plan: LayerPlan, pattern: str) -> None:
+    """Raises InputError for a plan of an embedding whose rows could not be looked up one by one."""
+    incoherence: Any = plan.incoherence
+    if plan.incoherence.name != "none" and getattr(incoherence, "side", "both") != "input":
+        raise InputError(
+            f"rules: {pattern!r}: the rows of an embedding are looked up, and incoherence={plan.incoherence.name} "
+            "mixes them; put incoherence: none into the rule, or {name: …, side: input}"
+        )
+    if plan.codebook.tile[0] > 1:
+        raise InputError(
+            f"rules: {pattern!r}: the rows of an embedding are looked up, and codebook "
+            f"{plan.codebook.spec()['name']} codes {plan.codebook.tile[0]} rows together; put codebook: {{name: grid}} "
+            "into the rule"
         )
 
 

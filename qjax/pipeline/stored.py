@@ -10,6 +10,7 @@ from qjax import models
 from qjax.errors import ArtifactError, InputError
 from qjax.finetune import lora
 from qjax.interchange import artifact
+from qjax.models.edges import edge_names
 from qjax.models.loading import Model
 from qjax.models.transformer import layer_names
 from qjax.pipeline.compressed import ADAPTERS, ARTIFACT, CompressedModel, is_artifact
@@ -56,7 +57,7 @@ def load_artifact(
     """
     folder = pathlib.Path(folder)
     model = artifact.load(folder, device=device)
-    order = {name: place for place, name in enumerate(layer_names(model.config))}
+    order = {name: place for place, name in enumerate((*edge_names(model.config), *layer_names(model.config)))}
     reports = sorted(artifact.reports(folder), key=lambda report: order.get(report.name, len(order)))
     if adapters is None and (beside := folder.parent / ADAPTERS).is_file():
         print(f"[without the adapters that it was tuned with: adapters={beside} takes them]", file=sys.stderr)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from qjax.data.stream import TokenStream
 from qjax.errors import InputError
 from qjax.finetune import Step, Tuned, TuningMethod, method_of
+from qjax.models.edges import edge_operators
 from qjax.models.loading import Model
 from qjax.runtime.fingerprint import identity
 from qjax.runtime.progress import Progress
@@ -53,7 +54,14 @@ def tuned(
       folder: keeps checkpoints.
       label: of the progress.
       mesh: its axis "data" shares out parameters and batches, None is one device.
+
+    Raises InputError for a model whose embedding or head is quantised.
     """
+    if outside := edge_operators(params):
+        raise InputError(
+            f"finetune={method.name}: {' and '.join(outside)} of this model is quantised, and tuning keeps embedding "
+            "and head as arrays; tune a model without rules for embed and head"
+        )
     with contextlib.ExitStack() as stack:
         shown: list[Progress] = []
 

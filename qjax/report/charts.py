@@ -21,6 +21,8 @@ def layer_losses(path: pathlib.Path) -> dict[str, dict[int, float]]:
     try:
         with (path / "layers.csv").open(newline="") as file:
             for row in csv.DictReader(file):
+                if not row["name"].startswith("layers."):  # embedding and head are in no block
+                    continue
                 _, block, linear = row["name"].split(".", 2)
                 found.setdefault(linear, {})[int(block)] = float(row["proxy_loss"])
     except (OSError, KeyError, TypeError, ValueError, AttributeError, UnicodeDecodeError, csv.Error):

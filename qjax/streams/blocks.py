@@ -57,6 +57,7 @@ def blocks(
     quantized: bool = False,
     stop: int | None = None,
     outputs: bool = False,
+    embedding: Any = None,
 ) -> Iterator[Block]:
     """All blocks in order, each with the activations that reach it.
 
@@ -66,16 +67,22 @@ def blocks(
       batch: sequences per step; the last step is filled up.
       spread: how sequences lie on a mesh, None on one device.
       original: whether there is the original model's stream, x.
-      quantized: whether there is the quantised stream, z. Both begin with the same array.
+      quantized: whether there is the quantised stream, z. Both begin with the same array, unless `embedding` is given.
       stop: the number of blocks to visit, None for all.
       outputs: whether those of the last block are wanted too, as its `y` when the loop has ended.
+      embedding: what the quantised stream begins with in place of `params["embed"]`.
 
     Raises InputError for parameters with more or fewer blocks than the configuration says.
     """
     x = z = None
     if tokens is not None and (original or quantized):
-        first = embedded(params["embed"], tokens if spread is None else spread.take(tokens), config, batch)
-        x, z = (first if original else None), (first if quantized else None)
+        own = tokens if spread is None else spread.take(tokens)
+        apart = quantized and embedding is not None
+        if original or not apart:
+            first = embedded(params["embed"], own, config, batch)
+            x, z = (first if original else None), (first if quantized else None)
+        if apart:
+            z = embedded(embedding, own, config, batch)
     last, index = config.num_layers if stop is None else stop, -1
     for index, parameters in enumerate(params["blocks"]):
         if index == last:

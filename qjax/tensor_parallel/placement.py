@@ -192,8 +192,12 @@ def distribute(params: Any, config: ModelConfig, mesh: Mesh, packed: bool = True
 
 
 def _edge_spec(name: str, path: tuple[Any, ...], leaf: Any, *, count: int) -> P:
-    """The partition of an array outside of the blocks: a table of the vocabulary by its rows, where these divide."""
-    table = name == "head" or (name == "embed" and (not path or path[-1].key == "tokens"))
+    """The partition of an array outside of the blocks: a table of the vocabulary by its rows, where these divide.
+
+    A quantised table is whole on every device.
+    """
+    key = getattr(path[-1], "key", None) if path else None
+    table = not path if name == "head" else name == "embed" and (not path or key == "tokens")
     return P(AXIS, None) if table and leaf.shape[0] % count == 0 else P()
 
 

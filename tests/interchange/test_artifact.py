@@ -1,4 +1,4 @@
-"""The artifact: its pieces are the run's records, any operator is stored, and format 1 becomes format 2 unchanged."""
+"""The artifact: its pieces are the run's records, any operator is stored, and format 1 becomes the newest unchanged."""
 
 import dataclasses
 import errno
@@ -69,7 +69,7 @@ def test_an_artifact_of_format_1_is_the_same_model_when_it_is_saved_again(fixtur
     assert again.fingerprint == stored.fingerprint == artifact.fingerprint(tmp_path / "artifact")
     assert again.fingerprint["sha256"] == str(np.load(fixture / "expected.npz")["fingerprint"])
     assert artifact.model_bytes(again.params) == artifact.model_bytes(stored.params)
-    assert json.loads((tmp_path / "artifact" / "model.json").read_text())["format"] == "qjax-artifact-2"
+    assert json.loads((tmp_path / "artifact" / "model.json").read_text())["format"] == "qjax-artifact-3"
     names = {"block.0", "edges", "layers.0.mlp.down_proj", "layers.0.self_attn.q_proj"}
     assert {file.stem for file in (tmp_path / "artifact" / "weights").iterdir()} == names
 

@@ -62,6 +62,10 @@ class GgufSource:
         """The stored type, e.g. "Q4_1"."""
         return self._tensors[name].type.name
 
+    def nbytes(self, name: str) -> int:
+        """The bytes that the tensor takes in the file."""
+        return self._tensors[name].size
+
     def readable(self, name: str) -> bool:
         """Whether the type is floating or one that the package `gguf` dequantises."""
         return _decodable(self._tensors[name].type)

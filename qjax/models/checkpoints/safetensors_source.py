@@ -117,6 +117,11 @@ class SafetensorsSource:
         """The stored type, as in the header."""
         return self._entries[name].dtype
 
+    def nbytes(self, name: str) -> int:
+        """The bytes that the tensor takes in its file."""
+        entry = self._entries[name]
+        return math.prod(entry.shape) * _BITS[entry.dtype] // 8
+
     def readable(self, name: str) -> bool:
         """Whether the tensor is F32, F16 or BF16."""
         return self._entries[name].dtype in _FLOATS

@@ -24,6 +24,8 @@ __all__ = [
     "leaf_shapes",
     "read_block",
     "read_edges",
+    "resolve_dtype",
+    "stored_bytes",
     "tensor_leaves",
     "tensor_shapes",
 ]
@@ -61,6 +63,10 @@ class WeightSource(Protocol):
         """The stored type, e.g. "BF16" or "Q4_1"."""
         ...
 
+    def nbytes(self, name: str) -> int:
+        """The bytes that the tensor takes in its file."""
+        ...
+
     def readable(self, name: str) -> bool:
         """Whether the stored type can be turned into floating values."""
         ...
@@ -77,6 +83,11 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     block = own.block_tensors(config)
     prefixes = [own.prefix.format(index=index) for index in range(config.num_layers)]
     return edges | {prefix + name: shape for prefix in prefixes for name, shape in block.items()}
+
+
+def stored_bytes(source: WeightSource, config: ModelConfig) -> int:
+    """The bytes of a model's tensors as its files hold them."""
+    return sum(source.nbytes(name) for name in tensor_shapes(config))
 
 
 def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

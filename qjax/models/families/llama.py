@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from qjax.errors import ModelFileError
@@ -13,7 +12,7 @@ from qjax.models.config import ModelConfig, RopeScaling
 from qjax.models.context import Cached, Context
 from qjax.models.families.base import FAMILIES, Family, Residual, Shape
 from qjax.models.families.fields import Fields
-from qjax.models.linear import affine
+from qjax.models.linear import affine, rows
 from qjax.models.norms import rms_norm
 from qjax.typing import HostOrDevice
 
@@ -124,7 +123,7 @@ class Llama(Family):
 
     def embed(self, parameters: Any, tokens: Array, positions: Array, config: ModelConfig) -> Array:
         """Rows of the embedding matrix."""
-        return jnp.take(parameters, tokens, axis=0, mode="clip")
+        return rows(parameters, tokens)
 
     def block(self, parameters: Any, x: HostOrDevice, context: Context | Cached) -> Array:
         """One block."""

@@ -14,7 +14,7 @@ from qjax.models.config import ModelConfig
 from qjax.models.context import Cached, Context
 from qjax.models.families.base import FAMILIES, Family, Shape
 from qjax.models.families.fields import Fields
-from qjax.models.linear import affine, linear
+from qjax.models.linear import affine, linear, rows
 from qjax.models.norms import layer_norm
 from qjax.typing import HostOrDevice
 
@@ -111,7 +111,7 @@ class OPT(Family):
 
     def embed(self, parameters: Any, tokens: Array, positions: Array, config: OPTConfig) -> Array:
         """Rows of the embedding, widened where it is narrower than the model, plus those of their positions."""
-        x = jnp.take(parameters["tokens"], tokens, axis=0, mode="clip")
+        x = rows(parameters["tokens"], tokens)
         x = linear(x, parameters["project_in"]) if "project_in" in parameters else x
         place = jnp.take(parameters["positions"], positions + _OFFSET, axis=0, mode="clip")
         return x + jnp.broadcast_to(place, x.shape)
