@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
+from qjax.models.attention import capped
 from qjax.models.config import ModelConfig
 from qjax.models.linear import summed
 from qjax.models.transformer import final
@@ -66,7 +67,8 @@ def label_gradient(
     root, length = jax.random.wrap_key_data(jnp.asarray(key)), x.shape[1]
 
     def sequences(hidden: Array, tokens: Array, numbers: Array) -> Array:
-        z = jnp.einsum("btn,vn->btv", hidden, weight, preferred_element_type=jnp.float32)
+        raw = jnp.einsum("btn,vn->btv", hidden, weight, preferred_element_type=jnp.float32)
+        z = capped(raw, config.logits_cap)
         gradient = jax.nn.softmax(z, axis=-1)
         if labels == "sampled":
             chosen = jax.vmap(lambda s, p: draw(jax.random.fold_in(root, s), p))(numbers, gradient)
@@ -75,7 +77,10 @@ def label_gradient(
             chosen = jnp.roll(tokens, -1, axis=1)
             counted = (jnp.arange(length) < length - 1).astype(z.dtype)
         hot = jnp.arange(z.shape[2]).reshape(1, 1, -1) == chosen[:, :, None]
-        gradient = ((gradient - hot.astype(z.dtype)) * counted.reshape(1, -1, 1)).astype(x.dtype)
+        gradient = (gradient - hot.astype(z.dtype)) * counted.reshape(1, -1, 1)
+        if config.logits_cap is not None:
+            gradient = gradient * (1 - jnp.square(z / config.logits_cap))
+        gradient = gradient.astype(x.dtype)
         return summed("btv,vn->btn", gradient, weight)
 
     batch = x.shape[0]

@@ -32,7 +32,7 @@ from qjax.interchange.serialize import from_arrays
 from qjax.interchange.weights import named_leaves, sha256_of
 from qjax.matrix.operator import codebooks_of, is_operator
 from qjax.matrix.quantize import MatrixReport
-from qjax.models.checkpoints.weights import leaf_shapes
+from qjax.models.checkpoints.weights import leaf_shapes, with_kind
 from qjax.models.config import ModelConfig
 from qjax.models.loading import Model
 from qjax.runtime.atomic import read_json
@@ -203,6 +203,7 @@ def _assemble(
         for key in parents:
             node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
         node[last] = leaf
+    params["blocks"] = [with_kind(block, config, index) for index, block in enumerate(params["blocks"])]
     return Model(
         config=config,
         params=params,

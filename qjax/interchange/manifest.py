@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from qjax.errors import ArtifactError
-from qjax.models.config import ModelConfig, RopeScaling
+from qjax.models.config import AttentionKind, ModelConfig, Scaling
 from qjax.models.families import FAMILIES
 from qjax.models.loading import Model
 from qjax.models.tokenizers.chat_template import ChatTemplate
@@ -44,21 +45,43 @@ def write(path: pathlib.Path, model: Model, about: Mapping[str, Any]) -> None:
 def config_of(manifest: Mapping[str, Any]) -> ModelConfig:
     """The architecture. Raises ValueError or TypeError for values of another type or range than its fields have."""
     config = dict(manifest["config"])
-    if config.get("rope_scaling") is not None:
-        config["rope_scaling"] = _typed(RopeScaling, config["rope_scaling"])
+    config["rope_scaling"] = _scaling(config.get("rope_scaling"))
+    if config.get("attention_kinds") is not None:
+        kinds = [{**kind, "rope_scaling": _scaling(kind["rope_scaling"])} for kind in config["attention_kinds"]]
+        config["attention_kinds"] = tuple(_typed(AttentionKind, kind) for kind in kinds)
+        if len(config["attention_kinds"]) != config["num_layers"]:
+            raise ValueError(f"{len(kinds)} kinds of attention for {config['num_layers']} layers")
     return _typed(FAMILIES.make(str(config["architecture"])).Config, config)
+
+
+def _scaling(values: Any) -> Any:
+    """The scaling of rotary frequencies that has fields of these names."""
+    if values is None:
+        return None
+    for kind in typing.get_args(Scaling):
+        if {field.name for field in dataclasses.fields(kind)} == set(values):
+            lists = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            return _typed(kind, lists)
+    raise ValueError(f"rope_scaling is {values!r}")
 
 
 def _typed(kind: Any, values: dict[str, Any]) -> Any:
     """A dataclass from JSON: every value has its field's type, and every number is positive and finite."""
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
-        allowed = typing.get_args(hints[name]) or (hints[name],)
+        allowed = tuple(typing.get_origin(a) or a for a in _members(hints[name]))
+        if type(value) is tuple and not all(type(x) is not float or 0 < x < float("inf") for x in value):
+            raise ValueError(f"{name} is {value}; its numbers are above 0 and finite")
         if type(value) not in allowed and not (type(value) is int and float in allowed):
             raise ValueError(f"{name} is {value!r}")
         if type(value) in (int, float) and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; it is above 0 and finite")
     return kind(**values)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def tokenizer_of(path: pathlib.Path, manifest: Mapping[str, Any]) -> Tokenizer:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax.models.config import ModelConfig
 from qjax.models.context import Cached
-from qjax.models.families import family
+from qjax.models.families import KIND, family
 from qjax.models.on_mesh import CACHE, HIDDEN, ROWS, OverMesh, spread
 from qjax.typing import HostOrDevice
 
@@ -47,7 +47,7 @@ def empty_cache(
 def _block(
     parameters: Any, config: ModelConfig, x: Array, keys: Array, values: Array, start: Array
 ) -> tuple[Array, Array, Array]:
-    context = Cached(config, keys, values, start)
+    context = Cached(config, keys, values, start, parameters.get(KIND))
     y = family(config).block(parameters, x, context)
     return y, context.keys, context.values
 

@@ -194,8 +194,8 @@ def _open_folder(folder: Path, name: str) -> ModelFiles:
         check_source(weights, config)
         description += ", with a head of its own"
         remarks = (
-            f"{folder / 'config.json'} says tie_word_embeddings and the weights hold an lm_head.weight that differs from "
-            "the embedding: the stored head is used",
+            f"{folder / 'config.json'} says tie_word_embeddings and the weights hold an lm_head.weight that "
+            "differs from the embedding: the stored head is used",
         )
     tokenizer = _folder_tokenizer(folder, table, config)
     tokenizer.chat = folder_template(folder)

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qjax.linalg.compiled import lean_jit
+from qjax.models.attention import capped
 from qjax.models.config import ModelConfig
 from qjax.models.context import Context
-from qjax.models.families import family
+from qjax.models.families import KIND, family
 from qjax.models.linear import linear, linear_weight, recorded, replace_linears
 from qjax.models.on_mesh import HIDDEN, placed, spread
 from qjax.models.structure import structure
@@ -43,7 +44,7 @@ def layer_names(config: ModelConfig) -> list[str]:
 
 
 def _output(parameters: Params, config: ModelConfig, x: HiddenInput) -> Hidden:
-    return family(config).block(parameters, x, Context(config))
+    return family(config).block(parameters, x, Context(config, parameters.get(KIND)))
 
 
 @lean_jit(static_argnames="config")
@@ -109,7 +110,8 @@ def final(parameters: Params, x: HiddenInput, config: ModelConfig) -> Float[Arra
 @functools.partial(jax.jit, static_argnames="config")
 def logits(parameters: dict[str, Any], x: HiddenInput, config: ModelConfig) -> Float[Array, "batch length vocab"]:
     """Final norm and output projection, in float32; `parameters` as returned by `head`."""
-    return linear(final(parameters, x, config), parameters["head"]).astype(jnp.float32)
+    values = linear(final(parameters, x, config), parameters["head"]).astype(jnp.float32)
+    return capped(values, config.logits_cap)
 
 
 def forward(params: Params, tokens: Int[HostOrDevice, "batch length"], config: ModelConfig) -> Array:

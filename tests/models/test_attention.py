@@ -35,7 +35,7 @@ def expected(q, k, v, gradient, visible):
 def test_attention_and_its_derivative(mask, dtype, error):
     visible = MASKS[mask]
     given = [jnp.asarray(a, dtype) for a in arrays()]
-    output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, visible), *given[:3])
+    output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, visible, q.shape[2] ** -0.5), *given[:3])
     found = output, *pull(given[3])
     exact_output, exact = expected(*(np.asarray(a, np.float64) for a in given), visible)
     for value, target in zip(found, (exact_output, *exact), strict=True):
@@ -47,6 +47,6 @@ def test_attention_and_its_derivative(mask, dtype, error):
 def test_what_is_kept_for_the_derivative():
     """One array of the size of the scores, in the dtype of the operands."""
     given = [jnp.asarray(a, jnp.bfloat16) for a in arrays()]
-    kept = jax.tree.leaves(jax.vjp(lambda q, k, v: attend(q, k, v, MASKS["causal"]), *given[:3])[1])
+    kept = jax.tree.leaves(jax.vjp(lambda q, k, v: attend(q, k, v, MASKS["causal"], q.shape[2] ** -0.5), *given[:3])[1])
     large = [leaf.dtype for leaf in kept if leaf.shape == (ROWS, QUERIES, KEYS)]
     assert large == [jnp.bfloat16]

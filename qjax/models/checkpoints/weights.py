@@ -14,7 +14,7 @@ import numpy as np
 
 from qjax.errors import InputError, ModelFileError, listed
 from qjax.models.config import ModelConfig
-from qjax.models.families import family, paths
+from qjax.models.families import KIND, family, paths
 
 __all__ = [
     "DTYPES",
@@ -28,6 +28,7 @@ __all__ = [
     "stored_bytes",
     "tensor_leaves",
     "tensor_shapes",
+    "with_kind",
 ]
 
 Params = Any  # a pytree of numpy arrays as documented in qjax.models.transformer
@@ -185,7 +186,13 @@ def read_block(source: WeightSource, config: ModelConfig, index: int, dtype: str
     parameters: dict[str, Any] = {}
     for name, path in paths(own.block_tensors(config)).items():
         _put(parameters, path, _read(source, own.prefix.format(index=index) + name, target))
-    return parameters
+    return with_kind(parameters, config, index)
+
+
+def with_kind(parameters: Params, config: ModelConfig, index: int) -> Params:
+    """A block's parameters with the kind of its attention, where layers differ."""
+    kind = config.kind(index)
+    return parameters if kind is None else {**parameters, KIND: kind}
 
 
 def read_edges(source: WeightSource, config: ModelConfig, dtype: str = "float32") -> Params:

@@ -16,9 +16,12 @@ from qjax.models.families.fields import Fields
 from qjax.registry import Registry
 from qjax.typing import HostOrDevice
 
-__all__ = ["FAMILIES", "Family", "Residual", "Shape", "family", "paths"]
+__all__ = ["FAMILIES", "KIND", "Family", "Residual", "Shape", "family", "paths"]
 
 Shape = tuple[int, ...]
+
+KIND = "attention_kind"
+"""The place of a layer's `AttentionKind` in the parameters of its block, in models whose layers differ."""
 
 
 @dataclasses.dataclass(frozen=True)

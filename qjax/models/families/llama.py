@@ -8,10 +8,11 @@ import jax
 from jaxtyping import Array
 
 from qjax.errors import ModelFileError
-from qjax.models.config import ModelConfig, RopeScaling
+from qjax.models.config import AttentionKind, ModelConfig, Scaling
 from qjax.models.context import Cached, Context
 from qjax.models.families.base import FAMILIES, Family, Residual, Shape
 from qjax.models.families.fields import Fields
+from qjax.models.families.rope import rope, rotary_dim
 from qjax.models.linear import affine, rows
 from qjax.models.norms import rms_norm
 from qjax.typing import HostOrDevice
@@ -42,7 +43,7 @@ class Llama(Family):
     head_dim: ClassVar[int | None] = None
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
-        """As `Family.config`: refuses other activations, partial rotation and mixed windows."""
+        """As `Family.config`: refuses other activations."""
         fields.choice("hidden_act", ("silu", "swish"), "silu")
         heads, layers, width = (
             fields.integer(key) for key in ("num_attention_heads", "num_hidden_layers", "hidden_size")
@@ -59,7 +60,9 @@ class Llama(Family):
                 f"with head_dim {fields.table.get('head_dim')!r}"
             )
         positions = fields.integer("max_position_embeddings", 2048)
-        theta, scaling = _rope(fields, positions)
+        turned = rotary_dim(fields, head_dim)
+        theta, scaling = rope(fields, positions, turned or head_dim)
+        kinds = self.kinds(fields, layers, theta, scaling)
         biases = fields.flag("attention_bias") and self.attention_bias
         return ModelConfig(
             architecture=architecture,
@@ -79,16 +82,22 @@ class Llama(Family):
             attention_bias=biases,
             mlp_bias=fields.flag("mlp_bias") and self.mlp_bias,
             qk_norm=self.qk_norm,
-            sliding_window=self.window(fields, layers),
+            sliding_window=kinds[0].window if len(set(kinds)) == 1 else None,
+            rotary_dim=turned,
+            attention_kinds=None if len(set(kinds)) == 1 and kinds[0].rotary else kinds,
         )
 
     def default_kv_heads(self, heads: int) -> int | None:
         """Key and value heads where the configuration says none: as many as heads. None asks for the key."""
         return heads
 
-    def window(self, fields: Fields, layers: int) -> int | None:
-        """The sliding window that all layers have, None without one."""
-        return None
+    def windows(self, fields: Fields, layers: int) -> list[int | None]:
+        """The sliding window of every layer, None without one."""
+        return [None] * layers
+
+    def kinds(self, fields: Fields, layers: int, theta: float, scaling: Scaling | None) -> tuple[AttentionKind, ...]:
+        """The attention of every layer."""
+        return tuple(AttentionKind(window, True, theta, scaling) for window in self.windows(fields, layers))
 
     def block_tensors(self, config: ModelConfig) -> dict[str, Shape]:
         """As `Family.block_tensors`."""
@@ -161,29 +170,3 @@ class Llama(Family):
     def final(self, parameters: Any, x: HostOrDevice, config: ModelConfig) -> Array:
         """The final norm."""
         return rms_norm(x, parameters, config.rms_norm_eps)
-
-
-def _rope(fields: Fields, positions: int) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) of either layout: `rope_theta` beside `rope_scaling`, or both inside `rope_parameters`."""
-    table, where = fields.table, fields.where
-    raw = table.get("rope_parameters") or table.get("rope_scaling") or {}
-    if not isinstance(raw, dict) or any(isinstance(value, dict) for value in raw.values()):
-        raise ModelFileError(f"{where}: rope parameters that differ between layers are not supported, found {raw!r}")
-    rope = Fields(raw, f"{where}, rope parameters")
-    theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
-    if rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelFileError(f"{where}: a rotary embedding of a part of each head is not supported")
-    kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind in (None, "default"):
-        return theta, None
-    if kind != "llama3":
-        raise ModelFileError(f"{where}: rope scaling of type {kind!r} is not supported; default and llama3 are")
-    scaling = RopeScaling(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_positions=rope.integer("original_max_position_embeddings", positions),
-    )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise ModelFileError(f"{where}: rope scaling needs high_freq_factor > low_freq_factor, found {scaling}")
-    return theta, scaling

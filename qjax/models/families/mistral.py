@@ -5,7 +5,7 @@ from __future__ import annotations
 from qjax.models.families.base import FAMILIES
 from qjax.models.families.fields import Fields
 from qjax.models.families.llama import Llama
-from qjax.models.families.windows import window_of_layers
+from qjax.models.families.windows import windows_of_layers
 
 __all__ = ["Mistral"]
 
@@ -26,8 +26,8 @@ class Mistral(Llama):
         """The key is needed."""
         return None
 
-    def window(self, fields: Fields, layers: int) -> int | None:
+    def windows(self, fields: Fields, layers: int) -> list[int | None]:
         """`sliding_window`: null is none, an absent key 4096."""
         if "sliding_window" in fields.table and fields.table["sliding_window"] is None:
-            return None
-        return window_of_layers(fields, fields.integer("sliding_window", _WINDOW), full=0, layers=layers)
+            return [None] * layers
+        return windows_of_layers(fields, fields.integer("sliding_window", _WINDOW), full=0, layers=layers)

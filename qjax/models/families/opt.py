@@ -25,7 +25,7 @@ _EPS = 1e-5
 _ACTIVATIONS = {"relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class OPTConfig(ModelConfig):
     """The configuration of an OPT: the shapes of `ModelConfig`, and choices of its own.
 

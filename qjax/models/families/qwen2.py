@@ -5,7 +5,7 @@ from __future__ import annotations
 from qjax.models.families.base import FAMILIES
 from qjax.models.families.fields import Fields
 from qjax.models.families.llama import Llama
-from qjax.models.families.windows import window_of_layers
+from qjax.models.families.windows import windows_of_layers
 
 __all__ = ["Qwen2"]
 
@@ -26,9 +26,9 @@ class Qwen2(Llama):
         """The key is needed."""
         return None
 
-    def window(self, fields: Fields, layers: int) -> int | None:
+    def windows(self, fields: Fields, layers: int) -> list[int | None]:
         """`sliding_window` where `use_sliding_window` is true, from layer `max_window_layers` on."""
         if not fields.flag("use_sliding_window") or fields.table.get("sliding_window") is None:
-            return None
+            return [None] * layers
         full = fields.table.get("max_window_layers", layers)
-        return window_of_layers(fields, fields.integer("sliding_window"), full=full, layers=layers)
+        return windows_of_layers(fields, fields.integer("sliding_window"), full=full, layers=layers)

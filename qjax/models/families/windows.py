@@ -5,20 +5,24 @@ from __future__ import annotations
 from qjax.errors import ModelFileError
 from qjax.models.families.fields import Fields
 
-__all__ = ["window_of_layers"]
+__all__ = ["layer_types", "windows_of_layers"]
+
+_TYPES = ("full_attention", "sliding_attention")
 
 
-def window_of_layers(fields: Fields, window: int, *, full: int, layers: int) -> int | None:
-    """`window` where all layers have it, None where none has.
+def layer_types(fields: Fields, layers: int, default: list[str]) -> list[str]:
+    """`layer_types`, or `default` where it is absent. Raises ModelFileError for other types or another number."""
+    found = fields.table.get("layer_types")
+    if found is None:
+        return default
+    if not isinstance(found, list) or len(found) != layers or not set(map(str, found)) <= set(_TYPES):
+        raise ModelFileError(
+            f"{fields.where}: layer_types is {found!r}; a list of {layers} is expected, of {' and '.join(_TYPES)}"
+        )
+    return found
 
-    `layer_types` says which have it; where it is absent, all but the first `full` layers do. Raises ModelFileError for
-    layers with and without a window in one model.
-    """
-    kinds = fields.table.get("layer_types")
-    if kinds is None:
-        kinds = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
-    if set(kinds) == {"full_attention"}:
-        return None
-    if set(kinds) != {"sliding_attention"}:
-        raise ModelFileError(f"{fields.where}: layers with and without a sliding window in one model are not supported")
-    return window
+
+def windows_of_layers(fields: Fields, window: int, *, full: int, layers: int) -> list[int | None]:
+    """`window` for the layers that have it: by `layer_types`, or where it is absent all but the first `full`."""
+    default = [_TYPES[index >= full] for index in range(layers)]
+    return [window if kind == "sliding_attention" else None for kind in layer_types(fields, layers, default)]
