@@ -17,6 +17,7 @@ from qjax.finetune.sharding import check_mesh
 from qjax.interchange import artifact
 from qjax.job.tuning import finetune_model, recovered, stored_bits, whole_model_bytes
 from qjax.pipeline.compressed import save_adapters
+from qjax.pipeline.tuning import check_edges
 from qjax.runtime.atomic import read_json, write_json
 from qjax.runtime.distributed import is_primary, on_primary
 from qjax.runtime.fingerprint import device, versions
@@ -68,6 +69,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
             print(f"{out}: finished before; nothing to do", flush=True)
             return known
         quantized = artifact.load(source)
+        check_edges(quantized.params, method)
         model = models.load(settings["model"]["source"], settings["model"].get("dtype", "float32"))
         text = {key: value for key, value in settings["data"].items() if value is not None}
         tokens = data.load(

@@ -96,7 +96,9 @@ class Quantize:
       bits: per weight, of the codebook; exceptions by layer go into `rules`.
       damping: added to the Hessian, as a fraction of its mean diagonal; raised until the factorisation succeeds.
       rules: ordered exceptions, the first match wins:
-        [{pattern: 'layers\.0\..*v_proj', skip: true}, {pattern: down_proj, bits: 3}].
+        [{pattern: 'layers\.0\..*v_proj', skip: true}, {pattern: down_proj, bits: 3}]. A rule has skip, or some of
+        bits, codebook, rounding, incoherence, scale, damping. Embedding and head are quantised where one names them:
+        {pattern: ^(embed|head)$, bits: 8, codebook: {name: grid}, rounding: nearest, incoherence: none}.
       plugins: modules of your own that register algorithms, imported before the configuration is read.
       seed: root of all randomness: signs, stochastic rounding, choice of calibration windows.
       out: run directory; null names it from the settings, under runs/.

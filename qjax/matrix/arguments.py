@@ -168,7 +168,8 @@ def check_numbers(name: Any, **numbers: Any) -> None:
     if not isinstance(name, str):
         raise InputError(f"name is {_shown(name)}; it is the layer's name, a text")
     for what, value in numbers.items():
-        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        scalar = isinstance(value, jax.Array) and value.ndim == 0
+        number = scalar or (isinstance(value, int | float | np.number) and not isinstance(value, bool))
         if not number or not 0 <= value < float("inf"):
             raise InputError(f"layer {name}: {what} is {_shown(value)}; it is a finite number, not negative")
 

@@ -18,7 +18,7 @@ from qjax.models.loading import Model
 from qjax.runtime.fingerprint import identity
 from qjax.runtime.progress import Progress
 
-__all__ = ["check_tuning", "tuned"]
+__all__ = ["check_edges", "check_tuning", "tuned"]
 
 _log = logging.getLogger("qjax")
 
@@ -30,6 +30,15 @@ def check_tuning(options: Mapping[str, Any] | None, hessian: Mapping[str, Any]) 
         raise InputError(
             f"finetune={method.name} needs hessian=original (as preset=quip_sharp and qtip have); found the stream "
             f"{hessian['stream']!r}"
+        )
+
+
+def check_edges(params: Any, method: TuningMethod) -> None:
+    """Raises InputError for a quantised embedding or head, which no method tunes or computes gradients through."""
+    if outside := edge_operators(params):
+        raise InputError(
+            f"finetune={method.name}: {' and '.join(outside)} of this model is quantised, and tuning keeps embedding "
+            "and head as arrays; tune a model without rules for embed and head"
         )
 
 
@@ -57,11 +66,7 @@ def tuned(
 
     Raises InputError for a model whose embedding or head is quantised.
     """
-    if outside := edge_operators(params):
-        raise InputError(
-            f"finetune={method.name}: {' and '.join(outside)} of this model is quantised, and tuning keeps embedding "
-            "and head as arrays; tune a model without rules for embed and head"
-        )
+    check_edges(params, method)
     with contextlib.ExitStack() as stack:
         shown: list[Progress] = []
 

@@ -178,10 +178,10 @@ def test_an_unknown_operator_or_format_is_named_with_the_version_that_wrote_it(s
     with pytest.raises(ArtifactError, match=r"layers\.0\.mlp\.down_proj\.safetensors: was written by qjax 9\.1\.0"):
         records.load("layers.0.mlp.down_proj")
     file = tmp_path / "artifact" / "model.json"
-    manifest = {**json.loads(file.read_text()), "format": "qjax-artifact-3", "version": "9.1.0"}
+    manifest = {**json.loads(file.read_text()), "format": "qjax-artifact-9", "version": "9.1.0"}
     file.write_text(json.dumps(manifest))
     artifact.seal(tmp_path / "artifact")
-    with pytest.raises(ArtifactError, match=r"format 'qjax-artifact-3', written by qjax 9\.1\.0; this qjax reads"):
+    with pytest.raises(ArtifactError, match=r"format 'qjax-artifact-9', written by qjax 9\.1\.0; this qjax reads"):
         artifact.load(tmp_path / "artifact")
 
 

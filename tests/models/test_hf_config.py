@@ -8,7 +8,7 @@ import pytest
 
 from qjax.errors import ModelFileError
 from qjax.models.checkpoints.hf_config import parse_config
-from qjax.models.config import RopeScaling
+from qjax.models.config import Linear, RopeScaling
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,10 +55,23 @@ def test_no_scaling(rope: Any):
     assert parse(rope_scaling=rope).rope_scaling is None
 
 
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "longrope"])
-def test_other_scalings_are_refused_by_name(kind: str):
-    with pytest.raises(ModelFileError, match=f"'{kind}'.*llama3"):
-        parse(rope_scaling={"rope_type": kind, "factor": 2.0})
+def test_a_linear_scaling_of_one_is_none():
+    assert parse(rope_scaling={"rope_type": "linear", "factor": 1.0}).rope_scaling is None
+    assert parse(rope_scaling={"type": "linear", "factor": 4.0}).rope_scaling == Linear(4.0)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "spiral", "factor": 2.0}, "rope scaling of type 'spiral' is not supported.*yarn"),
+        ({"rope_type": "longrope", "factor": 2.0}, "short_factor has None; 4 positive numbers are expected"),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 3}, "short_factor has 3 entries; 4 positive numbers"),
+        ({"rope_type": "yarn"}, "no factor"),
+    ],
+)
+def test_scalings_that_cannot_be_are_refused_by_name(scaling: dict[str, Any], message: str):
+    with pytest.raises(ModelFileError, match=message):
+        parse(rope_scaling=scaling)
 
 
 def test_biases_by_family():
@@ -80,10 +93,12 @@ def test_sliding_windows_by_family():
     assert parse(**qwen, use_sliding_window=False).sliding_window is None
     assert parse(**qwen, use_sliding_window=True, max_window_layers=2).sliding_window is None
     assert parse(**qwen, use_sliding_window=True, max_window_layers=0).sliding_window == 64
-    with pytest.raises(ModelFileError, match="with and without a sliding window"):
-        parse(**qwen, use_sliding_window=True, max_window_layers=1)
-    with pytest.raises(ModelFileError, match="with and without a sliding window"):
-        parse(**qwen, use_sliding_window=True, layer_types=["full_attention", "sliding_attention"])
+    some = parse(**qwen, use_sliding_window=True, max_window_layers=1)
+    assert some.sliding_window is None and [kind.window for kind in some.attention_kinds] == [None, 64]
+    some = parse(**qwen, use_sliding_window=True, layer_types=["sliding_attention", "full_attention"])
+    assert [some.kind(index).window for index in range(2)] == [64, None]
+    with pytest.raises(ModelFileError, match="layer_types is .*; a list of 2 is expected"):
+        parse(**qwen, use_sliding_window=True, layer_types=["full_attention"])
 
 
 def test_family_from_the_model_type_alone():
@@ -110,7 +125,7 @@ def test_unknown_architecture_lists_what_is_supported(named: Any):
         ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
-        ({"partial_rotary_factor": 0.5}, "a part of each head"),
+        ({"partial_rotary_factor": 0.1}, "rotates 0 values; an even number"),
         ({"rope_parameters": {"full": {"rope_type": "default"}}}, "differ between layers"),
         ({"rope_scaling": SCALED | {"rope_type": "llama3", "factor": None}}, "no factor"),
         ({"rope_scaling": SCALED | {"rope_type": "llama3", "high_freq_factor": 1.0}}, "high_freq_factor >"),

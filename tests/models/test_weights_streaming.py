@@ -101,8 +101,20 @@ def test_untied_model_without_a_head(folder: Path, tensors: dict[str, np.ndarray
         open_model(folder)
 
 
-def test_tied_model_ignores_a_stored_head(edit_config: Callable[..., Path]):
-    assert "head" not in load(edit_config(tie_word_embeddings=True)).params
+def test_a_stored_head_that_differs_from_a_tied_embedding_is_used(edit_config: Callable[..., Path]):
+    folder = edit_config(tie_word_embeddings=True)
+    model, files = load(folder), open_model(folder)
+    stored = load_file(folder / WEIGHTS)["lm_head.weight"]
+    assert np.array_equal(np.asarray(model.params["head"]), stored.astype(np.float32))
+    assert not model.config.tie_embeddings and "a head of its own" in model.description
+    assert len(files.remarks) == 1 and "the stored head is used" in files.remarks[0]
+
+
+def test_a_stored_head_that_is_the_embedding_is_tied(folder: Path, edit_config: Callable[..., Path]):
+    edit_config(tie_word_embeddings=True)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, folder / WEIGHTS)
+    assert "head" not in load(folder).params and open_model(folder).remarks == ()
 
 
 def test_rotary_tables_in_old_files_are_ignored(folder: Path, tensors: dict[str, np.ndarray]):

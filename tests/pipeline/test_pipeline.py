@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -88,6 +89,8 @@ def test_four_bits_stay_close_to_the_original(finished):
     assert 4 <= results["bits_per_weight"] < 4.1
     assert results["perplexity"] < 1.05 * results["perplexity_reference"] and results["kl_mean"] < 0.05
     assert results["whole_model_bytes"] < results["whole_model_bytes_reference"] / 2
+    weights = models.open_model("tiny").weights  # stored in bfloat16, and counted so
+    assert results["whole_model_bytes_reference"] == 2 * sum(math.prod(weights.shape(name)) for name in weights.names)
 
 
 def test_the_number_of_compiled_programs_is_small(finished):

@@ -137,11 +137,6 @@ class SafetensorsSource:
             raise ModelFileError(f"{self._entries[name].path}: tensor {name} is stored as {kind}, which is not read")
         return self._array(name, np.dtype(_FLOATS.get(kind) or _CODES[kind]))
 
-    def stored_bytes(self, name: str) -> int:
-        """The bytes of a tensor in its file."""
-        entry = self._entries[name]
-        return math.prod(entry.shape) * _BITS[entry.dtype] // 8
-
     def _array(self, name: str, dtype: np.dtype) -> np.ndarray:
         entry = self._entries[name]
         count = math.prod(entry.shape)

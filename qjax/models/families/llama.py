@@ -92,11 +92,11 @@ class Llama(Family):
         return heads
 
     def windows(self, fields: Fields, layers: int) -> list[int | None]:
-        """The sliding window of every layer, None without one."""
-        return [None] * layers
+        """The sliding window of every layer, None without one; one value where all have the same."""
+        return [None]
 
     def kinds(self, fields: Fields, layers: int, theta: float, scaling: Scaling | None) -> tuple[AttentionKind, ...]:
-        """The attention of every layer."""
+        """The attention of every layer, or the one of all."""
         return tuple(AttentionKind(window, True, theta, scaling) for window in self.windows(fields, layers))
 
     def block_tensors(self, config: ModelConfig) -> dict[str, Shape]:

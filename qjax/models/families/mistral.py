@@ -29,5 +29,5 @@ class Mistral(Llama):
     def windows(self, fields: Fields, layers: int) -> list[int | None]:
         """`sliding_window`: null is none, an absent key 4096."""
         if "sliding_window" in fields.table and fields.table["sliding_window"] is None:
-            return [None] * layers
+            return [None]
         return windows_of_layers(fields, fields.integer("sliding_window", _WINDOW), full=0, layers=layers)

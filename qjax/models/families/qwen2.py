@@ -29,6 +29,6 @@ class Qwen2(Llama):
     def windows(self, fields: Fields, layers: int) -> list[int | None]:
         """`sliding_window` where `use_sliding_window` is true, from layer `max_window_layers` on."""
         if not fields.flag("use_sliding_window") or fields.table.get("sliding_window") is None:
-            return [None] * layers
+            return [None]
         full = fields.table.get("max_window_layers", layers)
         return windows_of_layers(fields, fields.integer("sliding_window"), full=full, layers=layers)

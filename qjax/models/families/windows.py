@@ -23,6 +23,11 @@ def layer_types(fields: Fields, layers: int, default: list[str]) -> list[str]:
 
 
 def windows_of_layers(fields: Fields, window: int, *, full: int, layers: int) -> list[int | None]:
-    """`window` for the layers that have it: by `layer_types`, or where it is absent all but the first `full`."""
+    """`window` for the layers that have it: by `layer_types`, or where it is absent all but the first `full`.
+
+    One value stands for all layers where they are alike.
+    """
+    if fields.table.get("layer_types") is None and not 0 < full < layers:
+        return [window if full <= 0 else None]
     default = [_TYPES[index >= full] for index in range(layers)]
     return [window if kind == "sliding_attention" else None for kind in layer_types(fields, layers, default)]

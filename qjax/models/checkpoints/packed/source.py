@@ -28,7 +28,7 @@ class Stored(Protocol):
     def readable(self, name: str) -> bool: ...
     def read(self, name: str) -> np.ndarray: ...
     def raw(self, name: str) -> np.ndarray: ...
-    def stored_bytes(self, name: str) -> int: ...
+    def nbytes(self, name: str) -> int: ...
 
 
 class QuantisedSource:
@@ -58,7 +58,7 @@ class QuantisedSource:
         self.names = frozenset((stored.names - used - left) | set(self._arrays))
         self.quantised = frozenset(self._arrays)
         self.files = stored.files
-        self.stored_bits = 8 * sum(stored.stored_bytes(name) for name in used)
+        self.stored_bits = 8 * sum(stored.nbytes(name) for name in used)
         self.description = f"dequantised {scheme.title}" + (", activations left as they are" if left else "")
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -75,6 +75,11 @@ class QuantisedSource:
         """The stored type, for a quantised weight that of its codes."""
         arrays = self._arrays.get(name)
         return self._stored.dtype(name if arrays is None else next(iter(arrays.values())))
+
+    def nbytes(self, name: str) -> int:
+        """The bytes that the tensor takes in its file, with its scales and zeros."""
+        arrays = self._arrays.get(name)
+        return sum(map(self._stored.nbytes, [name] if arrays is None else arrays.values()))
 
     def readable(self, name: str) -> bool:
         """Whether the tensor can be turned into floating values."""
