@@ -13,6 +13,9 @@ It writes to tests/fixtures/models:
                      sliding window, Qwen2 with biases, Qwen3 with q/k norms, OPT, and OPT with its norms behind the
                      sums and a narrow embedding, as the 350M model has them): config.json, model.safetensors,
                      reference.npz {tokens [1, 40], logits [1, 40, vocab]}. Always rewritten.
+  families.npz       {tokens [1, 40], and of every case `config` (JSON), `names` of its tensors as they are saved,
+                     `logits` [1, 14, vocab] of every third position}: all families with the options that they have;
+                     the values of the tensors follow from their names.
   stories260k.npz    {tokens [1, 64], logits [1, 64, 512]} of the trained model in --stories.
   smollm2.npz        {tokens [n], positions [p], columns [c], logits [p, c], top_ids [n, 5], top_logits [n, 5],
                      logsumexp [n]} of the GGUF file in --smollm2; logits [n, 49152] would not be a small file.
@@ -23,11 +26,15 @@ All logits are float32, from float32 weights (bfloat16 and Q4_1 are widened firs
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "models"
 COMMON = {
@@ -59,6 +66,103 @@ FAMILIES = {
     "qwen3": transformers.Qwen3Config(**COMMON, head_dim=12, tie_word_embeddings=True),
     "opt": transformers.OPTConfig(**OPT, word_embed_proj_dim=32),
     "opt_post_norm": transformers.OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
+}
+_HEADS = {**COMMON, "head_dim": 8}
+_TYPES = ["sliding_attention", "full_attention"]
+_FACTORS = {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.5, 2.0, 4.0, 8.0]}
+_NEOX = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
+_FALCON = {key: value for key, value in _NEOX.items() if key != "intermediate_size"}
+CASES = {
+    "llama_linear": transformers.LlamaConfig(
+        **COMMON, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "llama_dynamic": transformers.LlamaConfig(
+        **{**COMMON, "max_position_embeddings": 16},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    ),
+    "llama_yarn": transformers.LlamaConfig(
+        **COMMON,
+        rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
+    ),
+    "llama_yarn_mscale": transformers.LlamaConfig(
+        **COMMON,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.3,
+            "truncate": False,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+        },
+    ),
+    "llama_biases": transformers.LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True),
+    "qwen2_windows": transformers.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "qwen3_windows": transformers.Qwen3Config(
+        **COMMON, head_dim=8, use_sliding_window=True, sliding_window=8, layer_types=_TYPES
+    ),
+    "smollm3": transformers.SmolLM3Config(**{**COMMON, "num_hidden_layers": 4}, pad_token_id=0),
+    "smollm3_windows": transformers.SmolLM3Config(
+        **COMMON, pad_token_id=0, use_sliding_window=True, sliding_window=8, no_rope_layers=[0, 1], layer_types=_TYPES
+    ),
+    "granite": transformers.GraniteConfig(
+        **COMMON, embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=2.5
+    ),
+    "phi3": transformers.Phi3Config(**COMMON, pad_token_id=0),
+    "phi3_window": transformers.Phi3Config(**COMMON, pad_token_id=0, sliding_window=8),
+    "phi4_partial": transformers.Phi3Config(
+        **COMMON, pad_token_id=0, partial_rotary_factor=0.5, tie_word_embeddings=True
+    ),
+    "phi3_longrope_short": transformers.Phi3Config(
+        **COMMON,
+        pad_token_id=0,
+        original_max_position_embeddings=64,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **_FACTORS},
+    ),
+    "phi3_longrope_long": transformers.Phi3Config(
+        **COMMON,
+        pad_token_id=0,
+        original_max_position_embeddings=16,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **_FACTORS},
+    ),
+    "gpt_neox": transformers.GPTNeoXConfig(**_NEOX),
+    "gpt_neox_serial": transformers.GPTNeoXConfig(
+        **_NEOX,
+        use_parallel_residual=False,
+        attention_bias=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
+    "falcon_7b": transformers.FalconConfig(**_FALCON),
+    "falcon_40b": transformers.FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon_11b": transformers.FalconConfig(
+        **_FALCON,
+        new_decoder_architecture=True,
+        num_kv_heads=2,
+        num_ln_in_parallel_attn=1,
+        bias=True,
+        ffn_hidden_size=48,
+        tie_word_embeddings=False,
+    ),
+    "olmo2": transformers.Olmo2Config(**COMMON, pad_token_id=0),
+    "gemma": transformers.GemmaConfig(**_HEADS),
+    "gemma2": transformers.Gemma2Config(
+        **_HEADS, sliding_window=8, query_pre_attn_scalar=16, attn_logit_softcapping=5.0, final_logit_softcapping=3.0
+    ),
+    "gemma2_plain": transformers.Gemma2Config(
+        **_HEADS, sliding_window=8, query_pre_attn_scalar=8, attn_logit_softcapping=None, final_logit_softcapping=None
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **{**_HEADS, "num_hidden_layers": 3},
+        sliding_window=8,
+        query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }
 SMOLLM2_TEXT = (
     "The capital of France is Paris. In 1234567 ways, café\u0301 naïve  \n\n\tdef f(x):\n    return x**2  # 日本語"
@@ -93,6 +197,34 @@ def make_family(name: str, config: transformers.PretrainedConfig, seed: int) -> 
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     np.savez_compressed(folder / "reference.npz", tokens=tokens, logits=logits)
+
+
+def values_of(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The values of a tensor by its name: so a fixture holds none, and tests/models/generated.py makes the same."""
+    noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if len(shape) == 1:
+        return 0.5 * noise if name.endswith("bias") else 1 + 0.2 * noise
+    return noise if "embed" in name else noise * np.float32(1.5 / shape[-1] ** 0.5)
+
+
+def make_cases() -> None:
+    """families.npz: of every case its configuration and tensor names as they are saved, tokens and logits."""
+    found: dict[str, np.ndarray] = {}
+    tokens = np.random.default_rng(0).integers(0, COMMON["vocab_size"], (1, 40)).astype(np.int32)
+    for name, config in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.safetensors"
+            transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+            tensors = {key: values_of(key, value.shape) for key, value in load_file(file).items()}
+            save_file(tensors, file, metadata={"format": "pt"})
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager"
+            ).eval()
+            table = json.loads((Path(folder) / "config.json").read_text())
+        found[f"{name}/config"] = np.asarray(json.dumps(table))
+        found[f"{name}/names"] = np.asarray(sorted(tensors))
+        found[f"{name}/logits"] = logits_of(model, tokens)[:, ::3]
+    np.savez_compressed(FIXTURES / "families.npz", tokens=tokens, **found)
 
 
 def make_stories(folder: Path) -> None:
@@ -136,6 +268,7 @@ def main() -> None:
     FIXTURES.mkdir(parents=True, exist_ok=True)
     for seed, (name, config) in enumerate(FAMILIES.items()):
         make_family(name, config, seed)
+    make_cases()
     if arguments.stories is not None:
         make_stories(arguments.stories)
     if arguments.smollm2 is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -44,7 +45,7 @@ class Llama(Family):
 
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         """As `Family.config`: refuses other activations."""
-        fields.choice("hidden_act", ("silu", "swish"), "silu")
+        self.check_activation(fields)
         heads, layers, width = (
             fields.integer(key) for key in ("num_attention_heads", "num_hidden_layers", "hidden_size")
         )
@@ -61,10 +62,11 @@ class Llama(Family):
             )
         positions = fields.integer("max_position_embeddings", 2048)
         turned = rotary_dim(fields, head_dim)
-        theta, scaling = rope(fields, positions, turned or head_dim)
-        kinds = self.kinds(fields, layers, theta, scaling)
+        theta, scaling = self.rope(fields, positions, turned or head_dim)
+        kinds, plain = self.kinds(fields, layers, theta, scaling), AttentionKind(None, True, theta, scaling)
         biases = fields.flag("attention_bias") and self.attention_bias
-        return ModelConfig(
+        alike = len(set(kinds)) == 1 and dataclasses.replace(kinds[0], window=None) == plain
+        config = self.Config(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
             hidden_size=width,
@@ -82,10 +84,23 @@ class Llama(Family):
             attention_bias=biases,
             mlp_bias=fields.flag("mlp_bias") and self.mlp_bias,
             qk_norm=self.qk_norm,
-            sliding_window=kinds[0].window if len(set(kinds)) == 1 else None,
+            sliding_window=kinds[0].window if alike else None,
             rotary_dim=turned,
-            attention_kinds=None if len(set(kinds)) == 1 and kinds[0].rotary else kinds,
+            attention_kinds=None if alike else kinds,
         )
+        return dataclasses.replace(config, **self.options(fields))
+
+    def rope(self, fields: Fields, positions: int, dims: int) -> tuple[float, Scaling | None]:
+        """(theta, scaling) of the rotation."""
+        return rope(fields, positions, dims)
+
+    def options(self, fields: Fields) -> dict[str, Any]:
+        """Further fields of `Config`, and those that a family sets in its own way."""
+        return {}
+
+    def check_activation(self, fields: Fields) -> None:
+        """Raises ModelFileError for an activation that the family does not have here."""
+        fields.choice("hidden_act", ("silu", "swish"), "silu")
 
     def default_kv_heads(self, heads: int) -> int | None:
         """Key and value heads where the configuration says none: as many as heads. None asks for the key."""
@@ -134,13 +149,15 @@ class Llama(Family):
         """Rows of the embedding matrix."""
         return rows(parameters, tokens)
 
-    def block(self, parameters: Any, x: HostOrDevice, context: Context | Cached) -> Array:
-        """One block."""
-        config, attention, mlp = context.config, parameters["self_attn"], parameters["mlp"]
+    def norm(self, x: HostOrDevice, gain: HostOrDevice, config: ModelConfig) -> Array:
+        """The norm of a family."""
+        return rms_norm(x, gain, config.rms_norm_eps)
+
+    def queries_keys_values(self, parameters: Any, x: Array, config: Any) -> tuple[Array, Array, Array]:
+        """Heads `[batch, length, heads, dim]` before the rotation; `parameters` are those of the attention."""
         batch, length, _ = x.shape
-        normal = rms_norm(x, parameters["input_layernorm"], config.rms_norm_eps)
         q, k, v = (
-            affine(attention[name], normal).reshape(batch, length, heads, config.head_dim)
+            affine(parameters[name], x).reshape(batch, length, heads, config.head_dim)
             for name, heads in (
                 ("q_proj", config.num_heads),
                 ("k_proj", config.num_kv_heads),
@@ -148,14 +165,36 @@ class Llama(Family):
             )
         )
         if config.qk_norm:
-            q = rms_norm(q, attention["q_norm"], config.rms_norm_eps)
-            k = rms_norm(k, attention["k_norm"], config.rms_norm_eps)
+            q = self.norm(q, parameters["q_norm"], config)
+            k = self.norm(k, parameters["k_norm"], config)
+        return q, k, v
+
+    def attention(self, parameters: Any, x: Array, context: Context | Cached) -> Array:
+        """The attention's output for normed x; `parameters` are those of the attention."""
+        q, k, v = self.queries_keys_values(parameters, x, context.config)
         q, k = context.rotary(q, k)
-        x = affine(attention["o_proj"], context.attend(q, k, v)) + x
-        normal = rms_norm(x, parameters["post_attention_layernorm"], config.rms_norm_eps)
-        return x + affine(
-            mlp["down_proj"], jax.nn.silu(affine(mlp["gate_proj"], normal)) * affine(mlp["up_proj"], normal)
-        )
+        return affine(parameters["o_proj"], context.attend(q, k, v))
+
+    def mlp(self, parameters: Any, x: Array) -> Array:
+        """The gated MLP's output for normed x; `parameters` are those of the MLP."""
+        gate, up = affine(parameters["gate_proj"], x), affine(parameters["up_proj"], x)
+        return affine(parameters["down_proj"], self.activation(gate) * up)
+
+    def activation(self, x: Array) -> Array:
+        """The activation of the gate."""
+        return jax.nn.silu(x)
+
+    def added(self, x: HostOrDevice, branch: Array, config: Any) -> Array:
+        """The residual stream with the output of attention or MLP."""
+        return branch + x
+
+    def block(self, parameters: Any, x: HostOrDevice, context: Context | Cached) -> Array:
+        """One block."""
+        config = context.config
+        normal = self.norm(x, parameters["input_layernorm"], config)
+        x = self.added(x, self.attention(parameters["self_attn"], normal, context), config)
+        normal = self.norm(x, parameters["post_attention_layernorm"], config)
+        return self.added(x, self.mlp(parameters["mlp"], normal), config)
 
     def residual(self) -> Residual | None:
         """As `Family.residual`; a family with another block says its own."""
@@ -169,4 +208,4 @@ class Llama(Family):
 
     def final(self, parameters: Any, x: HostOrDevice, config: ModelConfig) -> Array:
         """The final norm."""
-        return rms_norm(x, parameters, config.rms_norm_eps)
+        return self.norm(x, parameters, config)

@@ -30,7 +30,7 @@ def rope(fields: Fields, positions: int, dims: int, theta: float = 10_000.0) -> 
 
 def rope_of_layers(fields: Fields, kind: str, positions: int, dims: int, theta: float) -> tuple[float, Scaling | None]:
     """As `rope`, for the layers of one `kind` ("full_attention", …), where every kind has parameters of its own."""
-    raw = fields.table.get("rope_parameters") or {}
+    raw = fields.table.get("rope_parameters") or fields.table.get("rope_scaling") or {}
     own = raw.get(kind, raw if not any(isinstance(value, dict) for value in raw.values()) else {})
     return _rope(Fields(own, f"{fields.where}, rope parameters of {kind}"), fields, positions, dims, theta)
 
