@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from qjax.errors import InputError
 from qjax.models.config import ModelConfig
+from qjax.models.families import family
 from qjax.models.linear import linears_of
 from qjax.models.on_mesh import Axes
 from qjax.models.structure import Linear, structure
@@ -94,7 +95,15 @@ def local_config(config: ModelConfig, count: int) -> ModelConfig:
 
 
 def check(config: ModelConfig, count: int) -> None:
-    """Raises InputError unless key/value heads, heads and the hidden layer divide among `count` devices."""
+    """Raises InputError unless the family can be cut, and key/value heads, heads and the hidden layer divide.
+
+    `count` is the number of devices that they divide among.
+    """
+    if count > 1 and (why := family(config).whole) is not None:
+        raise InputError(
+            f"mesh.model is {count}; the blocks of {config.architecture} cannot be cut into parts ({why}): use "
+            "mesh.model=1, which splits sequences"
+        )
     common = math.gcd(config.num_kv_heads, config.num_heads, config.intermediate_size)
     if common % count:
         allowed = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)

@@ -53,6 +53,7 @@ class Family(abc.ABC):
       title: for messages.
       prefix: what the names of block 0's tensors begin with, `{index}` in place of 0.
       Config: the static description, `ModelConfig` or a dataclass derived from it.
+      whole: why its blocks cannot be cut into parts of heads and hidden features; None where they can.
       gguf: `general.architecture` of its GGUF files, None where there are none.
       gguf_paired: linears whose rows GGUF files store with the rotary pairs as neighbours (row 2i with 2i + 1).
     """
@@ -61,6 +62,7 @@ class Family(abc.ABC):
     title: ClassVar[str]
     prefix: ClassVar[str] = "model.layers.{index}."
     Config: ClassVar[type[ModelConfig]] = ModelConfig
+    whole: ClassVar[str | None] = None
     gguf: ClassVar[str | None] = None
     gguf_paired: ClassVar[tuple[str, ...]] = ()
 

@@ -46,7 +46,7 @@ class Falcon(Family):
         fields.choice("activation", ("gelu",), "gelu")
         if fields.flag("alibi") or not fields.flag("parallel_attn", True):
             raise ModelFileError(
-                f"{fields.where}: it has alibi, or attention before the MLP (parallel_attn false), which are not supported; "
+                f"{fields.where}: alibi and attention before the MLP (parallel_attn false) are not supported; "
                 "Falcons with rotary positions and attention beside the MLP are (7B, 11B, 40B, 180B)"
             )
         width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")

@@ -22,6 +22,7 @@ class Olmo2(Llama):
 
     model_type = "olmo2"
     title = "OLMo 2 (Olmo2ForCausalLM)"
+    whole = "norms of queries and keys are over all heads"
     gguf = None
     mlp_bias = False
 

@@ -24,6 +24,7 @@ class Phi3(Llama):
 
     model_type = "phi3"
     title = "Phi-3 and Phi-4 (Phi3ForCausalLM)"
+    whole = "rows of q, k and v, of gate and up, lie one after the other in one matrix"
     gguf = None
     attention_bias = False
     mlp_bias = False

@@ -1,4 +1,4 @@
-"""A family that is not a Llama on a mesh: OPT's logits, states and tokens, dense and quantised, as on one device."""
+"""Families that are no Llamas on a mesh: logits, states and tokens, dense and quantised, as on one device."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from generated import generated
 
 from qjax import codebooks, incoherence, models, rounding, tensor_parallel
+from qjax.errors import InputError
 from qjax.evaluate import hidden_states
 from qjax.hessian import collect
 from qjax.matrix.quantize import quantize_matrix
@@ -23,6 +25,19 @@ TOKENS = np.random.default_rng(1).integers(0, 64, (4, 24)).astype(np.int32)
 def model(request):
     assert len(jax.devices()) == 8
     return models.load(FIXTURES / request.param)
+
+
+@pytest.mark.parametrize("case", ["gpt_neox", "gemma2"])
+def test_fused_linears_and_layers_of_two_kinds_on_four_by_two_devices(case):
+    model = generated(case)
+    agree(model, quantized(model), mesh.make(4, 2))
+
+
+@pytest.mark.parametrize("case", ["phi3", "olmo2"])
+def test_what_cannot_be_cut_is_refused(case):
+    model = generated(case)
+    with pytest.raises(InputError, match="cannot be cut into parts .*use mesh.model=1"):
+        tensor_parallel.distribute(model.params, model.config, mesh.make(4, 2), packed=False)
 
 
 def quantized(model):
@@ -47,8 +62,12 @@ def quantized(model):
 
 @pytest.mark.parametrize("kind", ["dense", "quantized"])
 def test_the_model_on_two_by_four_devices_is_that_on_one(model, kind):
-    params = model.params if kind == "dense" else quantized(model)
-    found = tensor_parallel.distribute(params, model.config, mesh.make(2, 4), packed=False)
+    agree(model, model.params if kind == "dense" else quantized(model), mesh.make(2, 4))
+
+
+def agree(model, params, devices):
+    """Raises AssertionError unless logits, states and tokens on these devices are those on one."""
+    found = tensor_parallel.distribute(params, model.config, devices, packed=False)
     logits = np.asarray(models.forward(params, TOKENS, model.config))
     atol = 1e-5 * np.abs(logits).max()
     np.testing.assert_allclose(np.asarray(models.forward(found, TOKENS, model.config)), logits, atol=atol)
