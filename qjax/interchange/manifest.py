@@ -74,7 +74,7 @@ def _typed(kind: Any, values: dict[str, Any]) -> Any:
             raise ValueError(f"{name} is {value}; its numbers are above 0 and finite")
         if type(value) not in allowed and not (type(value) is int and float in allowed):
             raise ValueError(f"{name} is {value!r}")
-        if type(value) in (int, float) and not 0 < value < float("inf"):
+        if isinstance(value, int | float) and type(value) is not bool and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; it is above 0 and finite")
     return kind(**values)
 

@@ -68,7 +68,9 @@ class Context:
         visible = ahead >= 0
         if (window := _window(self.config, self.kind)) is not None:
             visible &= ahead < window
-        mixed = attend(q, k, v, np.tile(visible, (groups, 1)), _scale(self.config, dim), self.config.attention_cap)
+        mixed: Array = attend(
+            q, k, v, np.tile(visible, (groups, 1)), _scale(self.config, dim), self.config.attention_cap
+        )
         mixed = mixed.reshape(batch, kv, groups, length, dim).transpose(0, 3, 1, 2, 4)
         return mixed.reshape(batch, length, kv * groups * dim)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from qjax.errors import InputError, ModelFileError
 from qjax.models import WeightSource, load, open_model, read_block, read_edges

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from qjax.errors import ModelFileError, RunError
 from qjax.models.checkpoints.hf_config import parse_config
 from qjax.models.checkpoints.weights import tensor_leaves
-from qjax.models.config import ModelConfig
+from qjax.models.config import Linear, ModelConfig, RopeScaling
 from qjax.models.families import family
 from qjax.runtime.durable import WholeFolder
 
@@ -80,8 +80,10 @@ def described(config: ModelConfig) -> dict[str, Any]:
         "sliding_window": config.sliding_window,
         "use_sliding_window": config.sliding_window is not None,
     }
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
+    scaling = config.rope_scaling
+    if isinstance(scaling, Linear):
+        table["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, RopeScaling):
         table["rope_scaling"] = {
             "rope_type": "llama3",
             "factor": scaling.factor,

@@ -121,7 +121,7 @@ class Falcon(Family):
         mixed = affine(attention["dense"], context.attend(q, k, fused[:, :, :, -1]))
         normal = normal if first == second else layer_norm(x, parameters[second], config.rms_norm_eps)
         hidden = jax.nn.gelu(affine(mlp["dense_h_to_4h"], normal), approximate=False)
-        return x + mixed + affine(mlp["dense_4h_to_h"], hidden)
+        return affine(mlp["dense_4h_to_h"], hidden) + mixed + x
 
     def final(self, parameters: Any, x: HostOrDevice, config: FalconConfig) -> Array:
         """The final norm."""

@@ -56,6 +56,6 @@ class Gemma2(Gemma):
         """One block."""
         norm = lambda x, name: self.norm(x, parameters[name], context.config)  # noqa: E731
         mixed = self.attention(parameters["self_attn"], norm(x, "input_layernorm"), context)
-        x = x + norm(mixed, "post_attention_layernorm")
+        x = norm(mixed, "post_attention_layernorm") + x
         hidden = self.mlp(parameters["mlp"], norm(x, "pre_feedforward_layernorm"))
-        return x + norm(hidden, "post_feedforward_layernorm")
+        return norm(hidden, "post_feedforward_layernorm") + x

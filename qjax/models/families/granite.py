@@ -52,7 +52,7 @@ class Granite(Llama):
 
     def added(self, x: HostOrDevice, branch: Array, config: Any) -> Array:
         """As `Llama.added`."""
-        return x + branch * config.residual_multiplier
+        return branch * config.residual_multiplier + x
 
     def final(self, parameters: Any, x: HostOrDevice, config: Any) -> Array:
         """The final norm over the divisor of the logits."""

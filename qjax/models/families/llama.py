@@ -153,7 +153,7 @@ class Llama(Family):
         """The norm of a family."""
         return rms_norm(x, gain, config.rms_norm_eps)
 
-    def queries_keys_values(self, parameters: Any, x: Array, config: Any) -> tuple[Array, Array, Array]:
+    def queries_keys_values(self, parameters: Any, x: Any, config: Any) -> tuple[Array, Array, Array]:
         """Heads `[batch, length, heads, dim]` before the rotation; `parameters` are those of the attention."""
         batch, length, _ = x.shape
         q, k, v = (
@@ -169,7 +169,7 @@ class Llama(Family):
             k = self.norm(k, parameters["k_norm"], config)
         return q, k, v
 
-    def attention(self, parameters: Any, x: Array, context: Context | Cached) -> Array:
+    def attention(self, parameters: Any, x: HostOrDevice, context: Context | Cached) -> Array:
         """The attention's output for normed x; `parameters` are those of the attention."""
         q, k, v = self.queries_keys_values(parameters, x, context.config)
         q, k = context.rotary(q, k)

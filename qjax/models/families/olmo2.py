@@ -46,5 +46,5 @@ class Olmo2(Llama):
         """One block."""
         config = context.config
         mixed = self.attention(parameters["self_attn"], x, context)
-        x = x + self.norm(mixed, parameters["post_attention_layernorm"], config)
-        return x + self.norm(self.mlp(parameters["mlp"], x), parameters["post_feedforward_layernorm"], config)
+        x = self.norm(mixed, parameters["post_attention_layernorm"], config) + x
+        return self.norm(self.mlp(parameters["mlp"], x), parameters["post_feedforward_layernorm"], config) + x
