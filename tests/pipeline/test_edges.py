@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax.errors import InputError
@@ -19,7 +20,8 @@ from qjax.matrix.kernel_layout import pack_model
 from qjax.matrix.operator import is_operator
 from qjax.models.checkpoints.weights import leaf_shapes
 from qjax.models.config import ModelConfig
-from qjax.models.edges import edge_matrices, edge_operators, with_edges
+from qjax.models.edges import edge_matrices, edge_operators, edge_weight, with_edges
+from qjax.models.families import FAMILIES
 from qjax.models.families.opt import OPTConfig
 from qjax.models.generate import generate
 from qjax.models.loading import Model
@@ -27,6 +29,8 @@ from qjax.models.tokenizers.tokenizer import Tokenizer
 from qjax.models.transformer import forward
 from qjax.pipeline.quantize_model import quantize_model
 from qjax.pipeline.records import Records
+from qjax.runtime.mesh import MeshSettings
+from qjax.tensor_parallel.placement import _edge_spec, distribute
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2}
 SIZES |= {"num_kv_heads": 2, "head_dim": 16, "max_positions": 64}
@@ -191,6 +195,31 @@ def test_artifacts_of_format_2_are_read(tokens, tmp_path, monkeypatch):
     assert about["format"] == "qjax-artifact-2"
     again = artifact.load(tmp_path / "a")
     assert again.fingerprint == artifact.identity(model.params)
+
+
+def test_on_a_mesh_they_are_whole_on_every_device(tokens):
+    model = random_model(LLAMA)
+    params = rounded(model, tokens, RULE).params
+    spread = distribute(params, LLAMA, MeshSettings().make(), packed=False)
+    assert jax.tree.structure(spread["embed"]) == jax.tree.structure(params["embed"])
+    np.testing.assert_allclose(forward(spread, tokens, LLAMA), forward(params, tokens, LLAMA), atol=1e-4)
+    specs = jax.tree_util.tree_map_with_path(lambda path, leaf: _edge_spec("head", path, leaf, count=2), params["head"])
+    assert set(jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, P))) == {P()}
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_every_family_looks_its_embedding_up_in_an_operator(architecture):
+    """Through `qjax.models.linear.rows`; a family that indexes the table itself cannot have it quantised."""
+    kind = FAMILIES.make(architecture).Config
+    own = {"architecture": architecture, **SIZES, "embedding_size": SIZES["hidden_size"]}
+    config = kind(**{field.name: own[field.name] for field in dataclasses.fields(kind) if field.name in own})
+    params, edge = random_model(config).params, edge_matrices(config)["embed"]
+    options = {"codebook": ("grid", 8), "rounding": "nearest", "incoherence": None, "key": 0}
+    table, _ = qjax.quantize_matrix(edge_weight(params, edge), np.eye(edge.shape[1], dtype=np.float32), **options)
+    index = np.array([[3, 95, 0]], np.int32)
+    found = qjax.models.embed(with_edges(params, {"embed": table}, config)["embed"], index, config)
+    dense_table = with_edges(params, {"embed": table.dequantize()}, config)["embed"]
+    np.testing.assert_allclose(found, qjax.models.embed(dense_table, index, config), atol=1e-5)
 
 
 TIED, UNTIED = edge_matrices(tied()), edge_matrices(LLAMA)
