@@ -27,7 +27,7 @@ import qjax
 from qjax.errors import ArtifactError
 from qjax.interchange import artifact_1, manifest, weights
 from qjax.interchange.checksums import CHECKSUMS, seal, verify
-from qjax.interchange.narrow import narrowest, widened
+from qjax.interchange.narrow import narrowest_bytes, widened
 from qjax.interchange.serialize import from_arrays
 from qjax.interchange.weights import named_leaves, sha256_of
 from qjax.matrix.operator import codebooks_of, is_operator
@@ -49,12 +49,12 @@ _WEIGHTS = "weights"
 def model_bytes(params: Any) -> int:
     """Bytes of all parameters as stored: packed codes, scales, signs, dense leaves, and every codebook table once.
 
-    Dense leaves count in the smallest type that holds them, in which artifacts store them.
+    Dense leaves count in the smallest form that holds them, in which artifacts store them.
     """
     total, tables = 0, {}
     for _, leaf in named_leaves(params):
         if not is_operator(leaf):
-            total += narrowest(np.asarray(leaf)).nbytes
+            total += narrowest_bytes(np.asarray(leaf))
             continue
         total += leaf.stored_bits // 8
         for book in codebooks_of(leaf).values():

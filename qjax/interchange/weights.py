@@ -2,7 +2,7 @@
 
 weights/layers.0.mlp.up_proj.safetensors   an operator as `qjax.interchange.serialize` writes it
 weights/block.0.safetensors                the dense leaves of a block by path: norms, biases, linears left as are
-weights/edges.safetensors                  those outside of the blocks; both in the smallest type that holds them
+weights/edges.safetensors                  those outside of the blocks; both in the smallest form that holds them
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def write(
 ) -> tuple[list[str], dict[str, str], dict[str, str]]:
     """The files of all leaves; (paths of the operators, SHA-256 of every array by its name in `Stored`, dtypes).
 
-    Dense leaves lie there in the smallest type that holds their values (`qjax.interchange.narrow`): the hashes are of
+    Dense leaves lie there in the smallest form that holds their values (`qjax.interchange.narrow`): the hashes are of
     what they are in memory, and `dtypes` has the type of those that another holds.
 
     An operator that has its record in the folder `records`, the same to the byte, gets that file itself; into the
@@ -98,8 +98,9 @@ def write(
                 found |= _hashes(path, arrays)
             else:
                 own = np.asarray(leaf)
-                dense[path], found[path] = narrowest(own), sha256_of(own)
-                if dense[path].dtype != own.dtype:
+                parts, found[path] = narrowest(own), sha256_of(own)
+                dense |= {path + end: part for end, part in parts.items()}
+                if any(part.dtype != own.dtype for part in parts.values()):
                     dtypes[path] = str(own.dtype)
         if dense:
             write_safetensors(folder / f"{file}.safetensors", dense)

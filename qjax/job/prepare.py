@@ -60,8 +60,11 @@ def prepare(job: Job, mesh: Mesh) -> Prepared:
         f"length {tokens.calibration.length}"
     )
     for name, plan in edges.items():
-        also = " and head, one matrix" if known[name].tied else ""
-        print(f"{name}{also}: {plan.codebook.spec()['name']}, {plan.codebook.bits:g} bits, as the rules say")
+        also, rule = " and head, one matrix" if known[name].tied else "", job.recipe.edge_rule(name, known[name])
+        assert rule is not None
+        print(
+            f"{name}{also}: {plan.codebook.spec()['name']}, {plan.codebook.bits:g} bits, by the rule {rule.pattern!r}"
+        )
     need = estimated(
         model=job.model,
         hessian=job.hessian,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qjax.errors import InputError
 from qjax.typing import HostOrDevice
 
 __all__ = [
@@ -87,9 +88,17 @@ def linear(
 
 
 def rows(weight: Any, index: Int[HostOrDevice, "*batch"]) -> Float[Array, "*batch in"]:
-    """Rows of a matrix `[out, in]`, array or operator: what an embedding is looked up by. Indices are clipped."""
+    """Rows of a matrix `[out, in]`, array or operator: what an embedding is looked up by. Indices are clipped.
+
+    Raises InputError for an operator that has no rows of its own.
+    """
     if isinstance(weight, Operator):
         lookup: Any = weight
+        if not hasattr(lookup, "rows"):
+            raise InputError(
+                f"an embedding's rows are looked up, which {type(weight).__name__} cannot; use an array or a "
+                "QuantizedMatrix in its place"
+            )
         return lookup.rows(index)
     return jnp.take(weight, index, axis=0, mode="clip")
 

@@ -45,7 +45,7 @@ class CompressedModel(Model):
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight of the linears that are operators, without shared tables and adapters."""
+        """Stored bits per weight of the matrices that are operators, without shared tables and adapters."""
         return bits_per_weight(lora.stripped(self.params))
 
     def save(

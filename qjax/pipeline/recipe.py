@@ -142,29 +142,35 @@ class Recipe:
     def _quantises_edge(rule: LayerRule) -> bool:
         return not rule.skip and any(rule.names_edge(name) for name in EDGES)
 
+    def edge_rule(self, name: str, edge: Edge) -> LayerRule | None:
+        """The rule that quantises a matrix outside of the blocks, None where it stays as it is.
+
+        Raises InputError for two rules that say different things of one matrix.
+        """
+        names = EDGES if edge.tied else (name,)
+        rules = [next((rule for rule in self.rules if rule.names_edge(own)), None) for own in names]
+        found = [rule for rule in rules if rule is not None]
+        if len(found) == 2 and dataclasses.replace(found[0], pattern=found[1].pattern) != found[1]:
+            raise InputError(
+                f"rules: {found[0].pattern!r} and {found[1].pattern!r} say different things of one matrix: the head of "
+                "this model is its embedding (tie_word_embeddings); give one rule, for embed or for both"
+            )
+        return None if not found or found[0].skip else found[0]
+
     def edges(self, matrices: Mapping[str, Edge]) -> dict[str, LayerPlan]:
         """The plans of those matrices outside of the blocks that rules name; the others stay as they are.
 
-        Raises InputError for two rules that say different things of one matrix, and for matrices whose rows cannot be
-        looked up.
+        Raises InputError as `edge_rule`, and for an embedding whose rows could not be looked up.
         """
         books: dict[str, Codebook] = {}
         plans = {}
         for name, edge in matrices.items():
-            names = EDGES if edge.tied else (name,)
-            rules = [next((rule for rule in self.rules if rule.names_edge(own)), None) for own in names]
-            found = [rule for rule in rules if rule is not None]
-            if len(found) == 2 and dataclasses.replace(found[0], pattern=found[1].pattern) != found[1]:
-                raise InputError(
-                    f"rules: {found[0].pattern!r} and {found[1].pattern!r} say different things of one matrix: the "
-                    "head of this model is its embedding (tie_word_embeddings); give one rule, for embed or for both"
-                )
-            if not found or found[0].skip:
+            rule = self.edge_rule(name, edge)
+            if rule is None:
                 continue
-            plan = self._layer(found[0], books)
+            plans[name] = self._layer(rule, books)
             if name == "embed":
-                _check_rows(plan, found[0].pattern)
-            plans[name] = plan
+                _check_rows(plans[name], rule.pattern)
         return plans
 
     def plan(self, names: Sequence[str]) -> dict[str, LayerPlan | None]:

@@ -47,6 +47,8 @@ def quantize_model(
 ) -> CompressedModel:
     """Quantise every linear of a model by a recipe, and tune it where the recipe says so.
 
+    Embedding and head stay as they are unless rules of the recipe name them (`LayerRule`).
+
     The same choices give the same bytes as `experiments.quantize`, on one device.
 
     Args:

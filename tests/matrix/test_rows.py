@@ -9,8 +9,9 @@ import qjax
 from qjax.codebooks.scaling import ScaleRule
 from qjax.errors import InputError
 from qjax.interchange.serialize import from_arrays, to_arrays
-from qjax.matrix import Lookup
+from qjax.matrix import Lookup, LowRank
 from qjax.matrix.quantized import row_obstacle
+from qjax.models.linear import rows
 
 OUT, IN = 40, 64
 INPUT = {"name": "hadamard", "side": "input"}
@@ -58,6 +59,13 @@ def test_rows_that_are_not_stored_apart_are_refused(made, why):
     assert row_obstacle(own) is not None
     with pytest.raises(InputError, match=why):
         own.rows(np.array([0]))
+
+
+def test_an_operator_without_rows_is_refused_as_an_embedding():
+    low_rank = LowRank(jnp.ones((OUT, 2)), jnp.ones((2, IN)))
+    with pytest.raises(InputError, match="LowRank cannot; use an array"):
+        rows(low_rank, np.array([0]))
+    np.testing.assert_array_equal(rows(jnp.eye(4), np.array([2, 9])), np.eye(4)[[2, 3]])
 
 
 def test_a_lookup_gives_its_dtype_and_is_stored():

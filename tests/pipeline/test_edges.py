@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax.errors import InputError
@@ -19,7 +20,8 @@ from qjax.matrix.kernel_layout import pack_model
 from qjax.matrix.operator import is_operator
 from qjax.models.checkpoints.weights import leaf_shapes
 from qjax.models.config import ModelConfig
-from qjax.models.edges import edge_matrices, edge_operators, with_edges
+from qjax.models.edges import edge_matrices, edge_operators, edge_weight, with_edges
+from qjax.models.families import FAMILIES
 from qjax.models.families.opt import OPTConfig
 from qjax.models.generate import generate
 from qjax.models.loading import Model
@@ -27,6 +29,8 @@ from qjax.models.tokenizers.tokenizer import Tokenizer
 from qjax.models.transformer import forward
 from qjax.pipeline.quantize_model import quantize_model
 from qjax.pipeline.records import Records
+from qjax.runtime.mesh import MeshSettings
+from qjax.tensor_parallel.placement import _edge_spec, distribute
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2}
 SIZES |= {"num_kv_heads": 2, "head_dim": 16, "max_positions": 64}
@@ -93,18 +97,19 @@ def test_the_model_computes_with_the_decoded_matrices(config, tokens, tmp_path):
 def test_cached_steps_and_packed_inference_continue_as_whole_sequences_do(config, tokens):
     model = random_model(config)
     params = rounded(model, tokens, RULE).params
-    text = list(tokens[0, :5])
-    for _ in range(6):
-        text.append(int(np.argmax(forward(params, np.array([text]), config)[0, -1])))
+    text = np.zeros(11, np.int32)  # what follows a position does not reach it
+    text[:5] = tokens[0, :5]
+    for place in range(5, 11):
+        text[place] = np.argmax(forward(params, text[None], config)[0, place - 1])
     np.testing.assert_array_equal(generate(params, config, tokens[0, :5], 6), text[5:])
     np.testing.assert_array_equal(generate(pack_model(params), config, tokens[0, :5], 6), text[5:])
 
 
 def test_without_a_rule_that_names_them_they_stay(tokens):
     model = random_model(LLAMA)
-    found = qjax.quantize_model(
-        model, tokens, qjax.Recipe(rules=[{"pattern": ".", "bits": 3}], rounding="nearest"), progress=False
-    )
+    rules = [{"pattern": r"layers\..*([qko]_proj|mlp)", "skip": True}, {"pattern": ".", "bits": 3}]
+    found = qjax.quantize_model(model, tokens, qjax.Recipe(rules=rules, rounding="nearest"), progress=False)
+    assert {report.name for report in found.reports} == {f"layers.{i}.self_attn.v_proj" for i in range(2)}
     assert found.params["embed"] is model.params["embed"] and found.params["head"] is model.params["head"]
 
 
@@ -184,13 +189,38 @@ def test_a_model_in_bfloat16_stays_in_bfloat16_and_is_stored_so(tokens, tmp_path
 def test_artifacts_of_format_2_are_read(tokens, tmp_path, monkeypatch):
     model = random_model(LLAMA, seed=3)
     with monkeypatch.context() as before:
-        before.setattr("qjax.interchange.weights.narrowest", lambda array: array)
+        before.setattr("qjax.interchange.weights.narrowest", lambda array: {"": array})
         before.setattr(artifact, "FORMAT", "qjax-artifact-2")
         artifact.save(tmp_path / "a", model, model.params)
     about = json.loads((tmp_path / "a" / "model.json").read_text())
     assert about["format"] == "qjax-artifact-2"
     again = artifact.load(tmp_path / "a")
     assert again.fingerprint == artifact.identity(model.params)
+
+
+def test_on_a_mesh_they_are_whole_on_every_device(tokens):
+    model = random_model(LLAMA)
+    params = rounded(model, tokens, RULE).params
+    spread = distribute(params, LLAMA, MeshSettings().make(), packed=False)
+    assert jax.tree.structure(spread["embed"]) == jax.tree.structure(params["embed"])
+    np.testing.assert_allclose(forward(spread, tokens, LLAMA), forward(params, tokens, LLAMA), atol=1e-4)
+    specs = jax.tree_util.tree_map_with_path(lambda path, leaf: _edge_spec("head", path, leaf, count=2), params["head"])
+    assert set(jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, P))) == {P()}
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_every_family_looks_its_embedding_up_in_an_operator(architecture):
+    """Through `qjax.models.linear.rows`; a family that indexes the table itself cannot have it quantised."""
+    kind = FAMILIES.make(architecture).Config
+    own = {"architecture": architecture, **SIZES, "embedding_size": SIZES["hidden_size"]}
+    config = kind(**{field.name: own[field.name] for field in dataclasses.fields(kind) if field.name in own})
+    params, edge = random_model(config).params, edge_matrices(config)["embed"]
+    options = {"codebook": ("grid", 8), "rounding": "nearest", "incoherence": None, "key": 0}
+    table, _ = qjax.quantize_matrix(edge_weight(params, edge), np.eye(edge.shape[1], dtype=np.float32), **options)
+    index = np.array([[3, 95, 0]], np.int32)
+    found = qjax.models.embed(with_edges(params, {"embed": table}, config)["embed"], index, config)
+    dense_table = with_edges(params, {"embed": table.dequantize()}, config)["embed"]
+    np.testing.assert_allclose(found, qjax.models.embed(dense_table, index, config), atol=1e-5)
 
 
 TIED, UNTIED = edge_matrices(tied()), edge_matrices(LLAMA)

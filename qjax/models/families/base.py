@@ -82,7 +82,10 @@ class Family(abc.ABC):
     def embed(
         self, parameters: Any, tokens: Int[Array, "batch length"], positions: Int[Array, "#batch length"], config: Any
     ) -> Float[Array, "batch length width"]:
-        """The first block's input; `parameters` are the model's "embed"."""
+        """The first block's input; `parameters` are the model's "embed".
+
+        The table's rows come through `qjax.models.linear.rows`: it may be quantised.
+        """
 
     @abc.abstractmethod
     def block(self, parameters: Any, x: HostOrDevice, context: Context | Cached) -> Float[Array, "batch length width"]:
