@@ -4,6 +4,7 @@ from qjax.matrix.dense import Dense
 from qjax.matrix.low_rank import LowRank
 from qjax.matrix.operator import OPERATORS, LinearOperator
 from qjax.matrix.quantized import QuantizedMatrix
+from qjax.matrix.stacked import Stacked
 from qjax.matrix.sums import Sum
 
-__all__ = ["OPERATORS", "Dense", "LinearOperator", "LowRank", "QuantizedMatrix", "Sum"]
+__all__ = ["OPERATORS", "Dense", "LinearOperator", "LowRank", "QuantizedMatrix", "Stacked", "Sum"]
