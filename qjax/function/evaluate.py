@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qjax.function.walk import CALLS, Use, inner
+from qjax.function.walk import CALLS, Use, inner, scan_parts
 
 __all__ = ["Held", "Observer", "evaluate"]
 
@@ -81,7 +81,7 @@ class _Evaluation:
         if here not in self.inside and not held:
             return _bound(equation, values), {}
         if name == "scan":
-            return self.scan(params, values, here, slots)
+            return self.scan(equation, values, here, slots)
         if name == "cond":
             return self.cond(params, values, here, slots)
         program, consts = inner(params)
@@ -108,9 +108,10 @@ class _Evaluation:
         y = y if change is None else y + layout.whole(change).astype(y.dtype)
         return [y], {use.index: kept}
 
-    def scan(self, params: Any, values: list[Any], here: tuple[int, ...], slots: Any) -> tuple[list[Any], Any]:
-        program, first = params["jaxpr"], params["num_consts"]
-        end = first + params["num_carry"]
+    def scan(self, equation: Any, values: list[Any], here: tuple[int, ...], slots: Any) -> tuple[list[Any], Any]:
+        params = equation.params
+        program, (first, carried) = params["jaxpr"], scan_parts(equation)
+        end = first + carried
         consts, carry, over = values[:first], values[first:end], values[end:]
         apart = {i: value.leading() for i, value in enumerate(over) if isinstance(value, Held)}
         arrays = [apart[i][0] if i in apart else value for i, value in enumerate(over)]

@@ -13,7 +13,7 @@ from qjax.function.traced import trace as trace_function
 __all__ = ["trace"]
 
 
-def trace(module: linen.Module, variables: Any, *inputs: Any, unused: str = "refuse", **options: Any) -> Traced:
+def trace(module: Any, variables: Any, *inputs: Any, unused: str = "refuse", **options: Any) -> Traced:
     """`module.apply(variables, *inputs, **options)` as a function of its variables.
 
     Raises InputError as `qjax.trace`.

@@ -13,7 +13,7 @@ from qjax.function.traced import trace as trace_function
 __all__ = ["merge", "trace"]
 
 
-def trace(module: nnx.Module, *inputs: Any, unused: str = "refuse", **options: Any) -> Traced:
+def trace(module: Any, *inputs: Any, unused: str = "refuse", **options: Any) -> Traced:
     """`module(*inputs, **options)` as a function of its `nnx.Param`s; all other state is taken as it is now.
 
     What a call changes in that state (running means, counters of random streams) does not last. Raises InputError as
@@ -28,7 +28,7 @@ def trace(module: nnx.Module, *inputs: Any, unused: str = "refuse", **options: A
     return trace_function(run, params, *inputs, unused=unused)
 
 
-def merge(module: nnx.Module, traced: Traced, params: Any) -> nnx.Module:
+def merge(module: Any, traced: Traced, params: Any) -> nnx.Module:
     """A module like `module` with the dense values of `params`, in which operators may stand."""
     _checked(module)
     graph, _, rest = nnx.split(module, nnx.Param, ...)

@@ -106,7 +106,7 @@ def program(
 
 def _traced(run: Callable[..., Any], shapes: Sequence[Any]) -> Any:
     try:
-        return jax.make_jaxpr(run)(*shapes)
+        closed = jax.make_jaxpr(lambda *arrays: run(*arrays))(*shapes)  # one of its own, which nothing remembers
     except jax.errors.UnexpectedTracerError as error:
         raise InputError(
             f"the function keeps arrays of an earlier call outside itself ({_line(error)}); return them instead"
@@ -129,6 +129,9 @@ def _traced(run: Callable[..., Any], shapes: Sequence[Any]) -> Any:
                 "(qjax.nnx.trace does) and merge it inside"
             ) from error
         raise
+    if any(isinstance(constant, jax.core.Tracer) for constant in closed.consts):
+        raise InputError("the function keeps arrays of an earlier call outside itself; return them instead")
+    return closed
 
 
 def _line(error: Exception) -> str:

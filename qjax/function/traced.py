@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import DataError, InputError, listed, suggested
-from qjax.function import views
+from qjax.function import files, views
 from qjax.function.evaluate import Held, evaluate
 from qjax.function.moments import input_hessians
 from qjax.function.pieces import Pieces
@@ -292,6 +293,31 @@ class Traced:
     def dense(self, params: Any) -> Any:
         """The parameters with dense arrays of the original dtype in the place of operators."""
         return jax.tree.unflatten(self._structure, self._dense_leaves(params))
+
+    def save(self, params: Any, folder: str | pathlib.Path) -> None:
+        """Write parameters with operators to a folder, which `load` of the same function reads.
+
+        Raises InputError for a folder with something else in it.
+        """
+        operators, leaves = self.operators(params), self._flat(params)
+        dense = {name: leaf for name, leaf in zip(self._paths, leaves, strict=True) if not _is_replaced(leaf)}
+        files.write(folder, files.structure(self.linears, self._paths, self._leaves), operators, dense)
+
+    def load(self, folder: str | pathlib.Path) -> Any:
+        """The parameters of `save`.
+
+        Raises ArtifactError for a folder that is damaged or of a function with other linears or parameters.
+        """
+        operators, dense = files.read(folder, files.structure(self.linears, self._paths, self._leaves))
+        leaves = [
+            jnp.asarray(dense[name]) if name in dense else jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
+            for name, leaf in zip(self._paths, self._leaves, strict=True)
+        ]
+        return self.with_operators(operators, jax.tree.unflatten(self._structure, leaves))
+
+    @property
+    def _paths(self) -> list[str]:
+        return [".".join(name) for name in self._names]
 
     def __call__(self, params: Any, *inputs: Any) -> Any:
         """The function's output with these parameters, dense or operators; under jit, grad and vmap as well."""

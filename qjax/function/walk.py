@@ -15,7 +15,7 @@ from qjax.function import layouts, views
 from qjax.function.layouts import Layout
 from qjax.function.views import PEEL, View
 
-__all__ = ["CALLS", "Scan", "Seen", "Use", "Walk", "inner", "needed", "walk"]
+__all__ = ["CALLS", "Scan", "Seen", "Use", "Walk", "inner", "needed", "scan_parts", "walk"]
 
 # Primitives that evaluate a program on their operands as they are.
 CALLS = frozenset(
@@ -163,7 +163,7 @@ def _equation(found: Walk, equation: Any, inputs: list[Any], here: _Around) -> l
         _product(found, equation, inputs, here)
         return new
     if name == "scan":
-        return _scan(found, params, inputs, here)
+        return _scan(found, equation, inputs, here)
     if name == "cond":
         return _cond(found, params, inputs, here)
     program, _ = inner(params)
@@ -237,8 +237,21 @@ def _simplified(view: View) -> View:
     )
 
 
-def _scan(found: Walk, params: dict[str, Any], inputs: list[Any], here: _Around) -> list[Any]:
-    program, consts, carry = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
+def scan_parts(equation: Any) -> tuple[int, int]:
+    """(constants, carried values) of a scan, first among its inputs; JAX keeps their numbers in other places over time.
+
+    What a scan takes apart has an axis more outside than inside, and so has what it stacks.
+    """
+    program = equation.params["jaxpr"].jaxpr
+    rank = lambda atom: len(atom.aval.shape)  # noqa: E731
+    apart = sum(rank(a) != rank(b) for a, b in zip(equation.invars, program.invars, strict=True))
+    carry = sum(rank(a) == rank(b) for a, b in zip(equation.outvars, program.outvars, strict=True))
+    return len(equation.invars) - apart - carry, carry
+
+
+def _scan(found: Walk, equation: Any, inputs: list[Any], here: _Around) -> list[Any]:
+    params = equation.params
+    program, (consts, carry) = params["jaxpr"].jaxpr, scan_parts(equation)
     own: list[Any] = []
     for position, value in enumerate(inputs):
         if position < consts:

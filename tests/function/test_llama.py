@@ -8,6 +8,7 @@ from flax import linen as nn
 
 import qjax
 from qjax import hessian
+from qjax.errors import ArtifactError, InputError
 from qjax.models.config import ModelConfig
 from qjax.models.transformer import forward
 
@@ -185,7 +186,7 @@ def test_sketches(model, unrolled, scanned, tokens, estimator):
                 np.testing.assert_allclose(one, want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
 
 
-def test_codes(model, unrolled, scanned, tokens, expected):
+def test_codes(model, unrolled, scanned, tokens, expected, tmp_path):
     """Bit for bit those of the family, given the same Hessians."""
     recipe = qjax.Recipe("half_integer", 3, rounding="ldlq", hessian="original")
     whole = qjax.quantize_model(model, tokens, recipe, hessians=expected, key=5, progress=False)
@@ -214,3 +215,14 @@ def test_codes(model, unrolled, scanned, tokens, expected):
         y = jax.jit(traced)(changed, tokens)
         np.testing.assert_allclose(y, exact, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(traced(traced.dense(changed), tokens), y, rtol=1e-4, atol=1e-4)
+    scanned.save(scan_params, tmp_path / "own")
+    jax.tree.map(np.testing.assert_array_equal, scanned.load(tmp_path / "own"), scan_params)
+    with pytest.raises(ArtifactError, match="for another function: layers.0.mlp.down_proj is absent there"):
+        unrolled.load(tmp_path / "own")
+    (tmp_path / "own" / "operators" / "00000.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match=r"00000.safetensors cannot be read.*save the parameters again"):
+        scanned.load(tmp_path / "own")
+    with pytest.raises(ArtifactError, match="no parameters of a traced function"):
+        scanned.load(tmp_path / "other")
+    with pytest.raises(InputError, match="holds something else"):
+        scanned.save(scan_params, tmp_path)
