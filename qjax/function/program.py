@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from qjax.errors import InputError
 from qjax.function.sites import Sites, found_sites
@@ -129,7 +130,7 @@ def _traced(run: Callable[..., Any], shapes: Sequence[Any]) -> Any:
                 "(qjax.nnx.trace does) and merge it inside"
             ) from error
         raise
-    if any(isinstance(constant, jax.core.Tracer) for constant in closed.consts):
+    if any(isinstance(constant, Tracer) for constant in closed.consts):
         raise InputError("the function keeps arrays of an earlier call outside itself; return them instead")
     return closed
 

@@ -32,6 +32,11 @@ def quantized(
 ) -> tuple[dict[str, Any], list[MatrixReport]]:
     """(operators by linear, reports of all matrices). Raises InputError for what does not fit."""
     recipe = _recipe(recipe, bits)
+    if recipe.finetune is not None:
+        raise InputError(
+            f"the recipe tunes by {recipe.finetune['name']!r}, which a traced function does not have; give "
+            "dataclasses.replace(recipe, finetune=None) and train what traced(params, ...) computes with"
+        )
     plans = recipe.plan([name for site in sites.values() for name in site.matrices])
     root = root_key(seed_of(key))
     if other := [name for name in hessians if name not in sites]:

@@ -71,6 +71,7 @@ def leaf_names(paths: Sequence[Sequence[Any]]) -> list[list[str]]:
     """The key path of every leaf, without a collection "params" that all share."""
     names = [[str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path] for path in paths]
     names = [own[:-1] if own[-1:] == ["value"] and len(own) > 1 else own for own in names]  # a variable of flax.nnx
+    names = [own or ["weight"] for own in names]  # of parameters that are one array
     if names and all(own[:1] == ["params"] and len(own) > 1 for own in names):
         names = [own[1:] for own in names]
     return names
@@ -154,8 +155,10 @@ def _site(leaf: int, uses: list[Use], short: list[str], names: list[list[str]], 
     experts = first.layout.matrix[:-2]
     stack = (*(scan.length for scan in layers), *experts)
     name = ".".join(short) + _bounds(first.view)
-    # A scan's index stands after what the keys of all parameters that it takes apart begin with, experts' at the end.
-    at = [_common([names[own] for own in walk.stacks[scan.path]], len(short)) for scan in layers]
+    # A scan's index stands after what the keys of all parameters that it takes apart begin with, of those that begin
+    # alike; experts' at the end.
+    stacks = [[names[own] for own in walk.stacks[scan.path]] for scan in layers]
+    at = [_common([own for own in stack if own[0] == short[0]], len(short)) for stack in stacks]
     matrices = []
     for index in itertools.product(*map(range, stack)):
         parts = list(short)

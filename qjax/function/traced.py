@@ -201,7 +201,7 @@ class Traced:
 
         def one(inputs: Sequence[Any]) -> Any:
             found = self.program(jax.tree.unflatten(self._inputs, inputs))
-            return found, jax.tree.structure(list(found.shapes))
+            return found, found.output
 
         return sketch_hessians(split, one, leaves, options, loss, moments)
 
@@ -238,7 +238,7 @@ class Traced:
 
         Args:
           hessians: of `hessians`, or arrays `[*stack, in, in]`, by the linear's name.
-          recipe: a preset's name or a `qjax.Recipe`; of it the Hessian and tuning are not used.
+          recipe: a preset's name or a `qjax.Recipe` without tuning; `hessians` stand in the place of its own.
           bits: per weight, in place of the recipe's.
           key: a seed, or `jax.random.key(seed)`.
           params: dense ones in place of those of the trace.

@@ -72,6 +72,13 @@ def test_tied_kernels_are_one_linear():
     assert found.tokens == 6
 
 
+def test_parameters_that_are_one_array():
+    traced = qjax.trace(lambda w, x: x @ w, W["w"], X)
+    assert list(traced.linears) == ["weight"]
+    replaced = traced.with_operators({"weight": Dense(W["w"].T)})
+    np.testing.assert_allclose(traced(replaced, X), X @ W["w"], rtol=1e-5, atol=1e-5)
+
+
 counter, kept = itertools.count(), []
 
 
@@ -132,6 +139,8 @@ def test_refusals_of_a_traced_function():
         traced.hessians([X], "sketch_b")
     with pytest.raises(InputError, match="seed: options of the estimators"):
         traced.hessians([X], seed=3)
+    with pytest.raises(InputError, match="tunes by 'e2e', which a traced function does not have"):
+        traced.quantize({}, qjax.Recipe("half_integer", 2, finetune="e2e"))
     with pytest.raises(InputError, match="no linear 'v'"):
         traced.quantize({"v": np.eye(6, dtype=np.float32)}, recipe)
     with pytest.raises(InputError, match="no Hessian of w"):
