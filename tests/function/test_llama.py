@@ -9,6 +9,7 @@ from flax import linen as nn
 import qjax
 from qjax import hessian
 from qjax.errors import ArtifactError, InputError
+from qjax.matrix.operator import operators
 from qjax.models.config import ModelConfig
 from qjax.models.transformer import forward
 
@@ -27,7 +28,7 @@ def model():
     shapes = dict(zip(LAYERS, [(16, 16), (8, 16), (8, 16), (16, 16), (24, 16), (24, 16), (16, 24)], strict=True))
 
     def block():
-        made = {"input_layernorm": normal(16) + 1, "post_attention_layernorm": normal(16) + 1}
+        made: dict = {"input_layernorm": normal(16) + 1, "post_attention_layernorm": normal(16) + 1}
         for name, shape in shapes.items():
             group, own = name.split(".")
             made.setdefault(group, {})[own] = {"weight": normal(*shape)}
@@ -191,7 +192,7 @@ def test_codes(model, unrolled, scanned, tokens, expected, tmp_path):
     recipe = qjax.Recipe("half_integer", 3, rounding="ldlq", hessian="original")
     whole = qjax.quantize_model(model, tokens, recipe, hessians=expected, key=5, progress=False)
     family = {report.name: report for report in whole.reports}
-    blocks = [qjax.matrix.operator.operators(block) for block in whole.params["blocks"]]
+    blocks = [operators(block) for block in whole.params["blocks"]]
     params = unrolled.quantize(expected, recipe, key=5)
     assert [r.name for r in unrolled.reports] == list(unrolled.linears)
     own = unrolled.operators(params)
