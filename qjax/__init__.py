@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         data,
         errors,
         finetune,
+        function,
         hessian,
         incoherence,
         interchange,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from qjax.evaluate import Evaluation, Room
     from qjax.evaluate.model import Comparison
     from qjax.evaluate.model import compare_models as compare
+    from qjax.function import equinox, linen, nnx
+    from qjax.function.traced import Traced, trace
     from qjax.linalg.kronecker import Hessian
     from qjax.matrix.operator import LinearOperator
     from qjax.matrix.quantize import MatrixReport, quantize_matrix
@@ -69,6 +72,7 @@ __all__ = [
     "Model",
     "QuantizedMatrix",
     "Recipe",
+    "Traced",
     "__version__",
     "activations",
     "bench",
@@ -76,17 +80,21 @@ __all__ = [
     "compare",
     "configuration",
     "data",
+    "equinox",
     "errors",
     "evaluate",
     "finetune",
+    "function",
     "hessian",
     "incoherence",
     "interchange",
     "job",
     "linalg",
+    "linen",
     "load",
     "matrix",
     "models",
+    "nnx",
     "pipeline",
     "quantize_matrix",
     "quantize_model",
@@ -98,6 +106,7 @@ __all__ = [
     "streams",
     "tensor_parallel",
     "testing",
+    "trace",
     "training",
     "typing",
 ]
@@ -113,18 +122,24 @@ _NAMES = {
     "Model": "qjax.models.loading",
     "QuantizedMatrix": "qjax.matrix.quantized",
     "Recipe": "qjax.pipeline.recipe",
+    "Traced": "qjax.function.traced",
     "activations": "qjax.streams.inputs",
     "compare": "qjax.evaluate.model:compare_models",
     "load": "qjax.pipeline.stored",
     "quantize_matrix": "qjax.matrix.quantize",
     "quantize_model": "qjax.pipeline.whole_model",
     "replace": "qjax.pipeline.compressed",
+    "trace": "qjax.function.traced",
 }
+_DOORS = ("equinox", "linen", "nnx")  # modules of the room function
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'qjax' has no attribute {name!r}; it has {', '.join(__all__)}")
+    if name in _DOORS:
+        globals()[name] = found = importlib.import_module(f"qjax.function.{name}")
+        return found
     if name not in _NAMES:
         return importlib.import_module(f"qjax.{name}")  # which sets the attribute
     module, _, own = _NAMES[name].partition(":")

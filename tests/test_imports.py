@@ -9,7 +9,7 @@ import pytest
 ORDER = [
     {"experiments", "qjax.experiments"},
     {"qjax.job", "qjax.bench", "qjax.testing"},
-    {"qjax.pipeline", "qjax.report"},
+    {"qjax.function", "qjax.pipeline", "qjax.report"},
     {"qjax.finetune", "qjax.interchange", "qjax.tensor_parallel"},
     {"qjax.matrix", "qjax.hessian"},
     {"qjax.rounding", "qjax.evaluate", "qjax.streams", "qjax.training"},
