@@ -90,7 +90,7 @@ def test_family_from_the_model_type_alone():
     assert parse(architectures=..., model_type="qwen3").architecture == "Qwen3ForCausalLM"
 
 
-@pytest.mark.parametrize("named", [["GPT2LMHeadModel"], ["GemmaForCausalLM"], ["MixtralForCausalLM"], "text", []])
+@pytest.mark.parametrize("named", [["GPT2LMHeadModel"], ["GemmaForCausalLM"], ["DeepseekV3ForCausalLM"], "text", []])
 def test_unknown_architecture_lists_what_is_supported(named: Any):
     with pytest.raises(ModelFileError, match="not supported.*Llama.*Mistral.*Qwen2.*Qwen3"):
         parse(architectures=named, model_type="other")

@@ -128,7 +128,7 @@ class Llama(Family):
 
     def block(self, parameters: Any, x: HostOrDevice, context: Context | Cached) -> Array:
         """One block."""
-        config, attention, mlp = context.config, parameters["self_attn"], parameters["mlp"]
+        config, attention = context.config, parameters["self_attn"]
         batch, length, _ = x.shape
         normal = rms_norm(x, parameters["input_layernorm"], config.rms_norm_eps)
         q, k, v = (
@@ -140,14 +140,20 @@ class Llama(Family):
             )
         )
         if config.qk_norm:
-            q = rms_norm(q, attention["q_norm"], config.rms_norm_eps)
-            k = rms_norm(k, attention["k_norm"], config.rms_norm_eps)
+            q, k = (self.normed(x, attention[name], config) for x, name in ((q, "q_norm"), (k, "k_norm")))
         q, k = context.rotary(q, k)
         x = affine(attention["o_proj"], context.attend(q, k, v)) + x
         normal = rms_norm(x, parameters["post_attention_layernorm"], config.rms_norm_eps)
-        return x + affine(
-            mlp["down_proj"], jax.nn.silu(affine(mlp["gate_proj"], normal)) * affine(mlp["up_proj"], normal)
-        )
+        return x + self.mlp(parameters, normal, config)
+
+    def normed(self, heads: Array, gain: Array, config: ModelConfig) -> Array:
+        """The normed heads of q or k `[batch, length, heads, dim]`, where the family has norms of these: each head."""
+        return rms_norm(heads, gain, config.rms_norm_eps)
+
+    def mlp(self, parameters: Any, x: Array, config: ModelConfig) -> Array:
+        """What follows attention, of its normed input."""
+        mlp = parameters["mlp"]
+        return affine(mlp["down_proj"], jax.nn.silu(affine(mlp["gate_proj"], x)) * affine(mlp["up_proj"], x))
 
     def final(self, parameters: Any, x: HostOrDevice, config: ModelConfig) -> Array:
         """The final norm."""
