@@ -124,7 +124,7 @@ def answered(weights: Sequence[Any], x: Array, routed: Array) -> Array | None:
         record.experts.append(number)
         record.routed.append(chosen if earlier is None else record.routed[earlier])
         record.every.append(x)
-    found = [record.answers.get(id(weight)) for weight in weights]
+    found: list[Any] = [record.answers.get(id(weight)) for weight in weights]
     return None if any(answer is None for answer in found) else jnp.stack(found)
 
 

@@ -19,7 +19,7 @@ from qjax.models.context import Context
 from qjax.models.families import family, paths
 from qjax.models.linear import linear_weight, recorded
 
-__all__ = ["Linear", "Structure", "abstract_block", "structure"]
+__all__ = ["Linear", "Structure", "abstract_block", "structure", "unnumbered"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,14 @@ class Structure:
         found: dict[str, list[str]] = {}
         for site in self.widths:
             if site in self.experts:
-                found.setdefault(_unnumbered(site, self.experts[site]), []).append(site)
+                found.setdefault(unnumbered(site, self.experts[site]), []).append(site)
         return {name: tuple(sites) for name, sites in found.items()}
+
+    @functools.cached_property
+    def own_inputs(self) -> frozenset[str]:
+        """The stacks whose experts read inputs of their own: they follow upon another linear of the same expert."""
+        follows = {linear.name for linear in self.linears if linear.row_parallel}
+        return frozenset(name for name, sites in self.stacks.items() if sites[0] in follows)
 
     @functools.cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -98,7 +104,7 @@ class Structure:
         return tuple(tuple(name for name, own in self.sites.items() if stack.get(own, own) == key) for key in keys)
 
 
-def _unnumbered(name: str, expert: int) -> str:
+def unnumbered(name: str, expert: int) -> str:
     """The name of an expert's linear without its number: `mlp.experts.up_proj` of `mlp.experts.3.up_proj`."""
     return ".".join(part for part in name.split(".") if part != str(expert))
 

@@ -94,7 +94,15 @@ def local_config(config: ModelConfig, count: int) -> ModelConfig:
 
 
 def check(config: ModelConfig, count: int) -> None:
-    """Raises InputError unless key/value heads, heads and the hidden layer divide among `count` devices."""
+    """Raises InputError unless key/value heads, heads and the hidden layer divide among `count` devices.
+
+    Mixtures of experts are whole on every device: it also raises for several.
+    """
+    if count > 1 and structure(config).experts:
+        raise InputError(
+            f"mesh.model is {count}; {config.architecture} is a mixture of experts, and matrices of experts are not "
+            "shared out among devices: use mesh.model=1, and mesh.data for more sequences at once"
+        )
     common = math.gcd(config.num_kv_heads, config.num_heads, config.intermediate_size)
     if common % count:
         allowed = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
