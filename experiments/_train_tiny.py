@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer
 
 import qjax
-from qjax.errors import RunError
+from qjax.errors import InputError, RunError
 from qjax.models.checkpoints.export import rounded, write_directory
 from qjax.models.config import ModelConfig
+from qjax.models.families.mixture import MixtureConfig
 from qjax.models.generate import generate
 from qjax.models.sampling import Sampling
 from qjax.training.loop import Step
@@ -45,6 +46,25 @@ def gather(options: DictConfig) -> TrainingText:
     topics, held_out = documentation()
     documents = [topics] * options.topic_repeats + (docstrings() if options.docstrings else [])
     return TrainingText(tuple(documents), held_out)
+
+
+def recorded(whole: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide the result; a model without experts has no options of theirs."""
+    found = {name: value for name, value in whole.items() if name not in NOT_RECORDED}
+    if not found["model"]["experts"]:
+        found["model"] = {name: size for name, size in found["model"].items() if name not in ("experts", "active")}
+    return found
+
+
+def config_of(sizes: dict[str, Any]) -> ModelConfig:
+    """The model that the `model` options describe. Raises InputError for more experts of a token than there are."""
+    plain = {name: value for name, value in sizes.items() if name not in ("experts", "active")}
+    if not sizes["experts"]:
+        return ModelConfig(architecture="LlamaForCausalLM", tie_embeddings=True, **plain)
+    if sizes["active"] > sizes["experts"]:
+        raise InputError(f"model.active is {sizes['active']} and model.experts {sizes['experts']}; use at most as many")
+    experts = {name: sizes[name] for name in ("experts", "active")}
+    return MixtureConfig(architecture="MixtralForCausalLM", tie_embeddings=True, **plain, **experts)
 
 
 class Lines:
@@ -83,14 +103,14 @@ def run(options: DictConfig) -> Path:
     Raises RunError when `out` is in use, holds another run, is finished, or lies inside the package.
     """
     out = Path(options.out)
-    target = out / "model"
+    target, installed = out / "model", INSTALLED.with_name("tiny_moe") if options.model.experts else INSTALLED
     if target.exists() and not options.install:
         raise RunError(f"{target} exists already: this run is finished; choose another out, or install=true to ship it")
-    if target.resolve() == INSTALLED.resolve():
+    if target.resolve() == installed.resolve():
         raise RunError(f"out={out} would write into the package; choose another out and set install=true")
     text = gather(options.text)
     whole: Any = OmegaConf.to_container(options)
-    config = ModelConfig(architecture="LlamaForCausalLM", tie_embeddings=True, **whole["model"])
+    config = config_of(whole["model"])
     tokenizer = train_tokenizer(text.documents, config.vocab_size)
     held_out_ids = np.array(tokenizer.encode(text.held_out).ids, np.int32)
     task = Task(
@@ -109,7 +129,7 @@ def run(options: DictConfig) -> Path:
     loss = held_out_loss(params, task.held_out, config)
     record: dict[str, Any] = {
         "command": COMMAND,
-        "config": {name: value for name, value in whole.items() if name not in NOT_RECORDED},
+        "config": recorded(whole),
         "seed": options.seed,
         "parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params)),
         "python": platform.python_version(),
@@ -150,7 +170,7 @@ def run(options: DictConfig) -> Path:
         ],
     }
     serialised = tokenizer.to_str()
-    for folder in [target, INSTALLED] if options.install else [target]:
+    for folder in [target, installed] if options.install else [target]:
         write_directory(folder, params, config, serialised, record, END_OF_TEXT_ID, replace=options.install)
     bits = record["held_out_bits_per_byte"]
     print(f"held-out loss {loss:.4f}, {bits:.4f} bits per byte, best step {result.best_step}\nwritten: {target}")

@@ -11,8 +11,9 @@ It writes to tests/fixtures/models:
 
   <family>/          models of random bfloat16 weights (Llama 3 with scaled rotary frequencies, Mistral with a
                      sliding window, Qwen2 with biases, Qwen3 with q/k norms, OPT, and OPT with its norms behind the
-                     sums and a narrow embedding, as the 350M model has them): config.json, model.safetensors,
-                     reference.npz {tokens [1, 40], logits [1, 40, vocab]}. Always rewritten.
+                     sums and a narrow embedding, as the 350M model has them; Mixtral, OLMoE and Qwen3-MoE with four
+                     experts): config.json, model.safetensors,
+                     reference.npz {tokens [1, 40], logits [1, 40, vocab]}. Rewritten, all or those that --only names.
   families.npz       {tokens [1, 40], and of every case `config` (JSON), `names` of its tensors as they are saved,
                      `logits` [1, 14, vocab] of every third position}: all families with the options that they have;
                      the values of the tensors follow from their names.
@@ -66,6 +67,19 @@ FAMILIES = {
     "qwen3": transformers.Qwen3Config(**COMMON, head_dim=12, tie_word_embeddings=True),
     "opt": transformers.OPTConfig(**OPT, word_embed_proj_dim=32),
     "opt_post_norm": transformers.OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
+}
+EXPERTS = COMMON | {"intermediate_size": 24, "tie_word_embeddings": False}
+FAMILIES |= {
+    "mixtral": transformers.MixtralConfig(**EXPERTS, num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": transformers.OlmoeConfig(**EXPERTS, num_experts=4, num_experts_per_tok=2, norm_topk_prob=False),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **EXPERTS,
+        head_dim=12,
+        num_experts=4,
+        num_experts_per_tok=3,
+        moe_intermediate_size=20,
+        norm_topk_prob=True,
+    ),
 }
 _HEADS = {**COMMON, "head_dim": 8}
 _TYPES = ["sliding_attention", "full_attention"]
@@ -179,8 +193,8 @@ def randomise(model: transformers.PreTrainedModel, generator: torch.Generator) -
     """Weights so large that attention is far from uniform (0.02 would hide errors), rounded to bfloat16."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim == 2:
-            values = noise * (1.0 if "embed" in name else 1.5 / parameter.shape[1] ** 0.5)
+        if parameter.ndim >= 2:  # those of all experts together have three axes
+            values = noise * (1.0 if "embed" in name else 1.5 / parameter.shape[-1] ** 0.5)
         else:
             values = 0.5 * noise if name.endswith("bias") else 1.0 + 0.2 * noise
         parameter.data = values.to(torch.bfloat16).float()
@@ -189,7 +203,10 @@ def randomise(model: transformers.PreTrainedModel, generator: torch.Generator) -
 def make_family(name: str, config: transformers.PretrainedConfig, seed: int) -> None:
     """One folder of config, weights and reference."""
     generator = torch.Generator().manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
+    model = model.float().eval()
     randomise(model, generator)
     tokens = torch.randint(0, COMMON["vocab_size"], (1, 40), generator=generator).numpy().astype(np.int32)
     logits = logits_of(model, tokens)
@@ -264,10 +281,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stories", type=Path, help="Hugging Face folder of stories260K")
     parser.add_argument("--smollm2", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--only", nargs="*", help="names of families, others are left as they are")
     arguments = parser.parse_args()
     FIXTURES.mkdir(parents=True, exist_ok=True)
     for seed, (name, config) in enumerate(FAMILIES.items()):
-        make_family(name, config, seed)
+        if arguments.only is None or name in arguments.only:
+            make_family(name, config, seed)
     make_cases()
     if arguments.stories is not None:
         make_stories(arguments.stories)

@@ -11,6 +11,7 @@ from jaxtyping import Int
 
 from qjax.errors import DataError, InputError
 from qjax.hessian.estimators import ESTIMATORS
+from qjax.hessian.experts import ExpertFactor
 from qjax.hessian.moments import block_hessians_and_outputs
 from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
@@ -40,6 +41,9 @@ def collect(
     `mesh`: sequences are split over all its devices, `batch` of them on each at a time, and every factor is reduced
     once; None is one device. All processes of the mesh call this with the same tokens.
 
+    An expert's has the tokens that are routed to it, shrunk towards that of all tokens as `ExpertFactor` does by
+    default.
+
     Raises InputError for an unknown estimator, DataError for no tokens, NumericsError for inputs that are not finite.
     """
     if estimator not in ESTIMATORS:
@@ -63,11 +67,13 @@ def collect(
         raise InputError(f"{', '.join(sketch)}: options of the estimators sketch_a and sketch_b, not of 'input'")
     spread = Spread(len(tokens), batch, mesh or single())
     hessians: dict[str, Hessian] = {}
+    factor = ExpertFactor()
     for here in blocks(config, model.params, tokens, batch=batch, spread=spread):
         found, here.y = block_hessians_and_outputs(
             here.parameters, here.x, config, index=here.index, batch=batch, spread=spread
         )
-        hessians |= {f"layers.{here.index}.{name}": hessian for name, hessian in found.items()}
+        names = {name: f"layers.{here.index}.{name}" for name in found}
+        hessians |= {names[name]: factor(hessian, names[name]) for name, hessian in found.items()}
         if progress is not None:
             progress(here.index + 1, config.num_layers)
     return hessians

@@ -27,6 +27,9 @@ class Estimator:
       batch: sequences per step.
       correction: the share s of the least-squares correction; 1 fits the calibration text fully. Of stream=corrected.
       sequences: of the calibration, from the first on; None is all of them. Of stream=original.
+      routing: what an expert's input factor is made of: the tokens "routed" to it, "all", or a "blend" of both (see
+        `qjax.hessian.experts`). Of mixtures of experts.
+      expert_tokens: an expert that saw fewer shrinks towards the factor of all tokens. Of mixtures of experts.
       fit_sequences: evaluation sequences on which the cosine with the true Fisher and an error bound are measured. Of
         stream=original.
     """
@@ -37,6 +40,8 @@ class Estimator:
     correction: Share = 0.5
     sequences: Count | None = None
     fit_sequences: Natural = 0
+    routing: Annotated[str, OneOf("routed", "all", "blend")] = "routed"
+    expert_tokens: Natural = 256
 
     def __post_init__(self) -> None:
         """Check the options. Raises InputError for a value of another kind or out of its range."""

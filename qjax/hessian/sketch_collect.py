@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from qjax.errors import InputError, NumericsError
+from qjax.hessian.experts import ExpertFactor
 from qjax.hessian.labels import label_gradient
 from qjax.hessian.moments import NONE, block_hessians_and_outputs, kahan
 from qjax.hessian.sketch import Sketch, assembled, increments, row_blocks
 from qjax.linalg.kronecker import Hessian
 from qjax.linalg.symmetric import mirror
 from qjax.models.config import ModelConfig
-from qjax.models.structure import structure
+from qjax.models.structure import structure, unnumbered
 from qjax.models.transformer import embed, head, probed
 from qjax.runtime.mesh import AXES, EACH, WHOLE, single
 from qjax.streams.batches import Spread
@@ -249,14 +250,26 @@ def finish_sums(
     names = tuple(structure(config).sites)
     _check(index, {name: bad[name] for name in names})
     count, result = spread.sequences if done is None else done, {}
+    made_of = {name: {factor: assembled(total) for factor, total in totals[name].items()} for name in names}
     for name in names:
-        made = {factor: _normal(assembled(total)) for factor, total in totals[name].items()}
+        made = {factor: _normal(_or_others(name, factor, made_of, config)) for factor in made_of[name]}
         known = {} if before is None else before.get(name, {})
         both = {factor: made[factor] if factor in made else known.get(factor) for factor in ("input", "output")}
         if both["input"] is None:
             raise InputError(f"layers.{index}.{name}: no input factor; the pass before it is missing")
         result[name] = Hessian(both["input"], both["output"], count)
     return result
+
+
+def _or_others(
+    name: str, factor: str, totals: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig
+) -> np.ndarray:
+    """The sum of a linear; of an expert that no token was routed to, that of all experts of its projection."""
+    experts, own = structure(config).experts, totals[name][factor]
+    if name not in experts or own.any():
+        return own
+    stack = unnumbered(name, experts[name])
+    return np.sum([totals[k][factor] for k, e in experts.items() if unnumbered(k, e) == stack], axis=0)
 
 
 def _normal(total: np.ndarray) -> np.ndarray:
@@ -287,12 +300,13 @@ def collect_sketch(
     count, spread = len(params["blocks"]), Spread(len(tokens), batch, mesh or single())
     factors: dict[int, dict[str, dict[str, HostOrDevice]]] | None = None
     if estimator == "sketch_a":  # its first half-step, H_in = E[x xᵀ], needs no gradients
-        factors = {}
+        factors, factor = {}, ExpertFactor()
         for here in blocks(config, params, tokens, batch=batch, spread=spread):
             found, here.y = block_hessians_and_outputs(
                 here.parameters, here.x, config, index=here.index, batch=batch, spread=spread
             )
-            factors[here.index] = {name: {"input": hessian.input} for name, hessian in found.items()}
+            shrunk = {name: factor(hessian, f"layers.{here.index}.{name}") for name, hessian in found.items()}
+            factors[here.index] = {name: {"input": hessian.input} for name, hessian in shrunk.items()}
     result: dict[int, dict[str, Hessian]] = {}
     for number, update in enumerate(sketch.passes):
         sums = {index: empty_sums(config, update, spread) for index in range(count)}

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qjax.errors import ArtifactError, InputError
+from qjax.hessian.experts import ExpertFactor
 from qjax.hessian.moments import NONE
 from qjax.hessian.sketch import Sketch, assembled, divided
 from qjax.hessian.sketch_collect import Sums, empty_sums, finish_sums, known_factors, ranges, reduce_sums, sketch_pass
@@ -67,7 +68,9 @@ def collect_into(
     last = len(sketch.passes) - 1
     plan = ranges(config, budget)
     total = len(sketch.passes) * len(plan) * len(tokens)
-    before = moments if sketch.estimator == "sketch_a" else None
+    before = None
+    if moments is not None and sketch.estimator == "sketch_a":
+        before = functools.partial(_one_factor, moments)
     for number, update in enumerate(sketch.passes):
         own = key if number == last else f"{key}/pass_{number}"
         for position, part in enumerate(plan):
@@ -118,6 +121,12 @@ def collect_into(
     for number in range(last):
         on_primary(functools.partial(shutil.rmtree, store.path / key / f"pass_{number}", ignore_errors=True))
     return store.loader(key)
+
+
+def _one_factor(moments: Callable[[int], dict[str, Hessian]], index: int) -> dict[str, Hessian]:
+    """The moments of a block with one input factor for every expert."""
+    factor = ExpertFactor()
+    return {name: factor(hessian, f"layers.{index}.{name}") for name, hessian in moments(index).items()}
 
 
 def _check_prefixes(prefixes: Mapping[int, str], sketch: Sketch, sequences: int, batch: int) -> None:

@@ -102,8 +102,15 @@ class HessianStore:
         whole = {name: unpack_triangle(values) for name, values in arrays.items()}
         known = {name.partition(":")[0]: name.partition(":")[0] for name in arrays}
         sites, tokens = json.loads(metadata.get("sites", "null")) or known, int(metadata["tokens"])
+        experts, pools = (json.loads(metadata.get(key, "{}")) for key in ("expert_tokens", "pools"))
         return {
-            name: Hessian(whole[f"{site}:input"], whole.get(f"{name}:output"), tokens) for name, site in sites.items()
+            name: Hessian(
+                whole[f"{site}:input"],
+                whole.get(f"{name}:output"),
+                experts.get(name, tokens),
+                pooled=whole[f"{pools[name]}:pooled"] if name in pools else None,
+            )
+            for name, site in sites.items()
         }
 
     def save(self, key: str, index: int, hessians: dict[str, Hessian]) -> None:
@@ -116,6 +123,12 @@ class HessianStore:
                 arrays[f"{name}:output"] = pack_triangle(np.asarray(hessian.output))
         tokens = next(iter(hessians.values())).tokens
         metadata = {"tokens": str(tokens), "sites": json.dumps(sites), "key": key, "block": str(index)}
+        if experts := {name: hessian for name, hessian in hessians.items() if hessian.pooled is not None}:
+            first = {}
+            pools = {name: first.setdefault(id(hessian.pooled), name) for name, hessian in experts.items()}
+            arrays |= {f"{name}:pooled": pack_triangle(np.asarray(experts[name].pooled)) for name in first.values()}
+            counts = {name: hessian.tokens for name, hessian in experts.items()}
+            metadata |= {"expert_tokens": json.dumps(counts), "pools": json.dumps(pools)}
         write_safetensors(self._file(key, index), arrays, metadata)
 
     def collect(

@@ -82,7 +82,7 @@ def save(
     parameters; process 0 writes.
     """
     path = pathlib.Path(path).absolute()
-    texts = {report.name: json.dumps(dataclasses.asdict(report), sort_keys=True) for report in reports}
+    texts = {report.name: json.dumps(report.values(), sort_keys=True) for report in reports}
     on_primary(lambda: _save(path, model, params, None if records is None else pathlib.Path(records), texts))
 
 

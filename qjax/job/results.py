@@ -39,8 +39,11 @@ def losses(reports: list[MatrixReport]) -> dict[str, Any]:
     passes = {}
     if all(report.proxy_loss_before_passes is not None for report in reports):
         passes = {"proxy_loss_mean_before_passes": mean("proxy_loss_before_passes")}
+    counts = [report.tokens for report in reports if report.tokens is not None]
+    experts = {"expert_tokens_least": min(counts)} if counts else {}
     return {
         **passes,
+        **experts,
         "matrices": len(reports),
         "proxy_loss_mean": mean("proxy_loss"),
         "proxy_loss_worst": worst.proxy_loss,

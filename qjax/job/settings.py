@@ -13,7 +13,9 @@ import jax
 from qjax.data import TokenSplit
 from qjax.errors import InputError
 from qjax.finetune import TuningMethod, method_of
+from qjax.hessian.experts import ExpertFactor
 from qjax.job.inputs import Inputs
+from qjax.models.structure import structure
 from qjax.pipeline.recipe import Recipe
 from qjax.runtime.fingerprint import versions
 from qjax.runtime.mesh import MeshSettings
@@ -90,8 +92,12 @@ class Job:
 
     def fingerprint(self, tokens: TokenSplit) -> dict[str, Any]:
         """All that decides the run's bytes: settings without places and conveniences, model, tokens, versions."""
+        settings = {key: value for key, value in self.settings.items() if key not in IRRELEVANT}
+        if "hessian" in settings and not structure(self.inputs.files(self.model["source"]).config).experts:
+            own = {field.name for field in dataclasses.fields(ExpertFactor)}  # they decide nothing
+            settings["hessian"] = {key: value for key, value in settings["hessian"].items() if key not in own}
         return {
-            "settings": {key: value for key, value in self.settings.items() if key not in IRRELEVANT},
+            "settings": settings,
             "model": self.inputs.fingerprint(self.model["source"], self.model["dtype"])["sha256"],
             "calibration": tokens.calibration.sha256,
             "evaluation": tokens.evaluation.sha256,

@@ -16,9 +16,13 @@ class Hessian:
         Its scale has no meaning.
       output: `[out, out]` float32, or None for the identity (GPTQ, LDLQ).
       tokens: how many tokens (or sequences, for a per-sequence sketch) were averaged.
+      cross: `[in, in]` `E[x zᵀ]` of the original inputs x and those of the quantised stream z, or None.
+      pooled: of an expert: `[in, in]` the input factor over all tokens, whether they are routed to it or not; None for
+        all other linears. `qjax.hessian.experts` makes one factor of both.
     """
 
     input: Leaf
     output: Leaf = None
     tokens: int = static(default=0)
     cross: Leaf = None
+    pooled: Leaf = None

@@ -68,6 +68,8 @@ class MatrixReport:
         rotation, below it where feedback works.
       fallback: "nearest" where plain rounding was kept because the chosen rounding lost more, else None.
       squared_error: `‖E‖²`, in squared units of the weight.
+      tokens: of an expert: those that were routed to it, over which its Hessian was made; None for other layers.
+      expert: its number; None for other layers.
       kronecker_loss: `tr(H_out E H_in Eᵀ) / (‖H_out‖ ‖H_in‖)`, H_out = I when absent; likewise.
     """
 
@@ -88,6 +90,13 @@ class MatrixReport:
     fallback: str | None = None
     squared_error: float = 0.0
     kronecker_loss: float = 0.0
+    tokens: int | None = None
+    expert: int | None = None
+
+    def values(self) -> dict[str, Any]:
+        """As JSON values; what is an expert's alone is left out where it is none."""
+        own = ("tokens", "expert") if self.expert is None else ()
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in own}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> MatrixReport:

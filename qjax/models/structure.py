@@ -19,7 +19,7 @@ from qjax.models.context import Context
 from qjax.models.families import family, paths
 from qjax.models.linear import linear_weight, recorded
 
-__all__ = ["Linear", "Structure", "abstract_block", "structure"]
+__all__ = ["Linear", "Structure", "abstract_block", "structure", "unnumbered"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Linear:
       inner: inputs.
       row_parallel: on a mesh its inputs are shared out among devices and its outputs summed: they come from linears
         whose outputs are shared out. Otherwise every device has the whole input and makes its own outputs.
+      expert: the number of the expert whose it is; it reads the tokens that are routed to it. None for all others.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Linear:
     out: int
     inner: int
     row_parallel: bool
+    expert: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,9 +71,42 @@ class Structure:
         return {linear.site: linear.inner for linear in self.linears}
 
     @functools.cached_property
+    def experts(self) -> dict[str, int]:
+        """The number of the expert of every linear that has one, by name."""
+        return {linear.name: linear.expert for linear in self.linears if linear.expert is not None}
+
+    @functools.cached_property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """Sites of experts that differ in the expert alone, in order, by their name without its number.
+
+        Their inputs have equal shapes, and what is summed of them is kept in one array.
+        """
+        found: dict[str, list[str]] = {}
+        for site in self.widths:
+            if site in self.experts:
+                found.setdefault(unnumbered(site, self.experts[site]), []).append(site)
+        return {name: tuple(sites) for name, sites in found.items()}
+
+    @functools.cached_property
+    def own_inputs(self) -> frozenset[str]:
+        """The stacks whose experts read inputs of their own: they follow upon another linear of the same expert."""
+        follows = {linear.name for linear in self.linears if linear.row_parallel}
+        return frozenset(name for name, sites in self.stacks.items() if sites[0] in follows)
+
+    @functools.cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The linears of every site, in order: those that can be quantised before anything behind them is known."""
-        return tuple(tuple(name for name, own in self.sites.items() if own == site) for site in self.widths)
+        """The linears of every site, in order: those that can be quantised before anything behind them is known.
+
+        The sites of a stack are one group: experts do not follow upon one another.
+        """
+        stack = {site: name for name, sites in self.stacks.items() for site in sites}
+        keys = dict.fromkeys(stack.get(site, site) for site in self.widths)
+        return tuple(tuple(name for name, own in self.sites.items() if stack.get(own, own) == key) for key in keys)
+
+
+def unnumbered(name: str, expert: int) -> str:
+    """The name of an expert's linear without its number: `mlp.experts.up_proj` of `mlp.experts.3.up_proj`."""
+    return ".".join(part for part in name.split(".") if part != str(expert))
 
 
 def abstract_block(config: ModelConfig) -> dict[str, Any]:
@@ -95,6 +130,7 @@ def structure(config: ModelConfig) -> Structure:
     answers = {name: jax.ShapeDtypeStruct((1, 2, shape[0]), jnp.float32) for name, shape in shapes.items()}
     order: list[str] = []
     sites: dict[str, str] = {}
+    experts: dict[str, int | None] = {}
 
     def run(parameters: Any, x: Any, answers: dict[str, Any]) -> list[Any]:
         """The input of every linear, in order, as a function of the answers of the others."""
@@ -104,6 +140,7 @@ def structure(config: ModelConfig) -> Structure:
         order[:] = [weights[id(weight)] for weight in record.weights]
         first: dict[int, str] = {}
         sites.update({name: first.setdefault(id(x), name) for name, x in zip(order, record.inputs, strict=True)})
+        experts.update(zip(order, record.experts, strict=True))
         return record.inputs
 
     x = jax.ShapeDtypeStruct((1, 2, config.hidden_size), jnp.float32)
@@ -116,7 +153,7 @@ def structure(config: ModelConfig) -> Structure:
     for name in order:
         if before[name] - rows:  # a summed output is whole again
             rows.add(name)
-    return Structure(tuple(Linear(name, sites[name], *shapes[name], name in rows) for name in order))
+    return Structure(tuple(Linear(name, sites[name], *shapes[name], name in rows, experts[name]) for name in order))
 
 
 def _reached(jaxpr: Any, variables: dict[Any, str]) -> list[frozenset[str]]:

@@ -54,11 +54,26 @@ def block(parameters: Params, x: HiddenInput, config: ModelConfig) -> Hidden:
 
 
 def block_inputs(parameters: Params, x: HiddenInput, config: ModelConfig) -> tuple[Hidden, dict[str, Array]]:
-    """The block's output and the input `[batch, length, in]` of its linears at every site."""
+    """The block's output and the input `[batch, length, in]` of its linears at every site.
+
+    That of an expert has zeros for tokens that are not routed to it.
+    """
+    y, seen = block_record(parameters, x, config)
+    return y, {site: own for site, (own, _, _) in seen.items()}
+
+
+def block_record(
+    parameters: Params, x: HiddenInput, config: ModelConfig
+) -> tuple[Hidden, dict[str, tuple[Array, Array | None, Array | None]]]:
+    """The block's output and, at every site, (input, which tokens count `[batch, length]`, the input of all tokens).
+
+    The last two are an expert's, None for other linears; see `qjax.models.linear.Record`.
+    """
     sites = {id(linear_weight(parameters, name)): site for name, site in structure(config).sites.items()}
     with recorded() as record:
         y = _output(parameters, config, x)
-    return y, {sites[id(weight)]: own for weight, own in zip(record.weights, record.inputs, strict=True)}
+    parts = zip(record.weights, record.inputs, record.routed, record.every, strict=True)
+    return y, {sites[id(weight)]: (own, routed, every) for weight, own, routed, every in parts}
 
 
 def probed(

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from qjax.data.stream import TokenStream
 from qjax.finetune import BlockReport, BlockTuning, method_of
+from qjax.hessian.experts import ExpertFactor
 from qjax.hessian.fit import Fit
 from qjax.hessian.store import HessianStore
 from qjax.matrix.quantize import MatrixReport
@@ -149,6 +150,11 @@ def _rounded(
         def on_layer(report: MatrixReport, found: bool) -> None:
             give_back(grown=_GROWTH)
             place[0] = f"what follows {report.name}"
+            if report.tokens == 0 and not found:
+                observer.warning(
+                    f"{report.name}: no calibration token is routed to this expert; it is rounded with the Hessian of "
+                    "all tokens: more data.calibration_sequences reach it"
+                )
             progress.advance(note=f"{report.name} proxy loss {report.proxy_loss:.4f}")
             observer.layer(report, found, progress.done)
 
@@ -164,6 +170,7 @@ def _rounded(
             "batch": batch,
             "on_layer": on_layer,
             "held_bytes": around.held_bytes,
+            "experts": ExpertFactor.of(settings),
         }
         of = (model.config, model.params, calibration.tokens, recipe)
         tuning = None if recipe.finetune is None else method_of(recipe.finetune)

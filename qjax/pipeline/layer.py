@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from qjax.hessian.experts import ExpertFactor
 from qjax.linalg.kronecker import Hessian
 from qjax.matrix.quantize import MatrixReport, program, quantize_matrix, splits_rows
 from qjax.matrix.quantized import QuantizedMatrix
@@ -27,16 +28,23 @@ def quantize_layer(
     key: jax.Array,
     correction: float,
     mesh: Mesh | None = None,
+    expert: int | None = None,
+    experts: ExpertFactor = ExpertFactor(),  # noqa: B008  (frozen)
 ) -> tuple[QuantizedMatrix, MatrixReport]:
     """The layer `name` with this weight by its plan, with its rows over the devices of `mesh`.
+
+    `expert`: the number of the expert whose it is; `experts` then says how its Hessian is made.
 
     Where feedback pushed the error into directions that matter, or lost the matrix, plain rounding is tried as well,
     and kept when it is better; the report says so.
     """
+    tokens = None if hessian.pooled is None else hessian.tokens
+    hessian = experts(hessian, name)
 
     def by(rounding: Rounding) -> tuple[QuantizedMatrix, MatrixReport]:
         split = mesh if splits_rows(rounding, plan.codebook, plan.scale) else None
-        return quantize_matrix(weight, hessian, **_options(plan, rounding, name, key, correction), mesh=split)
+        matrix, report = quantize_matrix(weight, hessian, **_options(plan, rounding, name, key, correction), mesh=split)
+        return matrix, dataclasses.replace(report, tokens=tokens, expert=expert)
 
     run, arguments, options = layer_program(weight, hessian, plan, name, key, correction)
     waited(run, *arguments, **options)

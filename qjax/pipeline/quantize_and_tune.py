@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from qjax.finetune.block import BlockReport, BlockTuning, tune_block
+from qjax.hessian.experts import ExpertFactor
 from qjax.linalg.kronecker import Hessian
 from qjax.linalg.prng import root_key
 from qjax.matrix.operator import LinearOperator, is_operator
@@ -46,6 +47,7 @@ def quantize_and_tune(
     on_layer: Callable[[MatrixReport, bool], None] = lambda report, found: None,
     on_block: Callable[[int, BlockReport], None] = lambda index, report: None,
     held_bytes: int | None = None,
+    experts: ExpertFactor = ExpertFactor(),  # noqa: B008  (frozen)
 ) -> QuantizedModel:
     """As `pipeline.quantize_model` with the stream "original", and every block tuned after each group of its matrices.
 
@@ -69,11 +71,10 @@ def quantize_and_tune(
             def quantize(weights: Any, linear: str, index: int = index, hessian: Any = hessian) -> Any:
                 name = f"layers.{index}.{linear}"
                 plan = plans[name]
-                return (
-                    None
-                    if plan is None
-                    else quantize_layer(linear_weight(weights, linear), hessian[linear], plan, name, key, 0.0)
-                )
+                if plan is None:
+                    return None
+                expert, weight = structure(config).experts.get(linear), linear_weight(weights, linear)
+                return quantize_layer(weight, hessian[linear], plan, name, key, 0.0, expert=expert, experts=experts)
 
             found = _one_block(parameters, own, here.y, config, settings, seed, quantize)
             if records is not None:

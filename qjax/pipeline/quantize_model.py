@@ -12,11 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qjax.errors import InputError, RunError
+from qjax.hessian.experts import ExpertFactor
 from qjax.hessian.moments import block_hessians, block_hessians_of_two_streams
 from qjax.linalg.kronecker import Hessian
 from qjax.linalg.prng import root_key
 from qjax.matrix.operator import LinearOperator
 from qjax.matrix.quantize import MatrixReport, splits_rows
+from qjax.matrix.quantized import QuantizedMatrix
 from qjax.models.config import ModelConfig
 from qjax.models.edges import with_edges
 from qjax.models.linear import linear_weight, replace_linears
@@ -66,6 +68,7 @@ def quantize_model(
     on_layer: Callable[[MatrixReport, bool], None] | None = None,
     mesh: Mesh | None = None,
     held_bytes: int | None = None,
+    experts: ExpertFactor = ExpertFactor(),  # noqa: B008  (frozen)
 ) -> QuantizedModel:
     """Quantise every linear of a model by `recipe`, and before them the embedding and head where its rules name them.
 
@@ -85,6 +88,7 @@ def quantize_model(
         Hessians the codes are those of one device; Hessians of another mesh differ in their last bits.
       held_bytes: how much of the finished matrices stays in memory, None for all. The blocks beyond it are read from
         `records` again, one at a time, when those of the result are iterated over (`FinishedBlocks`).
+      experts: how the input factors of a mixture's experts are made.
 
     Raises InputError for a recipe that does not fit the model, NumericsError as `quantize_matrix`.
     """
@@ -132,14 +136,14 @@ def quantize_model(
         if outputs is not None and todo:
             factors = outputs(index)
             block = {linear: dataclasses.replace(h, output=factors[linear].output) for linear, h in block.items()}
-        alone = _alone(parameters, index, block, todo, key, correction, records, spread.mesh)
+        round_one = functools.partial(_quantized, config, experts, key, correction, index)
+        alone = _alone(parameters, index, block, todo, round_one, records, spread.mesh)
         for linear in planned:
             if linear in alone:
                 done[linear] = alone[linear]
             elif linear in todo:
-                plan, name = todo[linear], f"layers.{index}.{linear}"
                 weight = linear_weight(parameters, linear)
-                matrix, report = quantize_layer(weight, block[linear], plan, name, key, correction, spread.mesh)
+                matrix, report = round_one(linear, weight, block[linear], todo[linear], spread.mesh)
                 if records is not None and is_primary():
                     records.save(matrix, report)
                 done[linear] = matrix, report
@@ -149,6 +153,23 @@ def quantize_model(
         here.finished = replace_linears(parameters, {linear: matrix for linear, (matrix, _) in done.items()})
         result.append(here.finished)
     return QuantizedModel({**outside, "blocks": result}, reports)
+
+
+def _quantized(
+    config: ModelConfig,
+    experts: ExpertFactor,
+    key: jax.Array,
+    correction: float,
+    index: int,
+    linear: str,
+    weight: Any,
+    hessian: Hessian,
+    plan: LayerPlan,
+    mesh: Mesh | None = None,
+) -> tuple[QuantizedMatrix, MatrixReport]:
+    """One linear of block `index` by its plan."""
+    expert, name = structure(config).experts.get(linear), f"layers.{index}.{linear}"
+    return quantize_layer(weight, hessian, plan, name, key, correction, mesh, expert, experts)
 
 
 _Done: TypeAlias = dict[str, tuple[LinearOperator, MatrixReport]]
@@ -166,8 +187,7 @@ def _alone(
     index: int,
     hessians: Mapping[str, Hessian],
     todo: Mapping[str, LayerPlan],
-    key: jax.Array,
-    correction: float,
+    round_one: Callable[..., tuple[QuantizedMatrix, MatrixReport]],
     records: Records | None,
     mesh: Mesh,
 ) -> _Done:
@@ -180,9 +200,8 @@ def _alone(
         return {}
 
     def task(linear: str, plan: LayerPlan, device: jax.Device) -> tuple[LinearOperator, MatrixReport]:
-        name = f"layers.{index}.{linear}"
         weight, hessian = jax.device_put((linear_weight(parameters, linear), hessians[linear]), device)
-        matrix, report = quantize_layer(weight, hessian, plan, name, key, correction)
+        matrix, report = round_one(linear, weight, hessian, plan)
         matrix = jax.device_put(jax.device_get(dataclasses.replace(matrix, codebook=None)))
         matrix = dataclasses.replace(matrix, codebook=plan.codebook)
         if records is not None:

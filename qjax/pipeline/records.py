@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -39,7 +38,7 @@ class Records:
     def save(self, operator: LinearOperator, report: MatrixReport) -> None:
         """Write the record of one layer durably; it is a piece of the artifact as it stands."""
         arrays, metadata = described(operator)
-        about = {"run": self.run_digest, "report": json.dumps(dataclasses.asdict(report), sort_keys=True)}
+        about = {"run": self.run_digest, "report": json.dumps(report.values(), sort_keys=True)}
         write_safetensors(self._file(report.name), arrays, {**metadata, **about})
 
     def load(self, name: str) -> tuple[LinearOperator, MatrixReport] | None:

@@ -104,6 +104,11 @@ def check(config: ModelConfig, count: int) -> None:
             f"mesh.model is {count}; the blocks of {config.architecture} cannot be cut into parts ({why}): use "
             "mesh.model=1, which splits sequences"
         )
+    if count > 1 and structure(config).experts:
+        raise InputError(
+            f"mesh.model is {count}; {config.architecture} is a mixture of experts, and matrices of experts are not "
+            "shared out among devices: use mesh.model=1, and mesh.data for more sequences at once"
+        )
     common = math.gcd(config.num_kv_heads, config.num_heads, config.intermediate_size)
     if common % count:
         allowed = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)

@@ -24,7 +24,12 @@ class TinyText:
 
 @dataclasses.dataclass(frozen=True)
 class TinyModel:
-    """The sizes of the model: a Llama."""
+    """The sizes of the model: a Llama, or with experts a Mixtral.
+
+    Attributes:
+      experts: of every block, each of intermediate_size features; 0 is one MLP for all tokens.
+      active: experts of a token.
+    """
 
     vocab_size: Count = 2048
     hidden_size: Count = 192
@@ -34,6 +39,8 @@ class TinyModel:
     num_kv_heads: Count = 2
     head_dim: Count = 32
     max_positions: Count = 256
+    experts: Natural = 0
+    active: Count = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,8 @@ class Training:
     Attributes:
       seed: of weights and order.
       out: run directory; the model appears as <out>/model.
-      install: also replaces qjax/models/tiny, which the package ships; may be given to a finished run.
+      install: also replaces qjax/models/tiny (with experts, tiny_moe), which the package ships; may be given to a
+        finished run.
       machine: a description for the record; null records the number of cores and the architecture.
       text: the training documents.
       model: the sizes.

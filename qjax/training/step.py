@@ -15,14 +15,17 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from qjax.errors import DataError
 from qjax.models.config import ModelConfig
-from qjax.models.linear import replace_linears
+from qjax.models.context import Context
+from qjax.models.families import family, paths
+from qjax.models.linear import recorded, replace_linears
 from qjax.models.structure import abstract_block, structure
-from qjax.models.transformer import forward
+from qjax.models.transformer import embed, forward, head, logits
 from qjax.training.order import random_bits, windows_at
 
-__all__ = ["Schedule", "TrainState", "batch_at", "initial_state", "sum_loss", "train_step"]
+__all__ = ["Schedule", "TrainState", "batch_at", "initial_state", "routed_loss", "sum_loss", "train_step"]
 
 Params = Any
+_BALANCE = 0.02  # the weight of the routers' balance in what is trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,10 @@ class TrainState:
 def initial_state(key: Array, config: ModelConfig, schedule: Schedule) -> TrainState:
     """Normal weights of deviation `fan_in**-0.5`, divided by `sqrt(2 layers)` where they write to the residual."""
     linears, residual = structure(config).linears, (2 * config.num_layers) ** -0.5
-    keys = iter(jax.random.split(key, config.num_layers * len(linears) + 1))
+    tensors = family(config).block_tensors(config)
+    block = {path: tensors[name] for name, path in paths(tensors).items()}
+    matrices = sum(len(shape) == 2 for shape in block.values())  # linears and routers
+    keys = iter(jax.random.split(key, config.num_layers * matrices + 1))
 
     def layer() -> Params:
         weights = {}
@@ -89,6 +95,11 @@ def initial_state(key: Array, config: ModelConfig, schedule: Schedule) -> TrainS
             scale = residual if linear.row_parallel else 1.0  # those whose outputs are added to the residual
             weights[linear.name] = jax.random.normal(next(keys), linear.shape) * (scale * linear.inner**-0.5)
         ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_block(config))
+        routers = [path for path, shape in block.items() if len(shape) == 2 and path[-1] != "weight"]
+        for path in routers:
+            *groups, last = path
+            node = functools.reduce(lambda node, key: node[key], groups, ones)
+            node[last] = jax.random.normal(next(keys), block[path]) * block[path][1] ** -0.5
         return replace_linears(ones, weights)
 
     embed = jax.random.normal(next(keys), (config.vocab_size, config.hidden_size)) * 0.02
@@ -107,6 +118,29 @@ def sum_loss(params: Params, tokens: Int[Array, "batch length"], config: ModelCo
     return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:]))
 
 
+def routed_loss(
+    params: Params, tokens: Int[Array, "batch length"], config: ModelConfig
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(the sum of `sum_loss`, the mean over all routers of `E Σ f_e p_e`) of a mixture of E experts.
+
+    f_e is the share of places that expert e got and p_e its mean probability: 1 where all get the same, and what keeps
+    a router from sending all tokens to few. Source: Switch Transformers (2101.03961), section 2.2.
+    """
+    x, balance = embed(params["embed"], tokens[:, :-1], config), jnp.zeros(())
+    for parameters in params["blocks"]:
+        with recorded() as record:
+            x = family(config).block(parameters, x, Context(config))
+        (probabilities,) = record.routers
+        count = probabilities.shape[-1]
+        routed = jnp.stack(record.routed[record.experts.index(0) :][:count], axis=-1)
+        shares = jnp.mean(routed.astype(jnp.float32), axis=(0, 1))
+        places = jax.lax.stop_gradient(shares / jnp.sum(shares))
+        balance += count * jnp.sum(places * jnp.mean(probabilities, axis=(0, 1)))
+    scores = logits(head(params), x, config)
+    loss = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:]))
+    return loss, balance / config.num_layers
+
+
 @functools.partial(jax.jit, static_argnames=("config", "schedule"), donate_argnums=0)
 def train_step(
     state: TrainState, tokens: Int[Array, "batch length"], config: ModelConfig, schedule: Schedule
@@ -115,11 +149,16 @@ def train_step(
 
     The old state's buffers are donated. Nothing is raised: the caller looks at the loss and the norm.
     """
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
 
-    def mean_loss(params: Params) -> Array:
-        return sum_loss(params, tokens, config) / (tokens.shape[0] * (tokens.shape[1] - 1))
+    def mean_loss(params: Params) -> tuple[Array, Array]:
+        if not structure(config).experts:
+            loss = sum_loss(params, tokens, config) / count
+            return loss, loss
+        loss, balance = routed_loss(params, tokens, config)
+        return loss / count + _BALANCE * balance, loss / count
 
-    loss, gradient = jax.value_and_grad(mean_loss)(state.params)
+    (_, loss), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     # optax raises Python floats to integer step counts, which strict promotion rules forbid.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         update, optimizer = schedule.optimizer().update(gradient, state.optimizer, state.params)

@@ -53,7 +53,7 @@ def test_many_batches_lose_nothing(model):
         inputs = (parameters, *step.parts, step.mask, step.numbers)
         for _ in range(batches):
             moments, _ = accumulate(moments, *inputs, model.config, mesh=spread.mesh, propagate=False)
-        means, broken = finish(moments, 24 * batches, spread.mesh)
+        means, broken, _ = finish(moments, 24 * batches, spread.mesh)
         assert not broken
         return means
 

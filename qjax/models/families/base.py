@@ -117,12 +117,14 @@ def family(config: ModelConfig) -> Family:
 def paths(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The place in a block's parameters of every tensor, by its name: its parts, in nested dictionaries.
 
-    A gain without a bias is an array under its own name (`input_layernorm`, not `input_layernorm.weight`).
+    A gain without a bias is an array under its own name (`input_layernorm`, not `input_layernorm.weight`), and so is a
+    router (`gate`), which is no linear: it stays dense.
     """
     names = list(names)
     known, found = set(names), {}
     for name in names:
         *parts, kind = name.split(".")
-        bare = kind == "weight" and parts[-1].endswith("norm") and ".".join([*parts, "bias"]) not in known
+        alone = parts[-1].endswith("norm") or parts[-1] == "gate"
+        bare = kind == "weight" and alone and ".".join([*parts, "bias"]) not in known
         found[name] = tuple(parts) if bare else (*parts, kind)
     return found

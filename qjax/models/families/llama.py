@@ -165,15 +165,22 @@ class Llama(Family):
             )
         )
         if config.qk_norm:
-            q = self.norm(q, parameters["q_norm"], config)
-            k = self.norm(k, parameters["k_norm"], config)
+            q, k = (self.normed(x, parameters[name], config) for x, name in ((q, "q_norm"), (k, "k_norm")))
         return q, k, v
+
+    def normed(self, heads: Array, gain: Array, config: ModelConfig) -> Array:
+        """The normed heads of q or k `[batch, length, heads, dim]`, where the family has norms of these: each head."""
+        return self.norm(heads, gain, config)
 
     def attention(self, parameters: Any, x: HostOrDevice, context: Context | Cached) -> Array:
         """The attention's output for normed x; `parameters` are those of the attention."""
         q, k, v = self.queries_keys_values(parameters, x, context.config)
         q, k = context.rotary(q, k)
         return affine(parameters["o_proj"], context.attend(q, k, v))
+
+    def feed_forward(self, parameters: Any, x: Array, config: Any) -> Array:
+        """What follows attention, of its normed input; `parameters` are those of the block."""
+        return self.mlp(parameters["mlp"], x)
 
     def mlp(self, parameters: Any, x: Array) -> Array:
         """The gated MLP's output for normed x; `parameters` are those of the MLP."""
@@ -194,11 +201,11 @@ class Llama(Family):
         normal = self.norm(x, parameters["input_layernorm"], config)
         x = self.added(x, self.attention(parameters["self_attn"], normal, context), config)
         normal = self.norm(x, parameters["post_attention_layernorm"], config)
-        return self.added(x, self.mlp(parameters["mlp"], normal), config)
+        return self.added(x, self.feed_forward(parameters, normal, config), config)
 
     def residual(self) -> Residual | None:
         """As `Family.residual`; a family with another block says its own."""
-        if type(self).block is not Llama.block:
+        if type(self).block is not Llama.block or type(self).feed_forward is not Llama.feed_forward:
             return None
         readers = {
             "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
