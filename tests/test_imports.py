@@ -13,12 +13,12 @@ ORDER = [
     {"qjax.finetune", "qjax.interchange", "qjax.tensor_parallel"},
     {"qjax.matrix", "qjax.hessian"},
     {"qjax.rounding", "qjax.evaluate", "qjax.streams", "qjax.training"},
-    {"qjax.codebooks", "qjax.incoherence", "qjax.data"},
+    {"qjax.codebooks", "qjax.formats", "qjax.incoherence", "qjax.data"},
     {"qjax.models"},
     {"qjax.linalg", "qjax.runtime", "qjax.configuration", "pallas_kernels"},
     {"qjax.errors", "qjax.registry", "qjax.typing"},
 ]
-MATHEMATICS = ("qjax.linalg", "qjax.codebooks", "qjax.incoherence", "qjax.rounding", "qjax.matrix")
+MATHEMATICS = ("qjax.linalg", "qjax.codebooks", "qjax.formats", "qjax.incoherence", "qjax.rounding", "qjax.matrix")
 FACE = "qjax"  # hands names on
 FLOORS = 12
 
