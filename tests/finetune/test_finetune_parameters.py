@@ -139,7 +139,9 @@ def test_codes_stay_and_the_artifact_reloads_to_the_same_bits(model, quantized, 
         np.testing.assert_array_equal(
             np.asarray(old["mlp"]["up_proj"]["weight"].packed), np.asarray(tuned["mlp"]["up_proj"]["weight"].packed)
         )
-    gains = artifact.model_bytes(new) - artifact.model_bytes(quantized)
+    norms = 2 * sum(leaf.size for block in new["blocks"] for name, leaf in block.items() if name.endswith("norm"))
+    norms += 2 * new["norm"].size  # once tuned they are no values of bfloat16 any more
+    gains = artifact.model_bytes(new) - artifact.model_bytes(quantized) - norms
     assert gains == sum(2 * sum(block["mlp"]["up_proj"]["weight"].shape) for block in new["blocks"]) + sum(
         2 * sum(block["self_attn"]["q_proj"]["weight"].shape) for block in new["blocks"][:3]
     )
