@@ -15,7 +15,7 @@ from qjax.function.evaluate import Observer, evaluate
 from qjax.function.program import Program
 from qjax.function.walk import Use
 from qjax.hessian.labels import draw
-from qjax.hessian.moments import kahan
+from qjax.hessian.products import kahan
 from qjax.hessian.sketch import Sketch, assembled, increments
 from qjax.linalg.kronecker import Hessian
 from qjax.linalg.symmetric import mirror

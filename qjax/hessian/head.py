@@ -11,7 +11,8 @@ from jaxtyping import Array, Int
 
 from qjax.errors import NumericsError
 from qjax.hessian import moments as sums
-from qjax.hessian.moments import NONE, Moments, finish
+from qjax.hessian.moments import Moments, finish
+from qjax.hessian.products import NONE
 from qjax.linalg.compiled import lean_jit
 from qjax.linalg.kronecker import Hessian
 from qjax.models.config import ModelConfig
@@ -66,14 +67,14 @@ def head_hessian(
         return spread.sums(lambda whole: np.full(whole, value), shape)
 
     zero = np.float32(0)
-    moments = Moments({_NAME: make(zero, (width,) * 2)}, {_NAME: make(zero, (width,) * 2)}, {_NAME: make(NONE, ())})
+    moments = Moments({_NAME: make(zero, (width,) * 2)}, {_NAME: make(zero, (width,) * 2)}, {_NAME: make(NONE, ())}, {})
     top = spread.whole(top)
     for step in spread.feed(here.y):
         moments, _ = call(
             accumulate_final, moments, top, *step.parts, step.mask, step.numbers, config, mesh=spread.mesh
         )
     count = spread.sequences * tokens.shape[1]
-    means, bad = finish(moments, count, spread.mesh)
+    means, bad, _ = finish(moments, count, spread.mesh)
     if bad:
         raise NumericsError(
             f"head: its inputs on the calibration data are not finite, first in sequence {bad[_NAME]}; drop that "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from typing import Any
 
 import jax
@@ -13,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from pallas_kernels.gram import gram
 from qjax.errors import InputError, NumericsError
 from qjax.hessian.experts import pools
+from qjax.hessian.products import NONE, first_bad, kahan, masked, product, second_moment
 from qjax.linalg.compiled import lean_jit
 from qjax.linalg.kronecker import Hessian
 from qjax.linalg.symmetric import mirror
@@ -30,7 +29,6 @@ from qjax.streams.batches import Spread
 from qjax.typing import HostOrDevice, Leaf, pytree
 
 __all__ = [
-    "NONE",
     "Moments",
     "accumulate",
     "accumulate_pair",
@@ -68,7 +66,6 @@ class Moments:
 
 
 _ROWS = 256
-NONE = np.uint32(2**32 - 1)
 
 
 def cross(site: str) -> str:
@@ -143,18 +140,18 @@ def accumulate(
         products, bad, count, experts = {}, {}, {}, structure(config).experts
         for site, (own_inputs, _, _) in seen.items():
             if site not in experts:
-                rows = _masked(own_inputs, mask)
-                products[site] = _second_moment(rows)
-                bad[site] = _first_bad(numbers, products[site], rows)
+                rows = masked(own_inputs, mask)
+                products[site] = second_moment(rows)
+                bad[site] = first_bad(numbers, products[site], rows)
         for stack, sites in structure(config).stacks.items():
             routed = jnp.stack([jnp.asarray(seen[site][1]) for site in sites]) & (mask > 0)[None, :, None]
             count[stack] = jnp.sum(routed, axis=(1, 2), dtype=jnp.uint32)
-            rows = {stack: jnp.stack([_masked(seen[site][0], mask) for site in sites])}
+            rows = {stack: jnp.stack([masked(seen[site][0], mask) for site in sites])}
             if stack in structure(config).own_inputs:
-                rows[every(stack)] = jax.vmap(_masked, in_axes=(0, None))(jnp.asarray(seen[sites[0]][2]), mask)
+                rows[every(stack)] = jax.vmap(masked, in_axes=(0, None))(jnp.asarray(seen[sites[0]][2]), mask)
             for name, part in rows.items():
-                products[name] = jax.vmap(_product)(part, part)
-                bad[name] = _first_bad(numbers, products[name], *part)
+                products[name] = jax.vmap(product)(part, part)
+                bad[name] = first_bad(numbers, products[name], *part)
         return _added(moments, products, bad, count), (y if propagate else None)
 
     return on_devices(mesh, own)(moments, parameters, x, mask, numbers)
@@ -184,10 +181,10 @@ def accumulate_pair(
         _, changed = block_inputs(parameters, z, config)
         products, bad = {}, {}
         for site in original:
-            a, b = _masked(original[site], mask), _masked(changed[site], mask)
-            products[site], products[cross(site)] = _second_moment(b), _product(a, b)
-            bad[site] = _first_bad(numbers, products[site], b)
-            bad[cross(site)] = _first_bad(numbers, products[cross(site)], a, b)
+            a, b = masked(original[site], mask), masked(changed[site], mask)
+            products[site], products[cross(site)] = second_moment(b), product(a, b)
+            bad[site] = first_bad(numbers, products[site], b)
+            bad[cross(site)] = first_bad(numbers, products[cross(site)], a, b)
         return _added(moments, products, bad, {}), y
 
     return on_devices(mesh, own)(moments, parameters, x, z, mask, numbers)
@@ -197,9 +194,9 @@ def with_rows(moments: Moments, inputs: dict[str, Array], mask: Array, numbers: 
     """The sums of one device with a step's inputs `[batch, length, n]` of every site."""
     products, bad = {}, {}
     for site, own in inputs.items():
-        rows = _masked(own, mask)
-        products[site] = _second_moment(rows)
-        bad[site] = _first_bad(numbers, products[site], rows)
+        rows = masked(own, mask)
+        products[site] = second_moment(rows)
+        bad[site] = first_bad(numbers, products[site], rows)
     return _added(moments, products, bad, {})
 
 
@@ -226,50 +223,12 @@ def on_devices(mesh: Mesh, own: Any) -> Any:
     return run
 
 
-def _masked(inputs: Array, mask: Array) -> Array:
-    """`[batch, length, n]` float32, with zeros for what does not count, also where it is not finite."""
-    return jnp.where(mask[:, None, None] > 0, inputs.astype(jnp.float32), 0)
-
-
-def _second_moment(rows: Array) -> Array:
-    """`Xᵀ X`: XLA's whole product, or what `QJAX_GRAM` names of `pallas_kernels.gram` when the program is traced.
-
-    Those compute one triangle, half of the work. Whether one is faster anywhere is not measured: none is the default.
-    """
-    name = os.environ.get("QJAX_GRAM", "")
-    return gram(rows.reshape(-1, rows.shape[-1]), name) if name else _product(rows, rows)
-
-
-def _product(a: Array, b: Array) -> Array:
-    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    return jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def _first_bad(numbers: Array, product: Array, *rows: Array) -> Array:
-    """The number of the first sequence with a value or a sum of squares that is not finite, `NONE` without one.
-
-    Sums of squares bound every entry of a sequence's product. Where only the sum over the batch overflows, its first
-    sequence is named.
-    """
-    broken = jnp.any(~jnp.isfinite(jnp.stack([jnp.sum(jnp.square(x), axis=1) for x in rows])), axis=(0, 2))
-    named = jnp.where(jnp.any(broken), jnp.argmax(broken), 0)
-    wrong = jnp.any(broken) | ~jnp.all(jnp.isfinite(product))
-    return jnp.where(wrong, jax.lax.dynamic_index_in_dim(numbers, named, keepdims=False), NONE)
-
-
 def _added(moments: Moments, products: dict[str, Array], bad: dict[str, Array], count: dict[str, Array]) -> Moments:
     total, carry, first = {}, {}, {}
-    for name, product in products.items():
+    for name, own in products.items():
         first[name] = jnp.minimum(moments.bad[name], bad[name])
-        total[name], carry[name] = kahan(moments.total[name], moments.carry[name], product)
+        total[name], carry[name] = kahan(moments.total[name], moments.carry[name], own)
     return Moments(total, carry, first, {name: moments.count[name] + own for name, own in count.items()})
-
-
-def kahan(total: Array, carry: Array, addend: Array) -> tuple[Array, Array]:
-    """`total - carry + addend` in two parts again: the sum, and what its rounding has added to it."""
-    addend = addend - carry
-    after = total + addend
-    return after, (after - total) - addend
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

@@ -15,7 +15,8 @@ from jaxtyping import Array, Int
 from qjax.errors import InputError, NumericsError
 from qjax.hessian.experts import ExpertFactor
 from qjax.hessian.labels import label_gradient
-from qjax.hessian.moments import NONE, block_hessians_and_outputs, kahan
+from qjax.hessian.moments import block_hessians_and_outputs
+from qjax.hessian.products import NONE, kahan
 from qjax.hessian.sketch import Sketch, assembled, increments, row_blocks
 from qjax.linalg.kronecker import Hessian
 from qjax.linalg.symmetric import mirror

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from qjax.errors import ArtifactError, InputError
 from qjax.hessian.experts import ExpertFactor
-from qjax.hessian.moments import NONE
+from qjax.hessian.products import NONE
 from qjax.hessian.sketch import Sketch, assembled, divided
 from qjax.hessian.sketch_collect import Sums, empty_sums, finish_sums, known_factors, ranges, reduce_sums, sketch_pass
 from qjax.hessian.store import HessianStore, pack_triangle, unpack_triangle

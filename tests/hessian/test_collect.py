@@ -8,7 +8,8 @@ import pytest
 from qjax import hessian, models
 from qjax.errors import ArtifactError, DataError, InputError, NumericsError
 from qjax.hessian import HessianStore
-from qjax.hessian.moments import _second_moment, accumulate, empty, finish
+from qjax.hessian.moments import accumulate, empty, finish
+from qjax.hessian.products import second_moment
 from qjax.hessian.store import pack_triangle, unpack_triangle
 from qjax.models import structure
 from qjax.models.transformer import block_inputs, embed
@@ -156,11 +157,11 @@ def test_the_environment_names_what_computes_second_moments(monkeypatch):
     found = {}
     for name in ("", "xla"):
         monkeypatch.setenv("QJAX_GRAM", name)
-        found[name] = np.asarray(jax.jit(lambda x: _second_moment(x))(jnp.asarray(rows)))
+        found[name] = np.asarray(jax.jit(lambda x: second_moment(x))(jnp.asarray(rows)))
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-5)
     assert np.array_equal(found["xla"], found["xla"].T)
     monkeypatch.setenv("QJAX_GRAM", "triangle")
     with pytest.raises(
         ValueError, match="gram has no implementation 'triangle'; there are mosaic_gpu, pallas_tpu, xla"
     ):
-        _second_moment(jnp.asarray(rows))
+        second_moment(jnp.asarray(rows))

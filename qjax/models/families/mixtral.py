@@ -21,9 +21,9 @@ class Mixtral(Mixture, Mistral):
     counts = ("num_local_experts",)
     default_active = 2
 
-    def window(self, fields: Fields, layers: int) -> int | None:
+    def windows(self, fields: Fields, layers: int) -> list[int | None]:
         """`sliding_window` of all layers; an absent key is none."""
-        return None if fields.table.get("sliding_window") is None else super().window(fields, layers)
+        return [None] if fields.table.get("sliding_window") is None else super().windows(fields, layers)
 
     def renormalised(self, fields: Fields) -> bool:
         """Always."""
