@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from qjax.errors import DataError, InputError, NumericsError, RunError
 from qjax.models.config import ModelConfig
+from qjax.models.families.mixture import MixtureConfig
 from qjax.models.transformer import forward
 from qjax.training import pretrain
 from qjax.training.pretrain import Task, held_out_loss, train
-from qjax.training.step import Schedule, batch_at, initial_state, sum_loss, train_step
+from qjax.training.step import Schedule, batch_at, initial_state, routed_loss, sum_loss, train_step
 from qjax.training.text import windows
 
 CONFIG = ModelConfig("LlamaForCausalLM", 48, 32, 48, 1, 2, 1, 16, max_positions=16, tie_embeddings=True)
@@ -217,3 +218,20 @@ def test_texts_shorter_than_a_window_are_refused():
         batch_at(np.arange(20, dtype=np.int32), 0, 1, 16, 0, 0)
     with pytest.raises(DataError, match="do not fill one window"):
         windows(np.arange(16, dtype=np.int32), 16)
+
+
+def test_a_mixture_is_trained_on_its_loss_and_on_the_balance_of_its_routers():
+    sizes = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(CONFIG)}
+    sizes |= {"architecture": "MixtralForCausalLM", "intermediate_size": 8}
+    config = MixtureConfig(**sizes, experts=4, active=2)
+    state = initial_state(jax.random.key(0), config, SCHEDULE)
+    tokens = np.random.default_rng(1).integers(0, 48, (2, 9)).astype(np.int32)
+    gate = np.asarray(state.params["blocks"][0]["block_sparse_moe"]["gate"])
+    assert len(set(np.round(gate.ravel(), 6).tolist())) == gate.size  # equal ones would send all tokens to two experts
+    loss, balance = jax.jit(routed_loss, static_argnames="config")(state.params, tokens, config)
+    assert float(loss) == pytest.approx(float(sum_loss(state.params, tokens, config)), rel=1e-5)
+    assert 1 <= float(balance) < 4  # 1 is equal use
+    before = gate.copy()
+    state, mean, _ = train_step(train_step(state, tokens, config, SCHEDULE)[0], tokens, config, SCHEDULE)
+    assert float(mean) == pytest.approx(float(loss) / 16, rel=1e-5)  # the first step's rate is 0
+    assert np.abs(np.asarray(state.params["blocks"][0]["block_sparse_moe"]["gate"]) - before).max() > 0
