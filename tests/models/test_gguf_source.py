@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from generated import Generated, expected
 from gguf.quants import dequantize, quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from qjax.errors import ModelFileError
 from qjax.models import RopeScaling, forward, load, open_model
 from qjax.models.checkpoints.gguf_format import read_gguf_header
+from qjax.models.config import Linear, Yarn
 
 Q = gguf.GGMLQuantizationType
 Write = Callable[..., Path]
@@ -83,7 +86,7 @@ def test_unknown_rotary_factors_are_refused(write_gguf: Write):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope scaling of type 'yarn'"),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "rope scaling of type 'longrope'"),
         (lambda w: w.add_expert_count(8), "mixture of experts"),
         (lambda w: w.add_rope_dimension_count(4), "rotated in part"),
         (lambda w: w.add_custom_alignment(64), None),
@@ -99,7 +102,7 @@ def test_metadata_options(write_gguf: Write, change: Callable, message: str | No
 
 
 def test_unknown_architecture(write_gguf: Write):
-    with pytest.raises(ModelFileError, match="architecture 'gpt2' is not supported; there is: llama, qwen2, qwen3"):
+    with pytest.raises(ModelFileError, match="architecture 'gpt2' is not supported; there is: .*llama, .*qwen2, qwen3"):
         open_model(write_gguf(arch="gpt2"))
 
 
@@ -173,3 +176,88 @@ def test_flipped_header_bits_never_escape_the_documented_error(with_tokenizer: P
         pass
     finally:
         with_tokenizer.write_bytes(original)
+
+
+FAMILY_FILES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "granite": "granite", "olmo2": "olmo2"}
+
+
+@pytest.mark.parametrize("option", FAMILY_FILES)
+def test_other_families_agree_with_transformers(tmp_path: Path, option: str):
+    """Files as llama.cpp's converter lays them out: its names, gains of Gemma + 1, Granite's rotary pairs."""
+    kind, config = FAMILY_FILES[option], expected(option)[0]
+    source = Generated(config)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", kind)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_positions)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if kind == "granite":
+        for key, value in GRANITE.items():
+            writer.add_float32(f"granite.{key}", value)
+    if kind == "gemma2":
+        writer.add_sliding_window(8)
+        writer.add_attn_logit_softcapping(5.0)
+        writer.add_final_logit_softcapping(3.0)
+    if kind == "gemma3":
+        writer.add_sliding_window(8)
+        writer.add_array("gemma3.attention.sliding_window_pattern", [True, False, True])
+        writer.add_rope_freq_base(1e6)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+    architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    names = gguf.get_tensor_name_map(architecture, config.num_layers)
+    for name in sorted(source.names):
+        values = source.read(name).astype(np.float32)
+        if kind == "granite" and ("q_proj" in name or "k_proj" in name):  # rows i and i + dim/2 become neighbours
+            halves = values.reshape(-1, 2, config.head_dim // 2, values.shape[1])
+            values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+        gain = kind.startswith("gemma") and name.endswith("norm.weight")
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert target is not None
+        writer.add_tensor(target, values + 1 if gain else values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = open_model(tmp_path / "model.gguf")
+    own = found.config
+    if kind in ("gemma2", "gemma3"):  # files do not have the scale of the scores; published models have this one
+        assert own.attention_scale == config.head_dim**-0.5
+        own = dataclasses.replace(own, attention_scale=config.attention_scale)
+    near = lambda value: pytest.approx(value, rel=1e-6) if isinstance(value, float) else value  # noqa: E731
+    assert dataclasses.asdict(own) == {key: near(value) for key, value in dataclasses.asdict(config).items()}
+    for name in sorted(source.names):
+        np.testing.assert_allclose(found.weights.read(name), source.read(name).astype(np.float32), atol=3e-7)
+
+
+GRANITE = {"attention.scale": 0.2, "embedding_scale": 3.0, "residual_scale": 0.4, "logit_scale": 2.5}
+
+
+@pytest.mark.parametrize("keys", [{"scale_linear": 4.0}, {"scaling.factor": 4.0}])
+def test_a_factor_without_a_type_is_linear(write_gguf: Write, keys: dict[str, float]):
+    def change(writer: gguf.GGUFWriter) -> None:
+        for key, value in keys.items():
+            writer.add_float32(f"llama.rope.{key}", value)
+
+    assert open_model(write_gguf(change=change)).config.rope_scaling == Linear(4.0)
+
+
+def test_yarn_is_read(write_gguf: Write):
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(32)
+
+    scaling = Yarn(4.0, 32.0, 1.0, 32, 0.1 * np.log(4.0) + 1, True)
+    assert open_model(write_gguf(change=change)).config.rope_scaling == scaling
+
+
+@pytest.mark.parametrize("key", ["rope.freq_base_swa", "attention.scale", "attention.temperature_length"])
+def test_an_entry_that_may_change_the_forward_pass_is_refused_by_name(write_gguf: Write, key: str):
+    change = lambda writer: writer.add_float32(f"llama.{key}", 2.0)  # noqa: E731
+    with pytest.raises(ModelFileError, match=f"llama.{key} is 2.0, which may change what is computed and is not read"):
+        open_model(write_gguf(change=change))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from jaxtyping import Array, Float, Int
@@ -55,6 +55,7 @@ class Family(abc.ABC):
       Config: the static description, `ModelConfig` or a dataclass derived from it.
       whole: why its blocks cannot be cut into parts of heads and hidden features; None where they can.
       gguf: `general.architecture` of its GGUF files, None where there are none.
+      gguf_gain: what GGUF files add to the gains of norms.
       gguf_paired: linears whose rows GGUF files store with the rotary pairs as neighbours (row 2i with 2i + 1).
     """
 
@@ -62,6 +63,7 @@ class Family(abc.ABC):
     title: ClassVar[str]
     prefix: ClassVar[str] = "model.layers.{index}."
     Config: ClassVar[type[ModelConfig]] = ModelConfig
+    gguf_gain: ClassVar[float] = 0.0
     whole: ClassVar[str | None] = None
     gguf: ClassVar[str | None] = None
     gguf_paired: ClassVar[tuple[str, ...]] = ()
@@ -69,6 +71,13 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def config(self, fields: Fields, architecture: str) -> ModelConfig:
         """The static description from `config.json`. Raises ModelFileError for what the forward pass does not have."""
+
+    def gguf_table(self, entry: Callable[..., Any]) -> dict[str, Any] | None:
+        """The keys of `config.json` that a GGUF file of the family means beside shapes, rotary base and its scaling.
+
+        `entry(key, default)` is a number of its metadata. None: the family has no keys of its own.
+        """
+        return None
 
     @abc.abstractmethod
     def block_tensors(self, config: Any) -> dict[str, Shape]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,9 @@ class Gemma(Llama):
 
     model_type = "gemma"
     title = "GemmaForCausalLM"
-    gguf = None
+    gguf = "gemma"
+    gguf_paired = ()
+    gguf_gain = 1.0
     mlp_bias = False
     head_dim = 256
 
@@ -33,6 +36,10 @@ class Gemma(Llama):
         allowed = ("gelu_pytorch_tanh", "gelu")
         fields.choice("hidden_activation", allowed[:1], "gelu_pytorch_tanh")
         fields.choice("hidden_act", allowed, "gelu_pytorch_tanh")
+
+    def gguf_table(self, entry: Callable[..., Any]) -> dict[str, Any]:
+        """The activation, which files do not name."""
+        return {"hidden_activation": "gelu_pytorch_tanh"}
 
     def options(self, fields: Fields) -> dict[str, Any]:
         """As `Llama.options`."""

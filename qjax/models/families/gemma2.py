@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from jaxtyping import Array
@@ -19,11 +20,33 @@ __all__ = ["Gemma2"]
 
 @FAMILIES.register("Gemma2ForCausalLM")
 class Gemma2(Gemma):
-    """`x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`."""
+    """`x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`.
+
+    Attributes:
+      sliding_every: the layer of as many that has no window.
+      largest: blocks of the model whose scores are scaled by another root than that of the head's width.
+    """
 
     model_type = "gemma2"
     title = "Gemma2ForCausalLM"
+    gguf = "gemma2"
     sliding_every: ClassVar[int] = 2
+    largest: ClassVar[int] = 46
+
+    def default_kv_heads(self, heads: int) -> int | None:
+        """The key is needed."""
+        return None
+
+    def gguf_table(self, entry: Callable[..., Any]) -> dict[str, Any]:
+        """The window, the caps, and the scale of the scores: files have none, and the largest model another."""
+        head_dim, width = entry("attention.key_length"), entry("embedding_length")
+        largest = entry("block_count") == self.largest
+        return super().gguf_table(entry) | {
+            "sliding_window": int(entry("attention.sliding_window", 4096)),
+            "query_pre_attn_scalar": width / entry("attention.head_count") if largest else head_dim,
+            "attn_logit_softcapping": entry("attn_logit_softcapping", 50.0) or None,
+            "final_logit_softcapping": entry("final_logit_softcapping", 30.0) or None,
+        }
 
     def windows(self, fields: Fields, layers: int) -> list[int | None]:
         """`sliding_window` in the layers of `layer_types`; where it is absent in every second, the first included."""

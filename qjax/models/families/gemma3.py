@@ -23,7 +23,9 @@ class Gemma3(Gemma2):
     model_type = "gemma3_text"
     title = "Gemma3ForCausalLM (text)"
     qk_norm = True
+    gguf = "gemma3"
     sliding_every = 6
+    largest = 62
 
     def kinds(self, fields: Fields, layers: int, theta: float, scaling: Scaling | None) -> tuple[AttentionKind, ...]:
         """As `Llama.kinds`."""

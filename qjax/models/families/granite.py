@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array
@@ -37,8 +38,17 @@ class Granite(Llama):
 
     model_type = "granite"
     title = "GraniteForCausalLM"
-    gguf = None
+    gguf = "granite"
     Config = GraniteConfig
+
+    def gguf_table(self, entry: Callable[..., Any]) -> dict[str, Any]:
+        """The multipliers."""
+        return {
+            "attention_multiplier": entry("attention.scale"),
+            "embedding_multiplier": entry("embedding_scale"),
+            "residual_multiplier": entry("residual_scale"),
+            "logits_scaling": entry("logit_scale"),
+        }
 
     def options(self, fields: Fields) -> dict[str, Any]:
         """As `Llama.options`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array
@@ -23,8 +24,13 @@ class Olmo2(Llama):
     model_type = "olmo2"
     title = "OLMo 2 (Olmo2ForCausalLM)"
     whole = "norms of queries and keys are over all heads"
-    gguf = None
+    gguf = "olmo2"
+    gguf_paired = ()
     mlp_bias = False
+
+    def gguf_table(self, entry: Callable[..., Any]) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
     def block_tensors(self, config: ModelConfig) -> dict[str, Shape]:
         """As `Family.block_tensors`."""

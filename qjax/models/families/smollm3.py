@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from qjax.errors import ModelFileError
 from qjax.models.config import AttentionKind, Scaling
 from qjax.models.families.base import FAMILIES
@@ -18,8 +21,19 @@ class SmolLM3(Llama):
 
     model_type = "smollm3"
     title = "SmolLM3ForCausalLM"
-    gguf = None
-    mlp_bias = True
+    gguf = "smollm3"
+
+    def gguf_table(self, entry: Callable[..., Any]) -> dict[str, Any]:
+        """Nothing: every fourth layer is one without rotation."""
+        return {}
+
+    def options(self, fields: Fields) -> dict[str, Any]:
+        """As `Llama.options`: the head is the embedding unless the configuration says otherwise."""
+        return {"tie_embeddings": fields.flag("tie_word_embeddings", True)}
+
+    def default_kv_heads(self, heads: int) -> int | None:
+        """The key is needed."""
+        return None
 
     def kinds(self, fields: Fields, layers: int, theta: float, scaling: Scaling | None) -> tuple[AttentionKind, ...]:
         """As `Llama.kinds`."""
