@@ -29,7 +29,8 @@ class Estimator:
       sequences: of the calibration, from the first on; None is all of them. Of stream=original.
       routing: what an expert's input factor is made of: the tokens "routed" to it, "all", or a "blend" of both (see
         `qjax.hessian.experts`). Of mixtures of experts.
-      expert_tokens: an expert that saw fewer shrinks towards the factor of all tokens. Of mixtures of experts.
+      expert_tokens: an expert that saw fewer shrinks towards the factor of all tokens; None is twice as many as its
+        matrix has inputs. Of mixtures of experts.
       fit_sequences: evaluation sequences on which the cosine with the true Fisher and an error bound are measured. Of
         stream=original.
     """
@@ -41,7 +42,7 @@ class Estimator:
     sequences: Count | None = None
     fit_sequences: Natural = 0
     routing: Annotated[str, OneOf("routed", "all", "blend")] = "routed"
-    expert_tokens: Natural = 256
+    expert_tokens: Natural | None = None
 
     def __post_init__(self) -> None:
         """Check the options. Raises InputError for a value of another kind or out of its range."""

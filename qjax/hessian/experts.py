@@ -22,12 +22,12 @@ class ExpertFactor:
     Attributes:
       routing: "routed": R; "all": P (as if every token passed every expert); "blend": the mean of both, each with mean
         diagonal 1.
-      expert_tokens: an expert with t < T of these tokens takes `t/T R + (1 − t/T) P` in the place of R; 0 never does.
-        One without any token has P.
+      expert_tokens: T; an expert with t < T of these tokens takes `t/T R + (1 − t/T) P` in the place of R. None is
+        twice as many as its matrix has inputs, 0 shrinks nothing. An expert without any token has P.
     """
 
     routing: Annotated[str, OneOf("routed", "all", "blend")] = "routed"
-    expert_tokens: Natural = 256
+    expert_tokens: Natural | None = None
 
     def __post_init__(self) -> None:
         """Check the options. Raises InputError for a value of another kind or out of its range."""
@@ -49,8 +49,9 @@ class ExpertFactor:
         if self.routing == "all" or hessian.tokens == 0:
             return dataclasses.replace(hessian, input=pooled, pooled=None)
         factor = hessian.input
-        if hessian.tokens < self.expert_tokens:
-            share = np.float32(hessian.tokens / self.expert_tokens)
+        enough = 2 * len(factor) if self.expert_tokens is None else self.expert_tokens
+        if hessian.tokens < enough:
+            share = np.float32(hessian.tokens / enough)
             factor = share * factor + (1 - share) * pooled
         if self.routing == "blend":
             factor = (_normal(factor, name) + _normal(pooled, name)) / 2

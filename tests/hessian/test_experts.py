@@ -86,6 +86,8 @@ def test_few_tokens_shrink_towards_all_and_none_are_all():
     shrunk = lambda tokens, **options: ExpertFactor(**options)(Hessian(own, None, tokens, pooled=pooled), "x").input  # noqa: E731
     np.testing.assert_allclose(shrunk(25, expert_tokens=100), 0.25 * own + 0.75 * pooled)
     np.testing.assert_array_equal(shrunk(100, expert_tokens=100), own)
+    np.testing.assert_array_equal(shrunk(4), own)  # by default twice as many as inputs are enough
+    np.testing.assert_allclose(shrunk(3), 0.75 * own + 0.25 * pooled)
     np.testing.assert_array_equal(shrunk(1, expert_tokens=0), own)
     np.testing.assert_array_equal(shrunk(0, expert_tokens=0), pooled)
     np.testing.assert_array_equal(shrunk(1000, routing="all"), pooled)
