@@ -97,4 +97,6 @@ def tokenizer_of(path: pathlib.Path, manifest: Mapping[str, Any]) -> Tokenizer:
     chat = manifest.get("chat")
     if chat is not None:
         chat = ChatTemplate(chat["source"], str(path / MODEL), dict(chat["tokens"]), tuple(chat["ends"]))
-    return Tokenizer(backend, **manifest["tokenizer"], chat=chat)
+    tokenizer, rows = Tokenizer(backend, **manifest["tokenizer"], chat=chat), manifest["config"]["vocab_size"]
+    tokenizer.limit = rows if tokenizer.vocab_size > rows else None
+    return tokenizer

@@ -176,7 +176,7 @@ def _open_gguf(path: Path) -> ModelFiles:
     config = gguf_config(path, header)
     weights = GgufSource(path, header, config)
     check_source(weights, config)
-    tokenizer = _fitting(gguf_tokenizer(header.metadata, str(path)), config, path)
+    tokenizer = _fitting(gguf_tokenizer(header.metadata, str(path)), config)
     tokenizer.chat = gguf_template(header.metadata, str(path))
     return ModelFiles(config, weights, tokenizer, path.stem, weights.description)
 
@@ -207,9 +207,9 @@ def _open_folder(folder: Path, name: str) -> ModelFiles:
 def _folder_tokenizer(folder: Path, table: Mapping[str, Any], config: ModelConfig) -> Tokenizer:
     special = {"bos_id": _special_id(table, "bos_token_id"), "eos_id": _special_id(table, "eos_token_id")}
     if (folder / "tokenizer.json").is_file():
-        return _fitting(read_tokenizer_json(folder / "tokenizer.json", special), config, folder)
+        return _fitting(read_tokenizer_json(folder / "tokenizer.json", special), config)
     if (folder / "vocab.json").is_file():
-        return _fitting(read_piece_list(folder / "vocab.json", special), config, folder)
+        return _fitting(read_piece_list(folder / "vocab.json", special), config)
     missing = f"{folder} has no tokenizer.json, so text cannot be encoded; pass token ids, or add the file"
     return Tokenizer(None, missing=missing, bos_id=special["bos_id"], eos_id=special["eos_id"])
 
@@ -220,13 +220,9 @@ def _special_id(table: Mapping[str, Any], key: str) -> int | None:
     return first if isinstance(first, int) and not isinstance(first, bool) else None
 
 
-def _fitting(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> Tokenizer:
-    """The tokenizer, refused when it can produce ids that the embedding does not have."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ModelFileError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size} entries, the embedding only {config.vocab_size} "
-            "rows; take both from the same revision"
-        )
+def _fitting(tokenizer: Tokenizer, config: ModelConfig) -> Tokenizer:
+    """The tokenizer, which refuses texts with tokens that the embedding does not have."""
+    tokenizer.limit = config.vocab_size if tokenizer.vocab_size > config.vocab_size else None
     return tokenizer
 
 

@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 
 import qjax.models.loading as loading
-from qjax.errors import ModelFileError
+from qjax.errors import DataError, ModelFileError
 from qjax.models import open_model
 from qjax.models.checkpoints.distributions import cache_folder, fetch_from_distribution, parse_distribution_source
 
@@ -205,8 +205,12 @@ def test_damaged_config(folder: Path, content: bytes):
 def test_tokenizer_larger_than_the_embedding(folder: Path):
     words = {f"w{i}": i for i in range(65)}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
-    with pytest.raises(ModelFileError, match="tokenizer has 65 entries, the embedding only 64"):
-        open_model(folder)
+    tokenizer = open_model(folder).tokenizer
+    assert tokenizer.limit == 64 and tokenizer.encode("w63").tolist() == [63]
+    with pytest.raises(
+        DataError, match=r"has the token 'w64' \(id 64\) at character 0 and the model's embedding has 64"
+    ):
+        tokenizer.encode("w64")
 
 
 def test_embedded_model_that_was_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -175,7 +175,6 @@ def test_vocabulary_with_a_piece_twice(tmp_path: Path):
     ("change", "message"),
     [
         ({"tokenizer.ggml.model": "bert"}, "tokenizer model 'bert'"),
-        ({"tokenizer.ggml.pre": "other"}, "pre-tokenizer 'other'.*smollm"),
         ({"tokenizer.ggml.merges": []}, "merges is missing"),
         ({"tokenizer.ggml.merges": ["ab"]}, "not a pair"),
         ({"tokenizer.ggml.merges": ["x yz"]}, "merges do not fit"),
@@ -186,6 +185,22 @@ def test_vocabulary_with_a_piece_twice(tmp_path: Path):
 def test_bad_gguf_tokenizers(change: dict, message: str):
     with pytest.raises(ModelFileError, match=message):
         gguf_tokenizer(byte_level_metadata() | change, "a.gguf")
+
+
+def test_an_unknown_pre_tokenizer_blocks_only_what_needs_text():
+    tokenizer = gguf_tokenizer(byte_level_metadata() | {"tokenizer.ggml.pre": "other"}, "a.gguf")
+    with pytest.raises(ModelFileError, match="a.gguf: the pre-tokenizer 'other' is not known.*smollm.*Pass token ids"):
+        tokenizer.encode("text")
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [("deepseek-r1-qwen", "qwen2"), ("llama-v3", "llama-bpe"), ("olmo", "gpt-2"), ("dbrx", "smaug-bpe")],
+)
+def test_pre_tokenizers_of_one_kind_split_alike(name: str, like: str):
+    text = "I've 12345 abc\n\n  de f"
+    one, other = (gguf_tokenizer(byte_level_metadata() | {"tokenizer.ggml.pre": n}, "a.gguf") for n in (name, like))
+    assert one.encode(text).tolist() == other.encode(text).tolist() and one.adds_bos == other.adds_bos
 
 
 def test_model_without_a_tokenizer_refuses_text(fixtures: Path):

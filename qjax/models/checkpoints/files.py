@@ -68,16 +68,14 @@ def refuse_pointer(path: Path, start: bytes) -> None:
 
 
 def contained(folder: Path, name: str) -> Path:
-    """`folder / name`, refused when it leaves the model's folder by `..`, an absolute path or a symbolic link.
+    """`folder / name`, refused when the name leaves the model's folder by `..` or an absolute path.
 
-    The snapshot folders of a Hugging Face cache link into their own repository's `blobs`, which is allowed.
+    Names come from files, links from whoever made the folder: a link in it may lead to another disk or a cache.
     """
     if "\0" in name:
         raise ModelFileError(f"{folder} refers to {name!r}, which is no file name; fetch the index again")
     path = folder / name
-    root = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    lexical = os.path.normpath(path)
-    inside = Path(lexical).is_relative_to(os.path.normpath(folder)) and path.resolve().is_relative_to(root.resolve())
+    inside = Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder))
     if Path(name).is_absolute() or not inside:
         raise ModelFileError(f"{folder} refers to {name!r}, which lies outside the model's folder; this is refused")
     return path

@@ -132,7 +132,8 @@ def check_source(source: WeightSource, config: ModelConfig) -> None:
             problems.append(f"{name} has shape {list(source.shape(name))}, the configuration asks for {list(shape)}")
         elif not source.readable(name):
             problems.append(f"{name} is stored as {source.dtype(name)}, which is not a readable weight type")
-    unused = [n for n in source.names - expected.keys() if n != _HEAD and not n.endswith("rotary_emb.inv_freq")]
+    ignored = family(config).ignored
+    unused = [n for n in source.names - expected.keys() if n != _HEAD and not n.endswith(ignored)]
     problems += [f"{name} is not a tensor of {config.architecture}" for name in sorted(unused)]
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""

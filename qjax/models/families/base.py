@@ -54,6 +54,7 @@ class Family(abc.ABC):
       prefix: what the names of block 0's tensors begin with, `{index}` in place of 0.
       Config: the static description, `ModelConfig` or a dataclass derived from it.
       whole: why its blocks cannot be cut into parts of heads and hidden features; None where they can.
+      ignored: ends of the names of tensors that files hold and nothing reads: buffers of masks and angles.
       gguf: `general.architecture` of its GGUF files, None where there are none.
       gguf_gain: what GGUF files add to the gains of norms.
       gguf_paired: linears whose rows GGUF files store with the rotary pairs as neighbours (row 2i with 2i + 1).
@@ -65,6 +66,7 @@ class Family(abc.ABC):
     Config: ClassVar[type[ModelConfig]] = ModelConfig
     gguf_gain: ClassVar[float] = 0.0
     whole: ClassVar[str | None] = None
+    ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
     gguf: ClassVar[str | None] = None
     gguf_paired: ClassVar[tuple[str, ...]] = ()
 

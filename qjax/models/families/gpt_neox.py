@@ -40,6 +40,7 @@ class GPTNeoX(Family):
     title = "GPT-NeoX and Pythia (GPTNeoXForCausalLM)"
     prefix = "gpt_neox.layers.{index}."
     Config = GPTNeoXConfig
+    ignored = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
     def config(self, fields: Fields, architecture: str) -> GPTNeoXConfig:
         """As `Family.config`."""

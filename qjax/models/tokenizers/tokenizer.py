@@ -25,6 +25,7 @@ class Tokenizer:
       adds_bos: whether the model expects BOS before every text. `encode` never adds it: the data stage decides.
       chat: the model's own chat template, or None where it came without one.
       vocab_size: number of ids the tokenizer can produce (the model's embedding may have more rows).
+      limit: rows of the model's embedding where it has fewer, as with tokens that were added later; else None.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Tokenizer:
         self._backend, self._missing = backend, missing
         self.bos_id, self.eos_id, self.adds_bos = bos_id, eos_id, adds_bos
         self.chat = chat
+        self.limit: int | None = None
         self.vocab_size = 0 if backend is None else backend.get_vocab_size(with_added_tokens=True)
 
     def __repr__(self) -> str:
@@ -60,18 +62,30 @@ class Tokenizer:
         return sha256_text([definition, f"{self.bos_id} {self.eos_id} {self.adds_bos}"])
 
     def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
-        """Token ids of a text, without BOS or EOS. Raises DataError for a text that is not valid Unicode."""
+        """Token ids of a text, without BOS or EOS.
+
+        Raises DataError for a text that is not valid Unicode, and for a token that the embedding has no row for.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(f"the text has an unpaired surrogate at character {error.start}; clean it first") from error
         backend = self.backend
         try:
-            return np.asarray(backend.encode(text, add_special_tokens=False).ids, np.int32)
+            found = backend.encode(text, add_special_tokens=False)
+            ids = np.asarray(found.ids, np.int32)
         except Exception as error:  # the package raises plain Exception
             raise DataError(
                 f"the tokenizer cannot encode the text ({error}); take a whole tokenizer.json of the model's revision"
             ) from error
+        if self.limit is not None and ids.size and ids.max() >= self.limit:
+            place = int(np.argmax(ids >= self.limit))
+            token, at = found.tokens[place], found.offsets[place][0]
+            raise DataError(
+                f"the text has the token {token!r} (id {ids[place]}) at character {at} "
+                f"and the model's embedding has {self.limit} rows: it was added to the tokenizer alone; leave it out"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int] | Integer[np.ndarray, " tokens"], *, skip_special: bool = True) -> str:
         """The text of token ids. Raises InputError for an id outside the vocabulary."""

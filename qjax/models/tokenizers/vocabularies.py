@@ -24,7 +24,12 @@ _SPLITS = {
     digits: Regex(rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|{_REST}")
     for digits in ("{1,3}", "")
 }
-_LLAMA3_NAMES = ("llama-bpe", "llama3")
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_GPT2_NAMES = ("default", "gpt-2", "olmo", "mpt")
+_QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen")
+_LLAMA3_LIKE = ("smaug-bpe", "dbrx")  # the split of Llama 3 alone
+PRE_TOKENIZERS = (*_GPT2_NAMES, "smollm", *_LLAMA3_NAMES, *_LLAMA3_LIKE, *_QWEN2_NAMES)
+"""The names of splits into words that GGUF files give, as llama.cpp knows them, of those that are known here."""
 _UNKNOWN, _CONTROL, _USER, _UNUSED = 2, 3, 4, 5  # token types of GGUF
 
 
@@ -92,20 +97,17 @@ def read_piece_list(path: Path, special: Mapping[str, int | None]) -> Tokenizer:
     return Tokenizer(backend, bos_id=bos_id, eos_id=eos_id, adds_bos=bos_id is not None)
 
 
-def _split(name: str, where: str) -> tuple[pre_tokenizers.PreTokenizer, bool]:
+def _split(name: str) -> tuple[pre_tokenizers.PreTokenizer, bool]:
     """(pre-tokenizer, whether whole words of the vocabulary skip the merges) of a GGUF pre-tokenizer's name."""
     own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    if name in ("default", "gpt-2"):
+    if name in _GPT2_NAMES:
         return own, False
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), own]), False
-    if name in _LLAMA3_NAMES:
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(_SPLITS["{1,3}"], "isolated"), plain]), True
-    if name == "qwen2":
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(_SPLITS[""], "isolated"), plain]), False
-    known = ["default", "gpt-2", "qwen2", "smollm", *_LLAMA3_NAMES]
-    raise ModelFileError(f"{where}: the pre-tokenizer {name!r} is not supported; there is: {listed(known)}")
+    digits = "" if name in _QWEN2_NAMES else "{1,3}"
+    split = pre_tokenizers.Sequence([pre_tokenizers.Split(_SPLITS[digits], "isolated"), plain])
+    return split, name in _LLAMA3_NAMES
 
 
 def _byte_level(metadata: Mapping[str, Any], pieces: list[str], types: list[int], where: str) -> tokenizers.Tokenizer:
@@ -116,7 +118,7 @@ def _byte_level(metadata: Mapping[str, Any], pieces: list[str], types: list[int]
         raise ModelFileError(f"{where}: tokenizer.ggml.merges is missing or holds an entry that is not a pair")
     merges = [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(raw, cuts, strict=True)]
     pre = str(metadata.get("tokenizer.ggml.pre", "default"))
-    splitter, ignore_merges = _split(pre, where)
+    splitter, ignore_merges = _split(pre)
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges)
@@ -124,7 +126,7 @@ def _byte_level(metadata: Mapping[str, Any], pieces: list[str], types: list[int]
         raise ModelFileError(f"{where}: its merges do not fit its vocabulary: {error}") from error
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer, backend.decoder = splitter, decoders.ByteLevel()
-    if pre == "qwen2":
+    if pre in _QWEN2_NAMES:
         backend.normalizer = normalizers.NFC()
     backend.add_special_tokens(
         [AddedToken(p, special=True, normalized=False) for p, t in zip(pieces, types, strict=True) if t == _CONTROL]
@@ -163,6 +165,15 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     if len(set(pieces)) != len(pieces):
         raise ModelFileError(f"{where}: tokenizer.ggml.tokens has a piece twice")
     if kind == "gpt2":
+        pre = str(metadata.get("tokenizer.ggml.pre", "default"))
+        if pre not in PRE_TOKENIZERS:
+            return Tokenizer(
+                None,
+                missing=f"{where}: the pre-tokenizer {pre!r} is not known, so text cannot be encoded; there is: "
+                f"{listed(PRE_TOKENIZERS)}. Pass token ids, or take the original model's folder",
+                bos_id=_token_id(metadata, "bos_token_id", len(pieces), where),
+                eos_id=_token_id(metadata, "eos_token_id", len(pieces), where),
+            )
         backend = _byte_level(metadata, pieces, types, where)
     elif kind == "llama":
         control = [index for index, t in enumerate(types) if t in (_UNKNOWN, _CONTROL, _UNUSED)]
