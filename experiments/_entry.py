@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # a typing error is answered before JAX is imported
 
     from qjax.runtime.mesh import MeshSettings
 
+from ._models import spelled
 from ._refusals import at_once, explain
 from ._sweep import Sweep
 
@@ -101,7 +102,7 @@ def _known(config_name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always", FutureWarning)
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr, flush=True)
-        sys.argv[1:] = former.renewed(sys.argv[1:])
+        sys.argv[1:] = spelled(former.renewed(sys.argv[1:]), config_name)
     try:
         plugged = plugins.load_installed() + plugins.load(plugins.named(sys.argv[1:]))
     except QjaxError as error:
