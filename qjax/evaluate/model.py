@@ -59,7 +59,8 @@ def _evaluated(model: Model, tokens: Any, reference: Model | None, states: Any, 
     stream = as_stream(tokens, "evaluation")
     if stream.length > model.config.max_positions:
         raise InputError(f"tokens have {stream.length} positions and the model {model.config.max_positions}")
-    if reference is not None and reference.config != model.config:
+    tied = model.config.tie_embeddings  # a head of its own makes no other model: folding unties it, files may too
+    if reference is not None and dataclasses.replace(reference.config, tie_embeddings=tied) != model.config:
         raise InputError(
             f"reference is {reference.name} and the model {model.name}, of another architecture or size; a model is "
             "compared with the one that it was made of"
@@ -76,7 +77,7 @@ def _evaluated(model: Model, tokens: Any, reference: Model | None, states: Any, 
             domains = tokens.rows if isinstance(tokens, TokenSplit) else None
             head = transformer.head(reference.params)
             found = evaluate(states, head, model.params, stream, model.config, domains=domains, **options)
-    known = getattr(model, "bits_per_weight", None)
+    known = getattr(model, "bits_per_weight", model.stored_bits_per_weight)
     return dataclasses.replace(found, bits_per_weight=bits_per_weight(model.params) if known is None else known)
 
 

@@ -28,6 +28,7 @@ from qjax.models.checkpoints.weights import (
     read_block,
     read_edges,
     resolve_dtype,
+    stored_bits,
 )
 from qjax.models.config import ModelConfig
 from qjax.models.continuation import continued
@@ -35,7 +36,7 @@ from qjax.models.tokenizers.chat_template import folder_template, gguf_template
 from qjax.models.tokenizers.tokenizer import Tokenizer, read_tokenizer_json
 from qjax.models.tokenizers.vocabularies import gguf_tokenizer, read_piece_list
 
-__all__ = ["Model", "ModelFiles", "load", "open_model"]
+__all__ = ["Model", "ModelFiles", "load", "model_of", "open_model"]
 
 _EMBEDDED = ("tiny", "tiny_moe")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
@@ -78,6 +79,7 @@ class Model:
 
     Attributes:
       params: the pytree of `qjax.models.transformer`, device arrays.
+      stored_bits_per_weight: of the blocks' matrices in the files, where these are quantised.
       fingerprint: hashes as of `ModelFiles.fingerprint`; `fingerprint["sha256"]` addresses the whole model.
     """
 
@@ -87,6 +89,7 @@ class Model:
     name: str
     description: str
     fingerprint: dict[str, str]
+    stored_bits_per_weight: float | None = None
 
     def __repr__(self) -> str:
         own = self.config
@@ -152,8 +155,13 @@ def load(source: str | Path, dtype: str = "float32", fingerprint: dict[str, str]
         jax.device_put(read_block(files.weights, files.config, index, dtype))
         for index in range(files.config.num_layers)
     ]
-    fingerprint = fingerprint or files.fingerprint(dtype)
-    return Model(files.config, params, files.tokenizer, files.name, files.description, fingerprint)
+    return model_of(files, params, fingerprint or files.fingerprint(dtype))
+
+
+def model_of(files: ModelFiles, params: Any, fingerprint: dict[str, str]) -> Model:
+    """The model of files whose weights have been read, or stay on disk."""
+    bits = stored_bits(files.weights, files.config) if files.weights.quantised else None
+    return Model(files.config, params, files.tokenizer, files.name, files.description, fingerprint, bits)
 
 
 def _open_embedded(name: str) -> ModelFiles:

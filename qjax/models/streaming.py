@@ -10,7 +10,7 @@ import jax
 
 from qjax.models.checkpoints.weights import WeightSource, read_block, read_edges, resolve_dtype
 from qjax.models.config import ModelConfig
-from qjax.models.loading import Model, open_model
+from qjax.models.loading import Model, model_of, open_model
 
 __all__ = ["StreamedBlocks", "stream"]
 
@@ -51,5 +51,4 @@ def stream(source: str | Path, dtype: str = "float32", fingerprint: dict[str, st
     files = open_model(source)
     params = jax.device_put(read_edges(files.weights, files.config, dtype))
     params["blocks"] = StreamedBlocks(files.weights, files.config, dtype)
-    fingerprint = fingerprint or files.fingerprint(dtype)
-    return Model(files.config, params, files.tokenizer, files.name, files.description, fingerprint)
+    return model_of(files, params, fingerprint or files.fingerprint(dtype))

@@ -41,7 +41,7 @@ class CompressedModel(Model):
         """The architecture and tokenizer of `model` with these parameters."""
         description = model.description if isinstance(model, CompressedModel) else f"quantised from {model.description}"
         fingerprint = artifact.identity(lora.stripped(params))
-        return cls(model.config, params, model.tokenizer, model.name, description, fingerprint, tuple(reports))
+        return cls(model.config, params, model.tokenizer, model.name, description, fingerprint, None, tuple(reports))
 
     @property
     def bits_per_weight(self) -> float:

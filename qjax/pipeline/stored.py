@@ -63,7 +63,7 @@ def load_artifact(
         print(f"[without the adapters that it was tuned with: adapters={beside} takes them]", file=sys.stderr)
     params = model.params if adapters is None else with_adapters(model, adapters)
     return CompressedModel(
-        model.config, params, model.tokenizer, model.name, model.description, model.fingerprint, tuple(reports)
+        model.config, params, model.tokenizer, model.name, model.description, model.fingerprint, None, tuple(reports)
     )
 
 

@@ -89,6 +89,9 @@ def test_a_folder_holds_the_values(model, tmp_path, format):
     )
     small.save(tmp_path / "out", format=format)
     read = qjax.load(tmp_path / "out")
+    tokens = np.arange(64, dtype=np.int32)[None] + 3
+    measured = qjax.evaluate(read, tokens, reference=model)
+    assert measured.kl_mean > 0 and (measured.bits_per_weight == 32) is (format == "hf")
     assert read.config == model.config
     assert np.array_equal(read.tokenizer.encode("One day"), model.tokenizer.encode("One day"))
     for name in ("up_proj", "gate_proj"):

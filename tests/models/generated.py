@@ -29,7 +29,7 @@ def values_of(name, shape):
 class Generated:
     """A `WeightSource` of such tensors."""
 
-    files, description = (), "generated"
+    files, description, quantised = (), "generated", False
 
     def __init__(self, config):
         self.shapes = tensor_shapes(config)

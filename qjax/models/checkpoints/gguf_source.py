@@ -59,7 +59,8 @@ class GgufSource:
         self.files: tuple[Path, ...] = (path,)
         counts = collections.Counter(t.type for n, t in self._tensors.items() if ".layers." in n and len(t.shape) == 2)
         types = [kind.name for kind, _ in counts.most_common()]
-        prefix = "GGUF" if set(counts) <= _UNQUANTISED else "dequantised"
+        self.quantised = not set(counts) <= _UNQUANTISED
+        prefix = "dequantised" if self.quantised else "GGUF"
         self.description = f"{prefix} {'/'.join(types)}"
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -96,6 +96,8 @@ def read_header(path: Path) -> dict[str, Entry]:
 class SafetensorsSource:
     """The tensors of a Hugging Face folder: `model.safetensors`, or shards listed in `model.safetensors.index.json`."""
 
+    quantised = False
+
     def __init__(self, folder: Path):
         if (folder / _SINGLE).exists() or (folder / _SINGLE).is_symlink():
             path = contained(folder, _SINGLE)

@@ -5,6 +5,7 @@ Tensor names are those of Hugging Face checkpoints; every source maps its own na
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -25,6 +26,7 @@ __all__ = [
     "read_block",
     "read_edges",
     "resolve_dtype",
+    "stored_bits",
     "stored_bytes",
     "tensor_leaves",
     "tensor_shapes",
@@ -49,12 +51,14 @@ class WeightSource(Protocol):
     Attributes:
       names: Hugging Face names of all tensors.
       files: the files the tensors lie in (for hashing).
+      quantised: whether matrices are stored in codes and come as the values that these stand for.
       description: how the weights are stored, e.g. "safetensors F32" or "dequantised Q4_1".
     """
 
     names: frozenset[str]
     files: tuple[Path, ...]
     description: str
+    quantised: bool
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header alone."""
@@ -152,6 +156,14 @@ def head_is_embedding(source: WeightSource, config: ModelConfig) -> bool:
     if source.shape(_HEAD) != source.shape(embedding):
         return False
     return np.array_equal(source.read(_HEAD), source.read(embedding))
+
+
+def stored_bits(source: WeightSource, config: ModelConfig) -> float:
+    """Bits per weight of the blocks' matrices as the files hold them, scales and zeros included."""
+    own = family(config)
+    matrices = [name for name, shape in own.block_tensors(config).items() if len(shape) == 2]
+    names = [own.prefix.format(index=index) + name for index in range(config.num_layers) for name in matrices]
+    return 8 * sum(map(source.nbytes, names)) / sum(math.prod(source.shape(name)) for name in names)
 
 
 def _read(source: WeightSource, name: str, dtype: np.dtype) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -35,9 +34,10 @@ class QuantisedSource:
     """The tensors of a checkpoint of which some linears are quantised: those come as float32, `<linear>.weight`.
 
     Attributes:
-      quantised: the names of these weights.
-      stored_bits: bits of their arrays, as they lie in the files.
+      quantised: always true, see `WeightSource`.
     """
+
+    quantised = True
 
     def __init__(self, stored: Stored, scheme: Scheme):
         self._stored, self._scheme = stored, scheme
@@ -56,9 +56,7 @@ class QuantisedSource:
         used = {name for arrays in self._arrays.values() for name in arrays.values()}
         left = {f"{linear}.{part}" for linear in linears for part in scheme.activations} & stored.names
         self.names = frozenset((stored.names - used - left) | set(self._arrays))
-        self.quantised = frozenset(self._arrays)
         self.files = stored.files
-        self.stored_bits = 8 * sum(stored.nbytes(name) for name in used)
         self.description = f"dequantised {scheme.title}" + (", activations left as they are" if left else "")
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -94,11 +92,6 @@ class QuantisedSource:
         return self._scheme.values(
             linear, _Parts({part: self._stored.raw(own) for part, own in arrays.items()}, linear)
         )
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits of the quantised linears over their weights."""
-        return self.stored_bits / sum(math.prod(self.shape(name)) for name in self._arrays)
 
 
 class _Parts(Mapping[str, np.ndarray]):
