@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qjax import (
+        allocate,
         bench,
         codebooks,
         configuration,
@@ -76,6 +77,7 @@ __all__ = [
     "Traced",
     "__version__",
     "activations",
+    "allocate",
     "bench",
     "codebooks",
     "compare",

@@ -10,7 +10,7 @@ ORDER = [
     {"experiments", "qjax.experiments"},
     {"qjax.job", "qjax.bench", "qjax.testing"},
     {"qjax.function", "qjax.pipeline", "qjax.report"},
-    {"qjax.finetune", "qjax.interchange", "qjax.tensor_parallel"},
+    {"qjax.allocate", "qjax.finetune", "qjax.interchange", "qjax.tensor_parallel"},
     {"qjax.matrix", "qjax.hessian"},
     {"qjax.rounding", "qjax.evaluate", "qjax.streams", "qjax.training"},
     {"qjax.codebooks", "qjax.formats", "qjax.incoherence", "qjax.data"},
