@@ -161,9 +161,20 @@ def _file_records(file: Path, field: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {number}: not JSON ({error.msg}); every line must be one object") from None
+            array = number == 1 and line.lstrip().startswith("[")
+            raise DataError(
+                f"{file}, line 1: a JSON array; every line must be one object: "
+                f"jq -c '.[]' {file.name} > {file.stem}_lines.jsonl"
+                if array
+                else f"{file}, line {number}: not JSON ({error.msg}); every line must be one object"
+            ) from None
         value = record.get(field) if isinstance(record, dict) else None
         if not isinstance(value, str):
+            if isinstance(record, dict) and field in record:
+                kind = "null" if value is None else type(value).__name__
+                raise DataError(
+                    f"{file}, line {number}: field {field!r} is {kind}, where a text belongs; drop the line"
+                )
             found = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
             raise DataError(f"{file}, line {number}: no text in field {field!r} (found {found}); set the option field")
         yield value

@@ -15,7 +15,7 @@ import jax
 from qjax.errors import InputError, ModelFileError, missing_extra, suggested
 from qjax.models.checkpoints.distributions import OFFLINE_COMMAND, fetch_from_distribution
 from qjax.models.checkpoints.files import PICKLE_SUFFIXES, check_weight_file, read_json, sha256_file, sha256_text
-from qjax.models.checkpoints.gguf_format import read_gguf_header
+from qjax.models.checkpoints.gguf_format import read_gguf
 from qjax.models.checkpoints.gguf_source import GgufSource, gguf_config
 from qjax.models.checkpoints.hf_config import parse_config
 from qjax.models.checkpoints.packed.schemes import scheme
@@ -180,9 +180,9 @@ def _open_file(path: Path) -> ModelFiles:
 
 
 def _open_gguf(path: Path) -> ModelFiles:
-    header = read_gguf_header(path)
+    header, files = read_gguf(path)
     config = gguf_config(path, header)
-    weights = GgufSource(path, header, config)
+    weights = GgufSource(files, header, config)
     check_source(weights, config)
     tokenizer = _fitting(gguf_tokenizer(header.metadata, str(path)), config)
     tokenizer.chat = gguf_template(header.metadata, str(path))

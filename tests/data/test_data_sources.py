@@ -61,7 +61,9 @@ def test_jsonl_fields_limit_and_whole_documents(tmp_path):
         ('{"text": "a"}\n{"text": "b"', "line 2: not JSON"),
         ('{"body": "a"}', r"line 1: no text in field 'text' \(found body\)"),
         ("[1]", r"line 1: no text in field 'text' \(found list\)"),
-        ('{"text": 3}', "line 1: no text in field"),
+        ("[\n1]", r"line 1: a JSON array; every line must be one object: jq"),
+        ('{"text": null}', r"line 1: field 'text' is null, where a text belongs"),
+        ('{"text": 3}', r"line 1: field 'text' is int, where a text belongs"),
     ],
 )
 def test_bad_jsonl_names_file_and_line(tmp_path, content, message):

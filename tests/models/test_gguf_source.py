@@ -133,6 +133,7 @@ def test_truncated_anywhere(write_gguf: Write):
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
         (b"PK\x03\x04" + bytes(40), "not a GGUF file"),
         (b"GGUF" + (1).to_bytes(4, "little") + bytes(40), "version 1 is not supported"),
+        (b"GGUF" + (3).to_bytes(4, "big") + bytes(40), "is a big-endian GGUF file; little-endian ones are read"),
         (b"GGUF" + (3).to_bytes(4, "big") + bytes(40), "little-endian"),
         (b"GGUF\x03\0\0\0" + b"\xff" * 56, "truncated or damaged"),
     ],
@@ -261,3 +262,39 @@ def test_an_entry_that_may_change_the_forward_pass_is_refused_by_name(write_gguf
     change = lambda writer: writer.add_float32(f"llama.{key}", 2.0)  # noqa: E731
     with pytest.raises(ModelFileError, match=f"llama.{key} is 2.0, which may change what is computed and is not read"):
         open_model(write_gguf(change=change))
+
+
+@pytest.fixture
+def parts(fixtures: Path, tmp_path: Path) -> list[Path]:
+    """The Mistral fixture in parts, as gguf's own writer splits it."""
+    files = open_model(fixtures / "mistral")
+    config, source = files.config, files.weights
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama", split_max_tensors=6)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_positions)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    for name in sorted(source.names):
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), source.read(name).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(tmp_path.glob("*.gguf"))
+
+
+def test_a_file_in_parts_is_read_from_its_first(fixtures: Path, parts: list[Path]):
+    assert len(parts) == 4 and parts[0].name == "model-00001-of-00004.gguf"
+    found, original = open_model(parts[0]).weights, open_model(fixtures / "mistral").weights
+    assert found.files == tuple(parts) and found.names == original.names
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"):
+        np.testing.assert_array_equal(found.read(name), original.read(name).astype(np.float32))
+    with pytest.raises(ModelFileError, match="give the first, model-00001-of-00004.gguf"):
+        open_model(parts[1])
+    parts[2].unlink()
+    with pytest.raises(ModelFileError, match="first of 4 parts and model-00003-of-00004.gguf is not beside it"):
+        open_model(parts[0])

@@ -188,6 +188,17 @@ def test_index_path_outside_the_folder(shards: Path, outside: str):
         open_model(shards)
 
 
+def test_float64_is_read_and_an_unreadable_type_says_what_is(folder: Path):
+    tensors = load_file(folder / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].astype(np.float64)}, folder / WEIGHTS)
+    source = open_model(folder).weights
+    assert source.dtype(name) == "F64" and np.array_equal(source.read(name), tensors[name].astype(np.float64))
+    save_file({**tensors, name: tensors[name].astype(np.int32)}, folder / WEIGHTS)
+    with pytest.raises(ModelFileError, match=f"{name} is stored as I32, .*Take weights in F64, F32, F16 or BF16"):
+        open_model(folder)
+
+
 def test_a_link_of_the_users_own_is_followed(folder: Path, tmp_path: Path):
     os.replace(folder / WEIGHTS, tmp_path / "elsewhere.safetensors")
     (folder / WEIGHTS).symlink_to(tmp_path / "elsewhere.safetensors")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from qjax.errors import ModelFileError
 from qjax.models.checkpoints.files import check_weight_file
 
-__all__ = ["GgufHeader", "GgufTensor", "read_gguf_header"]
+__all__ = ["GgufHeader", "GgufTensor", "read_gguf", "read_gguf_header"]
 
 _MAGIC = b"GGUF"
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_PARTS = 10_000
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
@@ -29,7 +32,9 @@ _MAX_DIMENSIONS = 4
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: `shape` slowest dimension first, `start` and `size` in bytes of the file."""
+    """One tensor: `shape` slowest dimension first, `start` and `size` in bytes of the file `path`."""
+
+    path: Path
 
     type: GGMLQuantizationType
     shape: tuple[int, ...]
@@ -120,8 +125,43 @@ def _placed(cursor: _Cursor, count: int, alignment: int) -> dict[str, GgufTensor
                 f"{cursor.path} is truncated: tensor {name} ends at byte {origin + offset + size}, "
                 f"the file has {len(cursor.data)}; fetch it again"
             )
-        tensors[name] = GgufTensor(kind, shape, origin + offset, size)
+        tensors[name] = GgufTensor(cursor.path, kind, shape, origin + offset, size)
     return tensors
+
+
+def read_gguf(path: Path) -> tuple[GgufHeader, tuple[Path, ...]]:
+    """(metadata and all tensors, the files) of a GGUF file, or of one in parts (`split.count`) by its first.
+
+    Raises ModelFileError as `read_gguf_header`, for another part than the first, and for a part that is not there.
+    """
+    header = read_gguf_header(path)
+    count = header.metadata.get("split.count", 1)
+    if count in (0, 1):
+        return header, (path,)
+    found = _PART.fullmatch(path.name)
+    if type(count) is not int or not 1 < count <= _PARTS or found is None or int(found[3]) != count:
+        raise ModelFileError(
+            f"{path} says that it is one of {count!r} parts; their names are <name>-00001-of-{count:05}.gguf"
+            if type(count) is int
+            else f"{path}: split.count is {count!r}; a number of parts is expected"
+        )
+    if header.metadata.get("split.no", 0) != 0 or int(found[2]) != 1:
+        raise ModelFileError(
+            f"{path} is part {found[2]} of {count}; give the first, {found[1]}-00001-of-{found[3]}.gguf"
+        )
+    files = tuple(path.with_name(f"{found[1]}-{number:05}-of-{found[3]}.gguf") for number in range(1, count + 1))
+    tensors = dict(header.tensors)
+    for file in files[1:]:
+        if not file.exists():
+            raise ModelFileError(f"{path} is the first of {count} parts and {file.name} is not beside it; fetch it")
+        own = read_gguf_header(file).tensors
+        if twice := tensors.keys() & own.keys():
+            raise ModelFileError(f"{file}: the tensor {min(twice)} is in an earlier part already")
+        tensors |= own
+    expected = header.metadata.get("split.tensors.count", len(tensors))
+    if expected != len(tensors):
+        raise ModelFileError(f"{path}: its {count} parts have {len(tensors)} tensors, of {expected} that it announces")
+    return GgufHeader(header.metadata, tensors), files
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -133,7 +173,13 @@ def read_gguf_header(path: Path) -> GgufHeader:
         cursor = _Cursor(data, path)
         if (magic := cursor.take(4)) != _MAGIC:
             raise ModelFileError(f"{path} is not a GGUF file: it begins with {magic!r}, not {_MAGIC!r}")
-        if (version := cursor.integer("<I")) not in (2, 3):
+        version = cursor.integer("<I")
+        if int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3):
+            raise ModelFileError(
+                f"{path} is a big-endian GGUF file; little-endian ones are read: take the usual file of the model, or "
+                "convert this one with gguf's gguf_convert_endian.py"
+            )
+        if version not in (2, 3):
             raise ModelFileError(f"{path}: GGUF version {version} is not supported; 2 and 3, little-endian, are")
         tensor_count, entry_count = cursor.integer("<Q"), cursor.integer("<Q")
         metadata: dict[str, Any] = {}

@@ -49,14 +49,13 @@ class GgufSource:
     to the half-split order (i with i + dim/2). Qwen files keep the half-split order.
     """
 
-    def __init__(self, path: Path, header: GgufHeader, config: ModelConfig):
-        self._path = path
+    def __init__(self, files: tuple[Path, ...], header: GgufHeader, config: ModelConfig):
         names = _gguf_names(config)
         self._tensors = {names.get(n, n): t for n, t in header.tensors.items() if n != _ROPE_FACTORS}
         self._added = np.float32(family(config).gguf_gain)
         self._paired, self._head_dim = family(config).gguf_paired, config.head_dim
         self.names = frozenset(self._tensors)
-        self.files: tuple[Path, ...] = (path,)
+        self.files = files
         counts = collections.Counter(t.type for n, t in self._tensors.items() if ".layers." in n and len(t.shape) == 2)
         types = [kind.name for kind, _ in counts.most_common()]
         self.quantised = not set(counts) <= _UNQUANTISED
@@ -82,7 +81,7 @@ class GgufSource:
     def read(self, name: str) -> np.ndarray:
         """The dequantised tensor in float32, rows in half-split order. Raises ModelFileError when it was cut short."""
         tensor = self._tensors[name]
-        values = _dequantised(self._path, name, tensor)
+        values = _dequantised(name, tensor)
         if len(tensor.shape) == 1 and name.endswith("norm.weight"):
             values = values - self._added
         if not name.rpartition(".")[0].endswith(self._paired):
@@ -102,7 +101,8 @@ def _decodable(kind: GGMLQuantizationType) -> bool:
     return True
 
 
-def _dequantised(path: Path, name: str, tensor: GgufTensor) -> np.ndarray:
+def _dequantised(name: str, tensor: GgufTensor) -> np.ndarray:
+    path = tensor.path
     try:
         raw = np.fromfile(path, np.uint8, tensor.size, offset=tensor.start)
     except OSError as error:
@@ -143,7 +143,7 @@ def _rope_scaling(path: Path, header: GgufHeader, theta: float, head_dim: int) -
     tensor = header.tensors.get(_ROPE_FACTORS)
     if tensor is None:
         return None
-    divisors = _dequantised(path, _ROPE_FACTORS, tensor)
+    divisors = _dequantised(_ROPE_FACTORS, tensor)
     plain = rope_frequencies(head_dim, theta, None)
     for rule in _LLAMA3_RULES:
         expected = plain / rope_frequencies(head_dim, theta, rule)

@@ -20,7 +20,7 @@ from qjax.models.checkpoints.files import PICKLE_SUFFIXES, check_weight_file, co
 __all__ = ["SafetensorsSource", "read_header"]
 
 _HEADER_LIMIT = 100_000_000
-_FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_FLOATS: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8}
 _BITS |= {"U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64}
 _CODES: dict[str, Any] = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8}
@@ -125,7 +125,7 @@ class SafetensorsSource:
         return math.prod(entry.shape) * _BITS[entry.dtype] // 8
 
     def readable(self, name: str) -> bool:
-        """Whether the tensor is F32, F16 or BF16."""
+        """Whether the tensor is F64, F32, F16 or BF16."""
         return self._entries[name].dtype in _FLOATS
 
     def read(self, name: str) -> np.ndarray:

@@ -41,6 +41,8 @@ DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
 }
 _HEAD = "lm_head.weight"
+_REVISION = "Take config.json and the weights from the same revision of the model"
+_TYPES = "Take weights in F64, F32, F16 or BF16; 8-bit floats need their scales and a quantization_config"
 _SHOWN = 6  # how many problems one message lists
 
 
@@ -128,6 +130,7 @@ def check_source(source: WeightSource, config: ModelConfig) -> None:
         )
     expected = tensor_shapes(config)
     problems: list[str] = []
+    unreadable = 0
     for name, shape in expected.items():
         if name not in source.names:
             hint = " (or set tie_word_embeddings in config.json)" if name == _HEAD else ""
@@ -136,6 +139,7 @@ def check_source(source: WeightSource, config: ModelConfig) -> None:
             problems.append(f"{name} has shape {list(source.shape(name))}, the configuration asks for {list(shape)}")
         elif not source.readable(name):
             problems.append(f"{name} is stored as {source.dtype(name)}, which is not a readable weight type")
+            unreadable += 1
     ignored = family(config).ignored
     unused = [n for n in source.names - expected.keys() if n != _HEAD and not n.endswith(ignored)]
     problems += [f"{name} is not a tensor of {config.architecture}" for name in sorted(unused)]
@@ -143,7 +147,7 @@ def check_source(source: WeightSource, config: ModelConfig) -> None:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ModelFileError(
             f"the weights in {where} do not fit their configuration: {'; '.join(problems[:_SHOWN])}{more}. "
-            "Take config.json and the weights from the same revision of the model"
+            + (_TYPES if unreadable == len(problems) else _REVISION)
         )
 
 
