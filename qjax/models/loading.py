@@ -35,13 +35,21 @@ from qjax.models.continuation import continued
 from qjax.models.tokenizers.chat_template import folder_template, gguf_template
 from qjax.models.tokenizers.tokenizer import Tokenizer, read_tokenizer_json
 from qjax.models.tokenizers.vocabularies import gguf_tokenizer, read_piece_list
+from qjax.models.tokenizers.vocabulary_files import read_vocabulary_files
 
 __all__ = ["Model", "ModelFiles", "load", "model_of", "open_model"]
 
 _EMBEDDED = ("tiny", "tiny_moe")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
 _HUB_FILES = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
-_HUB_FILES += ["tokenizer_config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"]
+_HUB_FILES += [
+    "tokenizer_config.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +224,8 @@ def _folder_tokenizer(folder: Path, table: Mapping[str, Any], config: ModelConfi
     special = {"bos_id": _special_id(table, "bos_token_id"), "eos_id": _special_id(table, "eos_token_id")}
     if (folder / "tokenizer.json").is_file():
         return _fitting(read_tokenizer_json(folder / "tokenizer.json", special), config)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _fitting(read_vocabulary_files(folder, special), config)
     if (folder / "vocab.json").is_file():
         return _fitting(read_piece_list(folder / "vocab.json", special), config)
     missing = f"{folder} has no tokenizer.json, so text cannot be encoded; pass token ids, or add the file"

@@ -16,6 +16,7 @@ from qjax.errors import DataError, InputError, ModelFileError
 from qjax.models import Tokenizer, open_model
 from qjax.models.tokenizers.tokenizer import read_tokenizer_json
 from qjax.models.tokenizers.vocabularies import gguf_tokenizer, read_piece_list, sentencepiece_bpe
+from qjax.models.tokenizers.vocabulary_files import read_vocabulary_files
 
 
 def byte_symbols() -> dict[int, str]:
@@ -219,3 +220,38 @@ def test_bad_text_and_ids(word_level: Path):
         with pytest.raises(InputError, match="the vocabulary has 3"):
             tokenizer.decode(ids)
     assert tokenizer.decode([]) == ""
+
+
+@pytest.fixture
+def vocabulary_files(tmp_path: Path) -> Path:
+    """A folder with vocab.json and merges.txt, as the package's own trainer writes them."""
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator(["the list of the lists", "a list is a list 123"], vocab_size=280, min_frequency=1)
+    trained.save_model(str(tmp_path))
+    return tmp_path
+
+
+def test_vocab_and_merges_are_byte_level_bpe(vocabulary_files: Path):
+    size = len(json.loads((vocabulary_files / "vocab.json").read_text()))
+    added = {str(size): {"content": "</s>", "special": True}}
+    config = {"tokenizer_class": "GPT2TokenizerFast", "add_bos_token": True, "added_tokens_decoder": added}
+    (vocabulary_files / "tokenizer_config.json").write_text(json.dumps(config))
+    found = read_vocabulary_files(vocabulary_files, {"bos_id": size, "eos_id": size})
+    oracle = tokenizers.ByteLevelBPETokenizer(
+        str(vocabulary_files / "vocab.json"), str(vocabulary_files / "merges.txt")
+    )
+    for text in ("the lists 12", "é\n  tab\t!", "isn't a list"):
+        assert found.encode(text).tolist() == oracle.encode(text).ids
+        assert found.decode(found.encode(text)) == text
+    assert found.encode("a</s>").tolist() == [*oracle.encode("a").ids, size] and found.adds_bos
+
+
+def test_a_split_that_is_not_known_blocks_only_what_needs_text(vocabulary_files: Path):
+    (vocabulary_files / "tokenizer_config.json").write_text('{"tokenizer_class": "CodeGenTokenizer"}')
+    tokenizer = read_vocabulary_files(vocabulary_files, {"bos_id": 1})
+    with pytest.raises(ModelFileError, match="merges.txt of a CodeGenTokenizer, .*GPT2Tokenizer, Qwen2Tokenizer"):
+        tokenizer.encode("text")
+    (vocabulary_files / "tokenizer_config.json").unlink()
+    (vocabulary_files / "vocab.json").write_text('{"a": 0, "b": 2}')
+    with pytest.raises(ModelFileError, match="its ids are not 0 to 1"):
+        read_vocabulary_files(vocabulary_files, {})

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from qjax.errors import ModelFileError, listed
 from qjax.models.tokenizers.tokenizer import Tokenizer
 
-__all__ = ["gguf_tokenizer", "read_piece_list", "sentencepiece_bpe"]
+__all__ = ["CONTROL", "byte_level", "gguf_tokenizer", "read_piece_list", "sentencepiece_bpe"]
 
 _SPACE = "\u2581"  # SentencePiece writes a space as this character
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -30,7 +30,7 @@ _QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen")
 _LLAMA3_LIKE = ("smaug-bpe", "dbrx")  # the split of Llama 3 alone
 PRE_TOKENIZERS = (*_GPT2_NAMES, "smollm", *_LLAMA3_NAMES, *_LLAMA3_LIKE, *_QWEN2_NAMES)
 """The names of splits into words that GGUF files give, as llama.cpp knows them, of those that are known here."""
-_UNKNOWN, _CONTROL, _USER, _UNUSED = 2, 3, 4, 5  # token types of GGUF
+_UNKNOWN, CONTROL, _USER, _UNUSED = 2, 3, 4, 5  # token types of GGUF
 
 
 def _merges(pieces: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
@@ -110,7 +110,11 @@ def _split(name: str) -> tuple[pre_tokenizers.PreTokenizer, bool]:
     return split, name in _LLAMA3_NAMES
 
 
-def _byte_level(metadata: Mapping[str, Any], pieces: list[str], types: list[int], where: str) -> tokenizers.Tokenizer:
+def byte_level(metadata: Mapping[str, Any], pieces: list[str], types: list[int], where: str) -> tokenizers.Tokenizer:
+    """Byte-level BPE from the entries of a GGUF file: `tokenizer.ggml.merges` and the name of the split, `.pre`.
+
+    Raises ModelFileError for merges that are no pairs or make no piece.
+    """
     raw = metadata.get("tokenizer.ggml.merges", [])
     # A piece is never empty, so the separating space is searched from the second character on.
     cuts = [merge.find(" ", 1) if isinstance(merge, str) else -1 for merge in raw]
@@ -129,7 +133,7 @@ def _byte_level(metadata: Mapping[str, Any], pieces: list[str], types: list[int]
     if pre in _QWEN2_NAMES:
         backend.normalizer = normalizers.NFC()
     backend.add_special_tokens(
-        [AddedToken(p, special=True, normalized=False) for p, t in zip(pieces, types, strict=True) if t == _CONTROL]
+        [AddedToken(p, special=True, normalized=False) for p, t in zip(pieces, types, strict=True) if t == CONTROL]
     )
     backend.add_tokens(
         [AddedToken(p, special=False, normalized=False) for p, t in zip(pieces, types, strict=True) if t == _USER]
@@ -174,9 +178,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
                 bos_id=_token_id(metadata, "bos_token_id", len(pieces), where),
                 eos_id=_token_id(metadata, "eos_token_id", len(pieces), where),
             )
-        backend = _byte_level(metadata, pieces, types, where)
+        backend = byte_level(metadata, pieces, types, where)
     elif kind == "llama":
-        control = [index for index, t in enumerate(types) if t in (_UNKNOWN, _CONTROL, _UNUSED)]
+        control = [index for index, t in enumerate(types) if t in (_UNKNOWN, CONTROL, _UNUSED)]
         unknown = _token_id(metadata, "unknown_token_id", len(pieces), where) or 0
         prefix_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         backend = sentencepiece_bpe(pieces, scores, special=control, unknown=unknown, prefix_space=prefix_space)
