@@ -255,3 +255,22 @@ def test_a_split_that_is_not_known_blocks_only_what_needs_text(vocabulary_files:
     (vocabulary_files / "vocab.json").write_text('{"a": 0, "b": 2}')
     with pytest.raises(ModelFileError, match="its ids are not 0 to 1"):
         read_vocabulary_files(vocabulary_files, {})
+
+
+def test_runs_of_spaces_of_a_users_own_are_pieces_and_no_new_ids():
+    """As in Gemma's files, where "   " stands for the piece of three escaped spaces."""
+    pieces = [*PIECES, "  ", "   ", "\n\n"]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": np.asarray([*SCORES, -1e3, -1e3, -1e3], np.float32),
+        "tokenizer.ggml.token_type": np.asarray([2, 3, 3] + [6] * 256 + [1] * (len(PIECES) - 259) + [4] * 3, np.int32),
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    tokenizer = gguf_tokenizer(metadata, "a.gguf")
+    assert tokenizer.vocab_size == len(pieces)
+    two, three, lines = (len(PIECES) + i for i in range(3))
+    a, b = pieces.index("a"), pieces.index("b")
+    assert tokenizer.encode("a   b").tolist() == [a, three, b]
+    assert tokenizer.encode("  b\n\na").tolist() == [two, b, lines, a]
+    assert tokenizer.decode(tokenizer.encode("a   b\n\n  a")) == "a   b\n\n  a"

@@ -184,7 +184,10 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
         unknown = _token_id(metadata, "unknown_token_id", len(pieces), where) or 0
         prefix_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         backend = sentencepiece_bpe(pieces, scores, special=control, unknown=unknown, prefix_space=prefix_space)
-        backend.add_tokens([AddedToken(p, normalized=False) for p, t in zip(pieces, types, strict=True) if t == _USER])
+        own = [p for p, t in zip(pieces, types, strict=True) if t == _USER]
+        backend.add_tokens([AddedToken(p, normalized=False) for p in own if " " not in p])
+        if not prefix_space:  # runs of spaces are pieces under their escaped name, in the text as it is after escaping
+            backend.add_tokens([AddedToken(p.replace(" ", _SPACE), normalized=True) for p in own if " " in p])
     else:
         raise ModelFileError(f"{where}: the tokenizer model {kind!r} is not supported; there is: gpt2, llama")
     bos_id, eos_id = (_token_id(metadata, key, len(pieces), where) for key in ("bos_token_id", "eos_token_id"))
