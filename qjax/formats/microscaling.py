@@ -6,7 +6,6 @@ import dataclasses
 import math
 from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, UInt8
 
@@ -16,7 +15,7 @@ from qjax.formats.floats import Float
 from qjax.formats.rounding import INFINITY, floor_log2, magnitude
 from qjax.registry import Count, OneOf
 
-__all__ = ["Microscaling", "ScaleRuleName", "e8m0_of", "mxfp4", "mxint8"]
+__all__ = ["Microscaling", "ScaleRuleName", "mxfp4", "mxint8"]
 
 ScaleRuleName = Annotated[str, OneOf("floor", "even", "ceil", "mse")]
 
@@ -92,18 +91,6 @@ class Microscaling(NumberFormat):
     def scale_bits(self) -> int:
         """Of a block's scale."""
         return 8
-
-    def fitted(self, blocks: Array, unit: Array | None = None) -> tuple[Array, Array]:
-        """(unit 1, scales float8_e8m0fnu) of blocks on the last axis, for `qjax.codebooks.Scaling`.
-
-        At least 2^−126: 2^−127 is no normal float32, and XLA on a CPU would divide by zero.
-        """
-        return jnp.float32(1), e8m0_of(jnp.maximum(self.exponents(blocks), -126))
-
-
-def e8m0_of(exponent: Int32[Array, "*shape"]) -> Array:
-    """`2^exponent` as float8_e8m0fnu, by its code: a conversion rounds in value, and makes NaN of 0."""
-    return jax.lax.bitcast_convert_type((exponent + 127).astype(jnp.uint8), jnp.float8_e8m0fnu)
 
 
 @FORMATS.register("mxfp4")

@@ -102,11 +102,6 @@ class NVFP4(NumberFormat):
                 f"{_TOP * _LARGEST_SCALE:g}; use tensor_scale=true"
             )
 
-    def fitted(self, blocks: Array, unit: Array | None = None) -> tuple[Array, Array]:
-        """(the tensor's scale, scales float8_e4m3fn) of blocks on the last axis, for `qjax.codebooks.Scaling`."""
-        unit = self.unit(blocks) if unit is None else unit
-        return unit, self.scales(blocks, unit).astype(jnp.float8_e4m3fn)
-
 
 @FORMATS.register("nvfp4")
 def nvfp4(

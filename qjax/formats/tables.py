@@ -141,10 +141,6 @@ class Table(NumberFormat):
         starts = np.arange(0, size, width)
         return jnp.asarray(np.minimum(size - starts, width), jnp.float32)
 
-    def fitted(self, blocks: Array, unit: Array | None = None) -> tuple[Array, Array]:
-        """(unit 1, scales float32) of blocks on the last axis, for `qjax.codebooks.Scaling`."""
-        return jnp.float32(1), self.scales(blocks, blocks.shape[-1])
-
 
 def _absmax(name: str, levels: tuple[float, ...], block: int) -> Table:
     if block < 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +14,7 @@ from qjax.linalg.prng import root_key, seed_of
 from qjax.matrix.quantize import MatrixReport
 from qjax.matrix.stacked import stack
 from qjax.pipeline.layer import quantize_layer
-from qjax.pipeline.presets import preset
-from qjax.pipeline.recipe import Recipe
+from qjax.pipeline.presets import given_recipe
 
 __all__ = ["quantized"]
 
@@ -31,7 +29,7 @@ def quantized(
     on_layer: Callable[[MatrixReport], None] | None,
 ) -> tuple[dict[str, Any], list[MatrixReport]]:
     """(operators by linear, reports of all matrices). Raises InputError for what does not fit."""
-    recipe = _recipe(recipe, bits)
+    recipe = given_recipe(recipe, bits)
     if recipe.finetune is not None:
         raise InputError(
             f"the recipe tunes by {recipe.finetune['name']!r}, which a traced function does not have; give "
@@ -65,17 +63,6 @@ def quantized(
                 on_layer(report)
         operators[site.name] = stack(made, site.stack) if site.stack else made[0]
     return operators, reports
-
-
-def _recipe(recipe: Any, bits: float | None) -> Recipe:
-    if isinstance(recipe, str):
-        return preset(recipe, bits)
-    if not isinstance(recipe, Recipe):
-        raise InputError(
-            f"recipe is {recipe!r} ({type(recipe).__name__}); give a preset's name such as 'quip_sharp', or a "
-            "qjax.Recipe"
-        )
-    return recipe if bits is None else dataclasses.replace(recipe, bits=bits)
 
 
 def _hessian(site: LinearSite, hessians: Mapping[str, Any]) -> Hessian:

@@ -39,7 +39,6 @@ _COPIED = (
     "chat_template.json",
     "LICENSE",
 )
-_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
 def write(
@@ -67,7 +66,7 @@ def write(
     operators, dense = _linears(model)
     _refuse(export, operators)
     settings = export.settings(operators, dense) if operators else None
-    table |= {"torch_dtype": _DTYPES[dtype]} | ({} if settings is None else {"quantization_config": settings})
+    table |= {"torch_dtype": dtype} | ({} if settings is None else {"quantization_config": settings})
     try:
         with WholeFolder(target) as staging:
             _texts(staging, model, source, table)

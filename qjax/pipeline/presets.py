@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qjax.configuration import store
 from qjax.errors import InputError, listed, suggested
+from qjax.matrix.arguments import Short
 from qjax.pipeline.options import names
 from qjax.pipeline.recipe import Recipe
 
-__all__ = ["preset", "recipe_of"]
+__all__ = ["given_recipe", "preset", "recipe_of"]
 
 
 def preset(name: str, bits: float | None = None) -> Recipe:
@@ -24,6 +26,23 @@ def preset(name: str, bits: float | None = None) -> Recipe:
             f"{listed(names('preset'))}; or give a qjax.Recipe"
         )
     return recipe_of(_composed([f"preset={name}"] + ([] if bits is None else [f"bits={bits}"])))
+
+
+def given_recipe(recipe: Short, bits: Short) -> Recipe:
+    """The recipe that an argument stands for: a preset's name or a `Recipe`, with other `bits` than its own.
+
+    Raises InputError for what is neither, and for bits that are no number.
+    """
+    if not (bits is None or (isinstance(bits, int | float) and not isinstance(bits, bool))):
+        raise InputError(f"bits is {bits!r} ({type(bits).__name__}); it is a number, or None for the recipe's own")
+    if isinstance(recipe, str):
+        return preset(recipe, bits)
+    if not isinstance(recipe, Recipe):
+        raise InputError(
+            f"recipe is {recipe!r} ({type(recipe).__name__}); give a preset's name such as 'quip_sharp', or a "
+            "qjax.Recipe"
+        )
+    return recipe if bits is None else dataclasses.replace(recipe, bits=bits)
 
 
 def _composed(overrides: Sequence[str]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping
@@ -24,8 +23,7 @@ from qjax.pipeline import hessians as hessians_of
 from qjax.pipeline.by_recipe import Observer, Surroundings, rounded
 from qjax.pipeline.compressed import CompressedModel
 from qjax.pipeline.folding import prepared
-from qjax.pipeline.presets import preset
-from qjax.pipeline.recipe import Recipe
+from qjax.pipeline.presets import given_recipe
 from qjax.pipeline.tuning import tuned
 from qjax.runtime.progress import silent
 
@@ -71,7 +69,7 @@ def quantize_model(
         raise InputError(
             f"model is {model!r}; a dense model is quantised: qjax.load('tiny'), a folder, a hub name or a .gguf file"
         )
-    recipe, mesh = _recipe(recipe, bits), mesh_of(mesh)
+    recipe, mesh = given_recipe(recipe, bits), mesh_of(mesh)
     if not (cache is None or isinstance(cache, str | pathlib.Path)):
         raise InputError(f"cache is {cache!r} ({type(cache).__name__}); it is the path of a folder, or None")
     if not (on_layer is None or callable(on_layer)):
@@ -102,19 +100,6 @@ def quantize_model(
         if method is not None and not method.while_rounding:
             params = tuned(model, params, stream, method, seed=seed, label=f"tune {model.name}").params
     return CompressedModel.of(model, params, quantized.reports)
-
-
-def _recipe(recipe: Short, bits: Short) -> Recipe:
-    if not (bits is None or (isinstance(bits, int | float) and not isinstance(bits, bool))):
-        raise InputError(f"bits is {bits!r} ({type(bits).__name__}); it is a number, or None for the recipe's own")
-    if isinstance(recipe, str):
-        return preset(recipe, bits)
-    if not isinstance(recipe, Recipe):
-        raise InputError(
-            f"recipe is {recipe!r} ({type(recipe).__name__}); give a preset's name such as 'quip_sharp', or a "
-            "qjax.Recipe"
-        )
-    return recipe if bits is None else dataclasses.replace(recipe, bits=bits)
 
 
 class _Caller(Observer):

@@ -1,6 +1,7 @@
 """Folders in the formats of other tools: the values that are read back are those of the operators."""
 
 import json
+import typing
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from qjax.codebooks.scaling import ScaleRule
 from qjax.errors import InputError
 from qjax.interchange.exports import EXPORTS
 from qjax.interchange.integers import integers
+from qjax.job.options import Export
 from qjax.linalg.kronecker import Hessian
 
 GROUPS = ScaleRule("minmax", "group", 32)
@@ -155,6 +157,11 @@ def test_large_models_are_written_in_parts(model, tmp_path, monkeypatch):
     small.save(tmp_path / "again", format="hf", original=tmp_path / "out")
     files = ("config.json", "tokenizer.json")
     assert all((tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in files)
+
+
+def test_the_program_offers_every_format_that_is_registered():
+    hints = typing.get_type_hints(Export, include_extras=True)
+    assert set(hints["format"].__metadata__[0].choices) == set(EXPORTS)
 
 
 def test_the_program_writes_an_artifact_for_others(model, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf.quants import quantize
+from gguf_metadata import describe
 from safetensors.numpy import save_file
 
 from qjax.models import open_model
@@ -122,16 +123,9 @@ def write_gguf(fixtures: Path, tmp_path: Path) -> Callable[..., Path]:
         config, source = files.config, files.weights
         path = tmp_path / f"{family}.gguf"
         writer = gguf.GGUFWriter(path, arch)
-        writer.add_block_count(config.num_layers)
-        writer.add_context_length(config.max_positions)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_heads)
-        writer.add_head_count_kv(config.num_kv_heads)
-        writer.add_key_length(config.head_dim)
+        describe(writer, config)
         writer.add_value_length(config.head_dim)
         writer.add_rope_freq_base(config.rope_theta)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         if config.sliding_window is not None:
             writer.add_sliding_window(config.sliding_window)
         if change is not None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from generated import Generated, expected
 from gguf.quants import dequantize, quantize
+from gguf_metadata import describe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -188,14 +189,7 @@ def test_other_families_agree_with_transformers(tmp_path: Path, option: str):
     kind, config = FAMILY_FILES[option], expected(option)[0]
     source = Generated(config)
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", kind)
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_positions)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    describe(writer, config)
     if kind == "granite":
         for key, value in GRANITE.items():
             writer.add_float32(f"granite.{key}", value)
@@ -270,13 +264,7 @@ def parts(fixtures: Path, tmp_path: Path) -> list[Path]:
     files = open_model(fixtures / "mistral")
     config, source = files.config, files.weights
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama", split_max_tensors=6)
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_positions)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    describe(writer, config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
     for name in sorted(source.names):
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), source.read(name).astype(np.float32))

@@ -36,8 +36,19 @@ def hugging_face_config(config: ModelConfig, special_token: int) -> dict[str, An
     experts = {"num_local_experts": "experts", "num_experts_per_tok": "active"}
     own = {key: getattr(config, name) for key, name in experts.items() if hasattr(config, name)}
     return {
+        **_llama_keys(config, types[config.architecture]),
+        "bos_token_id": special_token,
+        "eos_token_id": special_token,
+        "torch_dtype": "bfloat16",
+        **own,
+    }
+
+
+def _llama_keys(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    """The keys that all families close to Llama have, without scaled frequencies."""
+    return {
         "architectures": [config.architecture],
-        "model_type": types[config.architecture],
+        "model_type": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -53,10 +64,6 @@ def hugging_face_config(config: ModelConfig, special_token: int) -> dict[str, An
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
-        "bos_token_id": special_token,
-        "eos_token_id": special_token,
-        "torch_dtype": "bfloat16",
-        **own,
     }
 
 
@@ -65,25 +72,8 @@ def described(config: ModelConfig) -> dict[str, Any]:
 
     Raises ModelFileError for a configuration that this does not say: what is read back is another one.
     """
-    own = family(config)
     table = {
-        "architectures": [config.architecture],
-        "model_type": own.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
+        **_llama_keys(config, family(config).model_type),
         "sliding_window": config.sliding_window,
         "use_sliding_window": config.sliding_window is not None,
     }
